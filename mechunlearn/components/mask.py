@@ -1,0 +1,107 @@
+"""What is selected: an immutable set of components of a model of one shape."""
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from mechunlearn.components.component import Component, ModelShape
+from mechunlearn.components.plot import heat_map
+from mechunlearn.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentMask(Set[Component]):
+    """A set of components: `|`, `&`, `-`, `in`, `len`, iteration in layer order.
+
+    Two masks are equal when they select the same components of the same shape. Components may
+    overlap (`L5H3` and `L5ATTN`): weights that several of them cover count once.
+    """
+
+    components: frozenset[Component]
+    shape: ModelShape
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made: the method, its settings and what selected from it."""
+
+    def __post_init__(self) -> None:
+        members = frozenset(Component.parse(c) if isinstance(c, str) else c for c in self.components)
+        for component in members:
+            self.shape.units_of(component)
+        object.__setattr__(self, "components", members)
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @classmethod
+    def of(cls, components: Iterable[Component | str], shape: ModelShape) -> "ComponentMask":
+        """A mask written down by hand: `ComponentMask.of(["L2MLP", "L3MLP"], mu.shape(model))`."""
+        return cls(frozenset(Component.parse(str(c)) for c in components), shape, {"method": "by hand"})
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights it covers, shared and overlapping ones counted once."""
+        return self.shape.parameters(self.components)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON with provenance and a checksum."""
+        content = {
+            "components": [str(component) for component in self],
+            "shape": asdict(self.shape),
+            "provenance": dict(self.provenance),
+        }
+        write_json(path, "ComponentMask", content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ComponentMask":
+        content = read_json(path, "ComponentMask")
+        members = frozenset(Component.parse(label) for label in content["components"])
+        return cls(members, ModelShape(**content["shape"]), content["provenance"])
+
+    def plot(self) -> "Figure":
+        """Layer x component map: 1 where selected."""
+        return heat_map(dict.fromkeys(self, 1.0), title=f"{len(self)} components, {self.parameters:,} weights")
+
+    def __contains__(self, component: object) -> bool:
+        return (Component.parse(component) if isinstance(component, str) else component) in self.components
+
+    def __iter__(self) -> Iterator[Component]:
+        return iter(sorted(self.components))
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ComponentMask):
+            return NotImplemented
+        return (self.components, self.shape) == (other.components, other.shape)
+
+    def __hash__(self) -> int:
+        return hash((self.components, self.shape))
+
+    def __and__(self, other: Set[Any]) -> "ComponentMask":
+        return self._combined("&", other, self.components & self._compatible(other))
+
+    def __or__(self, other: Set[Any]) -> "ComponentMask":  # type: ignore[override]  (a mask of masks is not a thing)
+        return self._combined("|", other, self.components | self._compatible(other))
+
+    def __sub__(self, other: Set[Any]) -> "ComponentMask":
+        return self._combined("-", other, self.components - self._compatible(other))
+
+    def __repr__(self) -> str:
+        labels = [str(component) for component in self]
+        shown = ", ".join(labels[:8]) + (f", ... ({len(labels) - 8} more)" if len(labels) > 8 else "")
+        return f"ComponentMask({shown}; {self.parameters:,} weights)"
+
+    def _compatible(self, other: Set[Any]) -> frozenset[Component]:
+        if isinstance(other, ComponentMask) and other.shape != self.shape:
+            raise ValueError(
+                f"expected a mask of a model of the same shape ({self.shape}), got one of {other.shape}: "
+                f"localize on the model that you edit."
+            )
+        return frozenset(other)
+
+    def _combined(self, operation: str, other: Set[Any], components: frozenset[Component]) -> "ComponentMask":
+        right = dict(other.provenance) if isinstance(other, ComponentMask) else sorted(map(str, other))
+        return ComponentMask(components, self.shape, {"left": dict(self.provenance), "set": operation, "right": right})

@@ -1,0 +1,217 @@
+"""What every localization method returns: one number per component, and how it was obtained."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.components.component import Component, Cover, ModelShape
+from mechunlearn.components.mask import ComponentMask
+from mechunlearn.components.plot import heat_map
+from mechunlearn.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentScores(Mapping[Component, float]):
+    """A score for every component: a mapping from components (or their labels) to floats."""
+
+    components: tuple[Component, ...]
+    tensor: Float[Tensor, "component"]
+    shape: ModelShape
+    method: str
+    """The function that made it."""
+    metric: str = ""
+    """The metric whose change the scores are; their unit is the metric's."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The method's arguments, direction and seed among them."""
+    per_prompt: Float[Tensor, "prompt component"] | None = None
+    """Each prompt's own score, where the method has them; the scores are their mean."""
+
+    @property
+    def n_prompts(self) -> int | None:
+        return None if self.per_prompt is None else len(self.per_prompt)
+
+    def __post_init__(self) -> None:
+        if not self.components or len(self.components) != len(self.tensor):
+            raise ValueError(
+                f"expected one value for each of {len(self.components)} components (at least one), "
+                f"got {len(self.tensor)} values."
+            )
+        for component in self.components:
+            self.shape.units_of(component)
+        if not bool(torch.isfinite(self.tensor).all()):
+            bad = [str(c) for c, v in self.items() if not math.isfinite(v)][:5]
+            raise ValueError(f"expected finite scores, got NaN or infinity at {', '.join(bad)}: check the metric.")
+
+    def top(
+        self,
+        *,
+        k: int | None = None,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        parameters: int | None = None,
+        by: Callable[[Tensor], Tensor] = torch.abs,
+    ) -> ComponentMask:
+        """The components that score highest, by exactly one of four rules.
+
+        `by` turns scores into ranks (default: their size, whatever the sign; `torch.neg` ranks the
+        most negative first). Ties go to the component that comes first in the model: lower layer,
+        attention before MLP, lower head.
+
+        - `k`: that many components.
+        - `fraction` in (0, 1]: that share of the components, rounded up.
+        - `threshold`: all with `by(score) >= threshold`.
+        - `parameters`: in order of rank for as long as together they cover at most so many weights;
+          the first component that would cross the budget ends the selection and is not included.
+          Compare with controls of `mask.parameters`, the realised count.
+
+        Raises ValueError for a value out of range and for a rule that selects nothing.
+        """
+        rules = {"k": k, "fraction": fraction, "threshold": threshold, "parameters": parameters}
+        given = {name: value for name, value in rules.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of k, fraction, threshold and parameters, got {given or 'none'}.")
+        ranks = dict(zip(self.components, by(self.tensor).tolist(), strict=True))
+        ordered = sorted(self.components, key=lambda component: (-ranks[component], component))
+        chosen = ordered[: self._count(ordered, ranks, **rules)]
+        if not chosen:
+            highest = ordered[0]
+            raise ValueError(
+                f"expected a rule that selects at least one component, got {given}, which selects none: the highest is "
+                f"{highest} with {ranks[highest]:.4g} and {self.shape.parameters([highest]):,} weights."
+            )
+        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": given}
+        return ComponentMask(frozenset(chosen), self.shape, provenance)
+
+    def _count(
+        self,
+        ordered: list[Component],
+        ranks: Mapping[Component, float],
+        k: int | None,
+        fraction: float | None,
+        threshold: float | None,
+        parameters: int | None,
+    ) -> int:
+        n = len(ordered)
+        if k is not None:
+            if not 1 <= k <= n:
+                raise ValueError(f"k must lie in 1..{n} (the number of scores), got {k}.")
+            return k
+        if fraction is not None:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"fraction must lie in (0, 1], a share of the {n} scores, got {fraction}.")
+            return math.ceil(fraction * n - 1e-9)
+        if threshold is not None:
+            return sum(rank >= threshold for rank in ranks.values())
+        assert parameters is not None
+        return self._count_within(ordered, parameters)
+
+    def _count_within(self, ordered: list[Component], budget: int) -> int:
+        cover, spent = Cover(self.shape), 0
+        for count, component in enumerate(ordered):
+            spent += cover.gain(component)
+            if spent > budget:
+                return count
+            cover.add(component)
+        return len(ordered)
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """Bootstrap interval over prompts for each score: columns score, low, high.
+
+        Percentile bootstrap; prompts are the resampled unit. ValueError without per-prompt values.
+        """
+        import pandas as pd
+
+        if self.per_prompt is None:
+            raise ValueError(f"expected scores with per-prompt values, got none: {self.method} does not give them.")
+        n = len(self.per_prompt)
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.multinomial(torch.ones(draws, n), n, replacement=True, generator=generator)
+        weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, counts, torch.ones(draws, n).double() / n)
+        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+        low, high = torch.quantile(weights @ self.per_prompt.double(), tails, dim=0)
+        columns = {"score": self.tensor.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return pd.DataFrame(columns, index=pd.Index([str(c) for c in self.components], name="component"))
+
+    def to_frame(self) -> "DataFrame":
+        """One row per component: layer, part, index, matrix, score, weights; highest size first."""
+        import pandas as pd
+
+        rows = [
+            {
+                "component": str(c),
+                "layer": c.layer,
+                "part": c.part,
+                "index": c.index,
+                "matrix": c.matrix,
+                "score": value,
+                "weights": self.shape.parameters([c]),
+            }
+            for c, value in self.items()
+        ]
+        frame = pd.DataFrame(rows).set_index("component")
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable")
+
+    def plot(self) -> "Figure":
+        """Layer x component heat map; red is negative, blue positive."""
+        title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
+        return heat_map(self, title=title, unit=self.metric.replace("_", " "))
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        tensors = {"values": self.tensor}
+        if self.per_prompt is not None:
+            tensors["per_prompt"] = self.per_prompt
+        content = {
+            "components": [str(c) for c in self.components],
+            "shape": asdict(self.shape),
+            "method": self.method,
+            "metric": self.metric,
+            "settings": dict(self.settings),
+        }
+        write_tensors(path, "ComponentScores", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ComponentScores":
+        tensors, content = read_tensors(path, "ComponentScores")
+        return cls(
+            tuple(Component.parse(label) for label in content["components"]),
+            tensors["values"],
+            ModelShape(**content["shape"]),
+            content["method"],
+            content["metric"],
+            content["settings"],
+            tensors.get("per_prompt"),
+        )
+
+    def __getitem__(self, component: Component | str) -> float:
+        wanted = Component.parse(component) if isinstance(component, str) else component
+        return float(self.tensor[self._places[wanted]])
+
+    @cached_property
+    def _places(self) -> dict[Component, int]:
+        return {component: place for place, component in enumerate(self.components)}
+
+    def __contains__(self, component: object) -> bool:
+        return (Component.parse(component) if isinstance(component, str) else component) in self._places
+
+    def __iter__(self) -> Iterator[Component]:
+        return iter(self.components)
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def __repr__(self) -> str:
+        best = sorted(self.items(), key=lambda pair: -abs(pair[1]))[:5]
+        shown = ", ".join(f"{component}: {value:+.3g}" for component, value in best)
+        return f"ComponentScores({self.method}, {self.metric}; {len(self)} components; {shown}, ...)"

@@ -1,0 +1,117 @@
+"""Every test on the original and on every edit, in one table."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from mechunlearn.evaluate.in_task import Test, paper_metrics
+from mechunlearn.evaluate.result import Result
+from mechunlearn.model import Model
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """Results of every test for the original model and every edit."""
+
+    results: Mapping[str, Mapping[str, Result]]
+    """Row -> column -> result; the first row is the original model."""
+    weights: Mapping[str, int]
+    """Row -> number of edited weights."""
+
+    @property
+    def table(self) -> "DataFrame":
+        """Rows: the original, then the edits. Columns: the tests, and the number of edited weights."""
+        import pandas as pd
+
+        rows = {row: {name: result.value for name, result in found.items()} for row, found in self.results.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        return frame.assign(**{"edited weights": list(self.weights.values())})
+
+    @property
+    def intervals(self) -> "DataFrame":
+        """95 % bootstrap intervals over facts: one row per edit and test, columns value, low, high, chance, sense."""
+        import pandas as pd
+
+        rows = [
+            {"edit": row, "test": name, "value": result.value, "low": result.interval()[0]}
+            | {"high": result.interval()[1], "chance": result.chance, "n": len(result.per_example)}
+            | {"sense": result.sense}
+            for row, found in self.results.items()
+            for name, result in found.items()
+        ]
+        return pd.DataFrame(rows).set_index(["edit", "test"])
+
+    def to_markdown(self) -> str:
+        """The table with its chance levels as a last row, and what the numbers mean below."""
+        table = self.table
+        rows = [["", *table.columns], ["---"] * (len(table.columns) + 1)]
+        for name, row in table.iterrows():
+            rows.append([str(name), *(f"{value:.3f}" for value in row[:-1]), f"{int(row.iloc[-1]):,}"])
+        first = next(iter(self.results.values()))
+        chances = [result.chance for result in first.values()]
+        rows.append(["*chance*", *("" if chance is None else f"{chance:.3f}" for chance in chances), ""])
+        senses = dict.fromkeys(f"{result.sense}: {self._columns(result.sense)}" for result in first.values())
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(f"- {s}" for s in senses)
+
+    def plot(self) -> "Figure":
+        """One group of bars per test, one bar per row of the table, with 95 % intervals and chance as a line."""
+        import plotly.graph_objects as go
+
+        shown = [name for name, result in next(iter(self.results.values())).items() if _is_share(result)]
+        figure = go.Figure()
+        for row, found in self.results.items():
+            ends = [found[name].interval() for name in shown]
+            values = [found[name].value for name in shown]
+            above = [high - value for (_, high), value in zip(ends, values, strict=True)]
+            below = [value - low for (low, _), value in zip(ends, values, strict=True)]
+            bars = {"type": "data", "array": above, "arrayminus": below, "symmetric": False, "thickness": 1}
+            figure.add_bar(name=row, x=shown, y=values, error_y=bars)
+        chance = [next(iter(self.results.values()))[name].chance for name in shown]
+        line = {"color": "black", "dash": "dot"}
+        figure.add_scatter(name="chance", x=shown, y=chance, mode="lines", line=line)
+        return figure.update_layout(barmode="group", template="plotly_white", yaxis={"range": [0, 1.05]})
+
+    def _columns(self, sense: str) -> str:
+        first = next(iter(self.results.values()))
+        return ", ".join(name for name, result in first.items() if result.sense == sense)
+
+    def __repr__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(float_format="{:.3f}".format)
+
+
+def compare(
+    model: Model,
+    task: Task,
+    edits: Mapping[str, Edit],
+    *,
+    metrics: Mapping[str, Test] = paper_metrics,
+    progress: bool = True,
+) -> Report:
+    """Run every test on the original model and with every edit applied; the model is left as it was.
+
+    `metrics`: column -> `(model, task) -> Result`. Cost: one forward over each test's prompts, per row.
+    ValueError if an edit was made for other weights, or is named "original".
+    """
+    if "original" in edits:
+        raise ValueError('expected names of edits other than "original", which is the first row: rename that edit.')
+    results: dict[str, dict[str, Result]] = {}
+    for row in tqdm(["original", *edits], desc="evaluate", disable=not progress, leave=False):
+        with edits[row].applied(model) if row in edits else nullcontext():
+            results[row] = {name: test(model, task) for name, test in metrics.items()}
+    return Report(results, {"original": 0} | {name: edit.parameters for name, edit in edits.items()})
+
+
+def _is_share(result: Result) -> bool:
+    return bool(((result.per_example >= 0) & (result.per_example <= 1)).all())

@@ -1,0 +1,89 @@
+"""Random localizations: the control beside every claim."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+
+import torch
+
+from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.components.component import Cover, heads, layers, matrices, mlps, neurons
+from mechunlearn.model import Model, shape
+
+
+def random(
+    model: Model,
+    *,
+    seed: int,
+    components: Callable[[ModelShape], Sequence[Component]] = heads_and_mlps,
+) -> ComponentScores:
+    """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
+    sizes = shape(model)
+    chosen = tuple(components(sizes))
+    values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
+
+
+def random_like(
+    mask: ComponentMask,
+    model: Model,
+    seed: int,
+    *,
+    pool: Iterable[Component] | None = None,
+) -> ComponentMask:
+    """Other components, drawn at random, that cover as many weights as `mask`.
+
+    Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and all
+    heads of the model (those of the mask among them), so that the control differs in place only. With
+    `pool`, components are drawn from it alone, of whatever kind. Components that would exceed the count are
+    passed over, so the realised count is at most that of the mask and less than one smallest component of the pool below it
+    (KV heads that query heads share count once). ValueError if the pool cannot cover so many weights.
+    """
+    sizes = shape(model)
+    members = sorted(set(pool)) if pool is not None else _same_kinds(mask, sizes)
+    order = _drawn(members, mask if pool is None else (), Random(f"random_like {seed}"))
+    target, smallest = mask.parameters, min(sizes.parameters([member]) for member in members)
+    chosen, cover, count = [], Cover(sizes), 0
+    for member in order:
+        gain = cover.gain(member)
+        if 0 < gain <= target - count:
+            chosen.append(member)
+            cover.add(member)
+            count += gain
+    if target - count >= smallest:
+        raise ValueError(
+            f"expected a pool that can cover {target:,} weights within one smallest component ({smallest:,}), got "
+            f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
+        )
+    provenance = {"method": "random_like", "seed": seed, "weights": count, "matched": target}
+    provenance["pool"] = "the same kinds" if pool is None else [str(member) for member in members]
+    return ComponentMask(frozenset(chosen), sizes, provenance)
+
+
+def all_mlps(model: Model) -> ComponentMask:
+    """Every MLP of the model."""
+    sizes = shape(model)
+    return ComponentMask(frozenset(mlps(sizes)), sizes, {"method": "all_mlps"})
+
+
+def everything(model: Model) -> ComponentMask:
+    """Every attention layer and MLP: unlearning without localization (embeddings and norms stay frozen)."""
+    sizes = shape(model)
+    return ComponentMask(frozenset(layers(sizes)), sizes, {"method": "everything"})
+
+
+def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
+    kinds = {component.kind for component in mask}
+    levels = (heads, mlps, layers, matrices, neurons)
+    return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
+
+
+def _drawn(members: list[Component], mask: Iterable[Component], generator: Random) -> list[Component]:
+    """In random order; first as many of each kind as the mask has, then the rest."""
+    shuffled = generator.sample(members, len(members))
+    left = Counter(component.kind for component in mask)
+    first, rest = [], []
+    for member in shuffled:
+        (first if left[member.kind] > 0 else rest).append(member)
+        left[member.kind] -= 1
+    return first + rest

@@ -1,0 +1,42 @@
+"""Losses: (logits, targets) -> one value per token, in nats. Lower is what training goes for.
+
+The caller averages over the tokens that count (answers of forget and retain prompts, every token of a
+text), so padding and prompt tokens never reach a loss. Any function of this signature is a loss.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+Loss: TypeAlias = Callable[[Float[Tensor, "token d_vocab"], Int[Tensor, "token"]], Float[Tensor, "token"]]
+
+
+def cross_entropy(logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, "token"]) -> Float[Tensor, "token"]:
+    """-log p(target): to learn, retain or inject an answer.
+
+    Example: logits (0, log 3), target 1: p = 3/4, loss log(4/3) = 0.2877.
+    """
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def log_one_minus_probability(
+    logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, "token"], *, cutoff: float = -5.0
+) -> Float[Tensor, "token"]:
+    """-log(1 - p(target)): to erase an answer without saying what should come instead.
+
+    Computed as logsumexp over the vocabulary minus logsumexp over all but the target. A token whose
+    log p is below `cutoff` (nats) contributes 0 to the sum but still counts in the mean: an implicit
+    stop. The default, -5, stops at p = 0.0067 as the paper's code does; `-math.inf` never stops.
+
+    Example: logits (0, log 3), target 1: p = 3/4, loss log 4 = 1.3863. Guo et al. 2025,
+    https://arxiv.org/abs/2410.12949 (section 3.1), after Mazeika et al. 2024, https://arxiv.org/abs/2402.04249.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(-1)
+    others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
+    log_probability = logits.gather(-1, targets[:, None])[:, 0] - total
+    return torch.where(log_probability.detach() < cutoff, torch.zeros_like(total), total - others)

@@ -1,0 +1,26 @@
+"""Everything that depends on TransformerLens and on architectures; nothing else in the package does."""
+
+from mechunlearn.model.checks import check_editable, check_model
+from mechunlearn.model.fingerprint import fingerprint
+from mechunlearn.model.hooks import recording, site
+from mechunlearn.model.kinds import Model, device_of, shape
+from mechunlearn.model.preserve import preserved
+from mechunlearn.model.run import logits_at, residual_before, running_from
+from mechunlearn.model.slots import Slot, slots
+
+__all__ = [
+    "Model",
+    "Slot",
+    "check_editable",
+    "check_model",
+    "device_of",
+    "fingerprint",
+    "logits_at",
+    "preserved",
+    "recording",
+    "residual_before",
+    "running_from",
+    "shape",
+    "site",
+    "slots",
+]

@@ -1,0 +1,29 @@
+"""Leave a model as it was found."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mechunlearn.model.kinds import Model
+
+
+@contextmanager
+def preserved(model: Model) -> Iterator[None]:
+    """Inside: eval mode, nothing requires a gradient, no gradients stored. After: all as before.
+
+    Also after an exception or an interrupt. Values of weights are not touched.
+    """
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,10 @@
+"""What to forget and what to keep, in every format: prompts, tasks and their builders."""
+
+from mechunlearn.tasks.build import build
+from mechunlearn.tasks.knowledge import general_knowledge
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.sports import sports_facts
+from mechunlearn.tasks.task import Format, Task
+from mechunlearn.tasks.text import pack
+
+__all__ = ["Format", "Prompts", "Task", "build", "general_knowledge", "pack", "sports_facts"]

@@ -1,0 +1,129 @@
+"""From text to prompts: any tokenizer, answers of any length, subjects found by character."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mechunlearn.model.kinds import Model, device_of
+from mechunlearn.model.tokens import Encoding, encode, pad_token
+from mechunlearn.tasks.prompts import IGNORED, Prompts
+
+
+def build(
+    model: Model,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    candidates: Sequence[Sequence[str]] | None = None,
+    subjects: Sequence[str] | None = None,
+    corrupt: Sequence[str] | None = None,
+    padding: Literal["right", "left"] = "right",
+) -> Prompts:
+    """Prompts from texts that end right before their answers (which usually start with a space).
+
+    `candidates`: for each text its possible answers, the right one first. `subjects`: for each text
+    the words that its tokens are to be found for (their last occurrence). `corrupt`: for each text
+    another of as many tokens. A tokenizer that would merge prompt and answer into one token, a subject
+    that is not in its text and a corrupt text of another length are errors that name the row.
+    """
+    rows = [_row(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
+    tokens, mask = _padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
+    starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
+    return Prompts(
+        tokens=tokens,
+        mask=mask,
+        positions=_answer_grid(starts, lengths, encodings, at="position"),
+        answers=_answer_grid(starts, lengths, encodings, at="token"),
+        candidates=None if candidates is None else _candidates(model, texts, candidates),
+        subject=None if subjects is None else _subjects(texts, subjects, encodings, starts, tokens),
+        corrupt=None if corrupt is None else _corrupt(model, corrupt, answers, encodings, padding),
+        texts=tuple(texts),
+        names=tuple(subjects or ()),
+    ).to(device_of(model))
+
+
+def _row(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
+    """The encoding of text and answer together, and how many of its tokens are the prompt's."""
+    encoding = encode(model, text + answer)
+    inside = [place for place, (_, end) in enumerate(encoding.spans) if end <= len(text)]
+    n_prompt = len(inside)
+    crossing = n_prompt < len(encoding.spans) and encoding.spans[n_prompt][0] < len(text)
+    if n_prompt in (0, len(encoding.tokens)) or crossing:
+        raise ValueError(
+            f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}, which "
+            f"this tokenizer merges with it: end the prompt before the space and start the answer with it."
+        )
+    return encoding, n_prompt
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Tensor, Tensor]:
+    width = max((len(row) for row in rows), default=0)
+    tokens = torch.full((len(rows), width), fill)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
+        tokens[i, place] = torch.tensor(list(row))
+        mask[i, place] = True
+    return tokens, mask
+
+
+def _answer_grid(starts: Sequence[int], lengths: Sequence[int], encodings: Sequence[Encoding], *, at: str) -> Tensor:
+    """Positions that predict the answer tokens (the last one repeated as filling), or these tokens."""
+    longest = max((len(e.tokens) - n for e, n in zip(encodings, lengths, strict=True)), default=0)
+    grid = torch.full((len(encodings), longest), IGNORED)
+    for i, (start, n_prompt, encoding) in enumerate(zip(starts, lengths, encodings, strict=True)):
+        answer = encoding.tokens[n_prompt:]
+        if at == "token":
+            grid[i, : len(answer)] = torch.tensor(answer)
+        else:
+            places = start + n_prompt - 1 + torch.arange(longest)
+            grid[i] = places.clamp(max=start + len(encoding.tokens) - 2)
+    return grid
+
+
+def _candidates(model: Model, texts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
+    firsts: dict[tuple[str, str], int] = {}
+    grid = []
+    for text, options in zip(texts, candidates, strict=True):
+        for option in options:
+            if (text[-1:], option) not in firsts:
+                encoding, n_prompt = _row(model, text, option)
+                firsts[text[-1:], option] = encoding.tokens[n_prompt]
+        row = [firsts[text[-1:], option] for option in options]
+        if len(set(row)) < len(row):
+            raise ValueError(
+                f"expected candidates that differ in their first token, got {list(options)} for {text[-40:]!r}: "
+                f"choose others, or score whole answers with answer_log_probability."
+            )
+        grid.append(row)
+    return torch.tensor(grid)
+
+
+def _subjects(
+    texts: Sequence[str], subjects: Sequence[str], encodings: Sequence[Encoding], starts: Sequence[int], tokens: Tensor
+) -> Tensor:
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (text, subject, encoding) in enumerate(zip(texts, subjects, encodings, strict=True)):
+        begin = text.rfind(subject)
+        if begin < 0 or not subject:
+            raise ValueError(f"expected the subject {subject!r} in its prompt, got {text!r}: write it the same way.")
+        finish = begin + len(subject)
+        for place, (start, end) in enumerate(encoding.spans[:-1]):
+            found[i, starts[i] + place] = start < finish and end > begin
+    return found
+
+
+def _corrupt(
+    model: Model, corrupt: Sequence[str], answers: Sequence[str], encodings: Sequence[Encoding], padding: str
+) -> Tensor:
+    rows = [_row(model, text, answer)[0] for text, answer in zip(corrupt, answers, strict=True)]
+    for text, row, encoding in zip(corrupt, rows, encodings, strict=True):
+        if len(row.tokens) != len(encoding.tokens):
+            raise ValueError(
+                f"expected a corrupt prompt of {len(encoding.tokens)} tokens (with the answer), like the clean one, got "
+                f"{len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
+            )
+    return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]

@@ -1,0 +1,152 @@
+"""Prompts: tokens with a mask, answers, candidates, subjects, and a corrupted counterpart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+IGNORED = -100
+"""Fills `answers` where a row's answer is shorter than the longest."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prompts:
+    """A batch of prompts with their answers. Index it (`prompts[:8]`, `prompts[[3, 5]]`) for a smaller one."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """Each prompt, followed by all but the last token of its answer (nothing, if that is one token)."""
+    mask: Bool[Tensor, "batch pos"]
+    """True at real tokens; padding may be on either side."""
+    positions: Int[Tensor, "batch answer"]
+    """Where each answer token is predicted: the first is the last token of the prompt."""
+    answers: Int[Tensor, "batch answer"]
+    """The answer tokens, filled with -100."""
+    candidates: Int[Tensor, "batch candidate"] | None = None
+    """First tokens of the possible answers; **the first column is the right one**."""
+    subject: Bool[Tensor, "batch pos"] | None = None
+    """True at the tokens of the subject."""
+    corrupt: Int[Tensor, "batch pos"] | None = None
+    """Tokens of another prompt of equal length, real where `mask` is, which has another answer."""
+    texts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    """What each prompt is about, for per-example tables."""
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
+        answers: Sequence[int] | Int[Tensor, "batch"],
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        candidates: Sequence[Sequence[int]] | Int[Tensor, "batch candidate"] | None = None,
+        corrupt: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | None = None,
+        subject: Bool[Tensor, "batch pos"] | None = None,
+    ) -> "Prompts":
+        """From tokens, with answers of one token each; without a mask every token is a real one.
+
+        `tasks.build` makes prompts from text, with answers of any length.
+        """
+        grid = _grid(tokens, "tokens")
+        real = torch.ones_like(grid, dtype=torch.bool) if mask is None else mask.bool()
+        last = real.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True)
+        return cls(
+            grid,
+            real,
+            last,
+            torch.as_tensor(answers)[:, None],
+            None if candidates is None else torch.as_tensor(candidates),
+            subject,
+            None if corrupt is None else _grid(corrupt, "corrupt tokens"),
+        )
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) == 0:
+            raise ValueError("expected at least one prompt, got none: the set is empty; check what it was filtered by.")
+        for name in ("mask", "subject", "corrupt"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.tokens.shape:
+                raise ValueError(
+                    f"expected {name} of the same shape as the tokens, {tuple(self.tokens.shape)}, got "
+                    f"{tuple(value.shape)}: every token needs its counterpart (a corrupt prompt must have the "
+                    f"length of the clean one)."
+                )
+        if not bool(self.mask.gather(1, self.positions).all()):
+            raise ValueError("expected answers to be predicted at real tokens, got a masked position: check the mask.")
+        if self.candidates is not None and bool((self.candidates[:, 0] != self.answers[:, 0]).any()):
+            raise ValueError("expected the right answer as the first candidate of every row: reorder the candidates.")
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "batch answer"]:
+        """True at real answer tokens."""
+        return self.answers != IGNORED
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing among the candidates; 0 without candidates."""
+        return 0.0 if self.candidates is None else 1 / self.candidates.shape[1]
+
+    def corrupted(self) -> "Prompts":
+        """The corrupted tokens in place of the clean ones; answers and candidates stay."""
+        if self.corrupt is None:
+            raise ValueError(
+                "expected prompts with a corrupted counterpart, got none: pass corrupt=... (tokens of equal "
+                "length whose answer differs), or use a method that needs only clean prompts."
+            )
+        return replace(self, tokens=self.corrupt, corrupt=None, texts=())
+
+    def to(self, device: torch.device | str) -> "Prompts":
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def batches(self, size: int) -> list["Prompts"]:
+        """In order, at most `size` rows each, trimmed to the longest prompt in the batch."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Prompts":
+        """These rows, without the columns that are padding in all of them."""
+        order = range(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows).tolist()
+        return self.rows(torch.tensor(list(order), dtype=torch.long))._trimmed()
+
+    def rows(self, rows: Int[Tensor, "row"]) -> "Prompts":
+        """These rows, as wide as before."""
+        chosen: dict[str, Any] = {name: value[rows.to(value.device)] for name, value in self._tensors().items()}
+        for name in ("texts", "names"):
+            labels = getattr(self, name)
+            chosen[name] = tuple(labels[i] for i in rows.tolist()) if labels else ()
+        return replace(self, **chosen)
+
+    def __repr__(self) -> str:
+        rows, width = self.tokens.shape
+        example = f"; first: {self.texts[0]!r}" if self.texts else ""
+        return f"Prompts({rows} x {width} tokens, answers of up to {self.answers.shape[1]}{example})"
+
+    def _trimmed(self) -> "Prompts":
+        """Without the columns that are padding in every row."""
+        real = self.mask.any(0).nonzero()
+        start, stop = int(real[0]), int(real[-1]) + 1
+        if (start, stop) == (0, self.tokens.shape[1]):
+            return self
+        columns = ("tokens", "mask", "subject", "corrupt")
+        cut = {name: value[:, start:stop] for name, value in self._tensors().items() if name in columns}
+        return replace(self, positions=self.positions - start, **cut)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "batch pos"]:
+    if isinstance(rows, Tensor):
+        return rows
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"expected {name} of one length, got lengths {lengths}: pad them and pass mask=..., or build them "
+            f"from text with tasks.build, which does both."
+        )
+    return torch.tensor([list(row) for row in rows])

@@ -1,0 +1,44 @@
+"""A task: what to forget, what to keep, and every way to ask."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mechunlearn.tasks.prompts import Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """One way to ask, for held-out facts of both sides: a broken format is not forgetting."""
+
+    forget: Prompts
+    retain: Prompts
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Task:
+    """Facts to forget and facts to retain, with what an editor trains on and what an evaluation asks."""
+
+    name: str
+    forget: Prompts
+    """Train split of the facts to forget, in the trained format, with corrupted counterparts."""
+    retain: Prompts
+    """Train split of the facts to keep, in the trained format."""
+    formats: Mapping[str, Format]
+    """Name -> the test split in that format; the first is the trained prompt."""
+    text: Int[Tensor, "row pos"]
+    """General text to train on, packed to rows of equal length."""
+    text_test: Int[Tensor, "row pos"]
+    """Other general text, to measure the loss on."""
+    injection: Prompts | None = None
+    """`forget` with the answers that an edit should put in place of the true ones."""
+    knowledge: Prompts | None = None
+    """Multiple-choice questions about other things (a stand-in for MMLU)."""
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the facts: forget_train, forget_test, retain_train, retain_test."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(names)}" for name, names in self.splits.items())
+        return f"Task({self.name}; {sizes}; formats: {', '.join(self.formats)})"

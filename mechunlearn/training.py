@@ -1,0 +1,188 @@
+"""The training loop that editors (and relearning attacks) share: only the given entries move."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from mechunlearn.losses import Loss
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Model, logits_at, residual_before, running_from
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.weights import Entries
+
+adamw = partial(torch.optim.AdamW, weight_decay=0.0)
+"""AdamW without weight decay, which would pull every localized weight to zero whatever the data say."""
+
+Row = dict[str, float]
+
+
+class MakesOptimizer(Protocol):
+    def __call__(self, params: list[Tensor], /, *, lr: float) -> Optimizer: ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: coefficient * mean over the answer tokens of a batch of `prompts`."""
+
+    name: str
+    prompts: Prompts
+    loss: Loss
+    coefficient: float
+    batch_size: int
+
+
+def fit(
+    model: Model,
+    entries: list[Entries],
+    terms: Sequence[Term],
+    *,
+    steps: int,
+    learning_rate: float,
+    optimizer: MakesOptimizer = adamw,
+    clip: float | None = 1.0,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_step: Callable[[Mapping[str, float]], None] | None = None,
+) -> list[Row]:
+    """Train the entries in place by the sum of the terms; one row of history per step.
+
+    Cosine schedule from `learning_rate` to 0, one scheduler step per optimizer step; gradients are
+    clipped at norm `clip`. Each batch goes through in micro-batches and is normalised by its own
+    number of tokens, so their size changes memory and speed, not the result. Batches are drawn
+    without replacement, reshuffled each epoch, from `seed`.
+
+    What must be computed: no gradient or optimizer state for frozen weights, no graph below the lowest
+    trained layer, whose input is computed once per prompt; logits only at the answer tokens.
+    Weights below float32 have float32 masters. Call it inside `preserved(model)`.
+    Raises FloatingPointError, naming the step, as soon as a loss is not finite.
+    """
+    masters = [_Master.of(e) for e in entries]
+    parameters = [master.tensor for master in masters]
+    steering = optimizer(parameters, lr=learning_rate)
+    lowest = min(e.slot.layer for e in entries)
+    sources = [_Source(model, term, lowest, seed + place) for place, term in enumerate(terms) if term.coefficient]
+    history: list[Row] = []
+    for step in tqdm(range(steps), desc="finetune", disable=not progress, leave=False):
+        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in steering.param_groups:
+            group["lr"] = rate
+        row = {source.term.name: source.backward(masters, micro_batch_size, step) for source in sources}
+        row["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        steering.step()
+        for master in masters:
+            master.publish()
+        history.append({"step": step, **row, "learning_rate": rate})
+        if on_step is not None:
+            on_step(history[-1])
+    return history
+
+
+@dataclass(frozen=True, eq=False)
+class _Master:
+    """What the optimizer moves for some entries: the parameter itself, or a float32 copy of them."""
+
+    entries: Entries
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, entries: Entries) -> "_Master":
+        parameter = entries.slot.parameter.requires_grad_(True)
+        if entries.is_whole and torch.finfo(parameter.dtype).bits >= 32:
+            return cls(entries, parameter)
+        values = entries.read(parameter.detach())
+        return cls(entries, values.to(torch.promote_types(values.dtype, torch.float32)))
+
+    @property
+    def is_copy(self) -> bool:
+        return self.tensor is not self.entries.slot.parameter
+
+    def collect(self) -> None:
+        """Add the parameter's gradient (of one micro-batch) to the master's, in its precision."""
+        parameter = self.entries.slot.parameter
+        if not self.is_copy or parameter.grad is None:
+            return
+        gradient = self.entries.read(parameter.grad).to(self.tensor.dtype)
+        self.tensor.grad = gradient if self.tensor.grad is None else self.tensor.grad.add_(gradient)
+        parameter.grad = None
+
+    def publish(self) -> None:
+        """Show the model the new values, and forget the gradient."""
+        if self.is_copy:
+            self.entries.write(self.tensor)
+        self.tensor.grad = None
+
+
+@dataclass(eq=False)
+class _Source:
+    """Batches of one term, and the residual stream below the lowest trained layer, once per prompt."""
+
+    model: Model
+    term: Term
+    lowest: int
+    seed: int
+    order: Iterator[Tensor] = field(init=False)
+    stored: Float[Tensor, "batch pos d_model"] | None = field(init=False, default=None)
+    is_stored: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = _shuffled(len(self.term.prompts), self.term.batch_size, self.seed)
+        self.is_stored = torch.zeros(len(self.term.prompts), dtype=torch.bool)
+
+    def backward(self, masters: list[_Master], micro_batch_size: int | None, step: int) -> float:
+        """Gradient of the term on its next batch; gives its value without the coefficient, in nats per token."""
+        rows = next(self.order)
+        total = int(self.term.prompts.answer_mask[rows].sum())
+        value = 0.0
+        for part in rows.split(micro_batch_size or len(rows)):
+            loss = self._loss(part) / total
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"expected a finite loss, got {loss.item()} from {self.term.name} ({name_of(self.term.loss)}) "
+                    f"at step {step}: the weights were restored; lower the learning rate."
+                )
+            (self.term.coefficient * loss).backward()
+            value += loss.item()
+            for master in masters:
+                master.collect()
+        return value
+
+    def _loss(self, rows: Tensor) -> Float[Tensor, ""]:
+        prompts = self.term.prompts.rows(rows) if self.lowest else self.term.prompts[rows]
+        start = running_from(self.model, self.lowest, self._residual(rows)) if self.lowest else nullcontext()
+        with start:
+            logits = logits_at(self.model, prompts.tokens, prompts.mask, prompts.positions)
+        real = prompts.answer_mask
+        return self.term.loss(logits[real], prompts.answers[real]).sum()
+
+    def _residual(self, rows: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        missing = rows[~self.is_stored[rows]]
+        if len(missing):
+            prompts = self.term.prompts.rows(missing)
+            found = residual_before(self.model, self.lowest, prompts.tokens, prompts.mask)
+            if self.stored is None:
+                self.stored = found.new_empty(len(self.term.prompts), *found.shape[1:])
+            self.stored[missing] = found
+            self.is_stored[missing] = True
+        assert self.stored is not None
+        return self.stored[rows]
+
+
+def _shuffled(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Row numbers, forever: every row once per epoch, each epoch in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(n, generator=generator)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
