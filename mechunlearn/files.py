@@ -15,7 +15,7 @@ from torch import Tensor
 
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON with its kind and SHA-256."""
-    body = json.dumps(content, sort_keys=True)
+    body = json.dumps(json.loads(json.dumps(content)), sort_keys=True)  # as it will be read: keys are strings
     text = json.dumps({"kind": kind, "sha256": _digest(body.encode()), "content": content}, indent=1, sort_keys=True)
     _replace(Path(path), lambda temporary: temporary.write_text(text + "\n"))
 
@@ -54,7 +54,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise _unreadable(path, kind, str(error)) from error
     if header.get("kind") != kind:
         raise ValueError(f"expected a file with a {kind}, got one with {header.get('kind')} ({path}).")
-    if _tensor_digest(tensors, header["content"]) != header["sha256"]:
+    if _tensor_digest(tensors, header.get("content", "")) != header.get("sha256"):
         raise _unreadable(path, kind, "its checksum does not match")
     return tensors, json.loads(header["content"])
 

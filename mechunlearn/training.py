@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,11 +22,11 @@ from mechunlearn.weights import Entries
 adamw = partial(torch.optim.AdamW, weight_decay=0.0)
 """AdamW without weight decay, which would pull every localized weight to zero whatever the data say."""
 
-Row = dict[str, float]
+Row = dict[str, int | float]
 
 
-class MakesOptimizer(Protocol):
-    def __call__(self, params: list[Tensor], /, *, lr: float) -> Optimizer: ...
+MakesOptimizer: TypeAlias = Callable[..., Optimizer]
+"""Called as `optimizer(parameters, lr=learning_rate)`; a torch optimizer class is one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def fit(
     micro_batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
-    on_step: Callable[[Mapping[str, float]], None] | None = None,
+    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
 ) -> list[Row]:
     """Train the entries in place by the sum of the terms; one row of history per step.
 

@@ -89,7 +89,7 @@ class Edit:
     """Of the weights that the edit was made for (`mu.model.fingerprint`)."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: editor, settings, seed, versions."""
-    history: tuple[Mapping[str, float], ...] = ()
+    history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
 
     @property

@@ -154,3 +154,42 @@ def _gemma_config(config: Any) -> dict[str, Any]:
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def prompts(model: Any, *, n: int = 6, answer: int = 1, padding: str = "right", seed: int = 0) -> Any:
+    """Random words with a subject of two or three tokens, in rows of three lengths."""
+    from mechunlearn.tasks import build
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> list[str]:
+        return [f"w{i}" for i in torch.randint(4, N_VOCAB, (count,), generator=generator).tolist()]
+
+    texts, corrupt, subjects, answers, candidates = [], [], [], [], []
+    for i in range(n):
+        start, end = words(2 + i % 3), words(2)
+        subject, other = " ".join(words(2 + i % 2)), " ".join(words(2 + i % 2))
+        texts.append(" ".join([*start, subject, *end]))
+        corrupt.append(" ".join([*start, other, *end]))
+        subjects.append(subject)
+        firsts = torch.randperm(N_VOCAB - 4, generator=generator)[:4] + 4
+        options = [" w" + str(int(first)) for first in firsts]
+        answers.append(options[0] + "".join(" " + word for word in words((answer - 1) * (i % 2))))
+        candidates.append([answers[-1], *options[1:]])
+    return build(
+        model, texts, answers, candidates=candidates, subjects=subjects, corrupt=corrupt, padding=padding  # type: ignore[arg-type]
+    )
+
+
+def task(model: Any, *, answer: int = 1, seed: int = 0, padding: str = "right") -> Any:
+    """A task of random words."""
+    from mechunlearn.tasks import Format, Task
+
+    def made(place: int) -> Any:
+        return prompts(model, answer=answer, seed=seed + place, padding=padding)
+
+    text = torch.randint(4, N_VOCAB, (10, 12), generator=torch.Generator().manual_seed(seed))
+    formats = {"trained prompt": Format(made(2), made(3)), "question": Format(made(4), made(5))}
+    return Task(
+        "tiny", made(0), made(1), formats, text[:6], text[6:], injection=made(6), knowledge=prompts(model, seed=seed + 7)
+    )

@@ -100,7 +100,7 @@ class ComponentMask(Set[Component]):
                 f"expected a mask of a model of the same shape ({self.shape}), got one of {other.shape}: "
                 f"localize on the model that you edit."
             )
-        return frozenset(other)
+        return frozenset(Component.parse(c) if isinstance(c, str) else c for c in other)
 
     def _combined(self, operation: str, other: Set[Any], components: frozenset[Component]) -> "ComponentMask":
         right = dict(other.provenance) if isinstance(other, ComponentMask) else sorted(map(str, other))

@@ -35,7 +35,7 @@ def finetune(
     optimizer: MakesOptimizer = adamw,
     seed: int = 0,
     progress: bool = True,
-    on_step: Callable[[Mapping[str, float]], None] | None = None,
+    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
 ) -> Edit:
     """Train the weights of `mask` and nothing else; the model is left as it was, the change is returned.
 

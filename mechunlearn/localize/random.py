@@ -41,8 +41,8 @@ def random_like(
     """
     sizes = shape(model)
     members = sorted(set(pool)) if pool is not None else _same_kinds(mask, sizes)
-    order = _drawn(members, mask if pool is None else (), Random(f"random_like {seed}"))
-    target, smallest = mask.parameters, min(sizes.parameters([member]) for member in members)
+    order = _drawn(members, mask if pool is None else (), sizes, Random(f"random_like {seed}"))
+    target, smallest = mask.parameters, min((sizes.parameters([m]) for m in members), default=0)
     chosen, cover, count = [], Cover(sizes), 0
     for member in order:
         gain = cover.gain(member)
@@ -50,7 +50,7 @@ def random_like(
             chosen.append(member)
             cover.add(member)
             count += gain
-    if target - count >= smallest:
+    if not chosen or target - count >= smallest:
         raise ValueError(
             f"expected a pool that can cover {target:,} weights within one smallest component ({smallest:,}), got "
             f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
@@ -78,12 +78,14 @@ def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
     return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
 
 
-def _drawn(members: list[Component], mask: Iterable[Component], generator: Random) -> list[Component]:
-    """In random order; first as many of each kind as the mask has, then the rest."""
+def _drawn(
+    members: list[Component], mask: Iterable[Component], sizes: ModelShape, generator: Random
+) -> list[Component]:
+    """In random order; first as many of each kind as the mask has, the largest kind first, then the rest."""
     shuffled = generator.sample(members, len(members))
     left = Counter(component.kind for component in mask)
     first, rest = [], []
     for member in shuffled:
         (first if left[member.kind] > 0 else rest).append(member)
         left[member.kind] -= 1
-    return first + rest
+    return sorted(first, key=lambda member: -sizes.parameters([member])) + rest

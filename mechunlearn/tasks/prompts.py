@@ -109,8 +109,9 @@ class Prompts:
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Prompts":
         """These rows, without the columns that are padding in all of them."""
-        order = range(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows).tolist()
-        return self.rows(torch.tensor(list(order), dtype=torch.long))._trimmed()
+        index = torch.as_tensor(range(len(self))[rows] if isinstance(rows, slice) else rows).cpu()
+        chosen = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        return self.rows(chosen)._trimmed()
 
     def rows(self, rows: Int[Tensor, "row"]) -> "Prompts":
         """These rows, as wide as before."""
@@ -144,7 +145,7 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     if isinstance(rows, Tensor):
         return rows
     lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
+    if len(lengths) != 1:
         raise ValueError(
             f"expected {name} of one length, got lengths {lengths}: pad them and pass mask=..., or build them "
             f"from text with tasks.build, which does both."

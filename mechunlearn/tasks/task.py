@@ -30,7 +30,7 @@ class Task:
     """Name -> the test split in that format; the first is the trained prompt."""
     text: Int[Tensor, "row pos"]
     """General text to train on, packed to rows of equal length."""
-    text_test: Int[Tensor, "row pos"]
+    text_test: Int[Tensor, "test_row pos"]
     """Other general text, to measure the loss on."""
     injection: Prompts | None = None
     """`forget` with the answers that an edit should put in place of the true ones."""

@@ -1,0 +1,44 @@
+"""What "left as it was" means."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything that a call might leave behind: weights, flags, gradients, modes, hooks, cfg, patched methods."""
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    hooks = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for name, m in modules.items()
+    }
+    return {
+        "weights": {name: p.detach().clone() for name, p in parameters.items()},
+        "buffers": {name: b.detach().clone() for name, b in model.named_buffers()},
+        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
+        "gradients": {name: p.grad for name, p in parameters.items()},
+        "training": {name: m.training for name, m in modules.items()},
+        "hooks": hooks,
+        "points": {name: (len(p.fwd_hooks), len(p.bwd_hooks)) for name, p in model.hook_dict.items()},
+        "patched": [name for name, m in modules.items() if "forward" in m.__dict__],
+        "cfg": {name: repr(value) for name, value in vars(model.cfg).items()},
+    }
+
+
+@contextmanager
+def left_as_it_was(model: Any) -> Iterator[None]:
+    """Asserts that the block, however it ends, changes nothing about the model."""
+    before = state(model)
+    try:
+        yield
+    finally:
+        after = state(model)
+        for part in ("weights", "buffers"):
+            for name, tensor in before[part].items():
+                assert torch.equal(tensor, after[part][name]), f"{part} {name} changed"
+            before.pop(part), after.pop(part)
+        before_gradients, after_gradients = before.pop("gradients"), after.pop("gradients")
+        assert all(before_gradients[name] is after_gradients[name] for name in before_gradients)
+        assert before == after
