@@ -89,7 +89,9 @@ def bridge(architecture: str, seed: int = 0) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     model = huggingface(architecture, seed)
-    return TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer(), device="cpu")
+    found = TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer(), device="cpu")
+    found(torch.tensor([[1, 5]]))  # TransformerLens installs hooks of its own at the first forward
+    return found
 
 
 def hooked(architecture: str, seed: int = 0) -> Any:

@@ -79,7 +79,8 @@ def _effects(
     for name, gradient in zip(sites, gradients, strict=True):
         if gradient is None:
             raise ValueError(f"expected the metric to depend on {name}, but it has no gradient there: is it detached?")
-        product = ((source[name] - base[name].detach()) * gradient).float()
+        product = (source[name] - base[name].detach()) * gradient
+        product = product.to(torch.promote_types(product.dtype, torch.float32))
         real = patched.mask.view(*patched.mask.shape, *[1] * (product.ndim - 2))
         product = product.masked_fill(~real, 0.0).sum(1)
         effects[name] = product.sum(-1) if product.ndim == 3 else product

@@ -17,7 +17,9 @@ def site(component: Component, shape: ModelShape) -> str:
 
     A head and its `W_O` share `hook_z`: patching z patches exactly what the head adds to the residual
     stream. An MLP and its `W_out` share `hook_mlp_out` (after the post-norm in Gemma 2).
+    ValueError for a component outside the model.
     """
+    shape.units_of(component)
     prefix = f"blocks.{component.layer}."
     if component.part == "H":
         return prefix + {"W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v"}.get(

@@ -110,8 +110,8 @@ class Prompts:
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Prompts":
         """These rows, without the columns that are padding in all of them."""
         index = torch.as_tensor(range(len(self))[rows] if isinstance(rows, slice) else rows).cpu()
-        chosen = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
-        return self.rows(chosen)._trimmed()
+        order = torch.arange(len(self))[index if index.numel() else index.long()]
+        return self.rows(order)._trimmed()
 
     def rows(self, rows: Int[Tensor, "row"]) -> "Prompts":
         """These rows, as wide as before."""

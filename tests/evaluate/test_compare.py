@@ -1,0 +1,93 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+import tiny
+from mechunlearn.evaluate import Result, compare, paper_metrics
+
+finetune = partial(mu.edit.finetune, steps=2, batch_size=4, text_batch_size=2, progress=False)
+CHOSEN = {name: test for name, test in paper_metrics.items() if "multiple choice" not in name}
+
+
+@pytest.fixture
+def report(model):
+    task = tiny.task(model)
+    edits = {
+        "mlp": finetune(model, task, mu.ComponentMask.of(["L1MLP"], mu.shape(model)), learning_rate=0.05),
+        "head": finetune(model, task, mu.ComponentMask.of(["L2H1"], mu.shape(model))),
+    }
+    with left_as_it_was(model):
+        return compare(model, task, edits, metrics=CHOSEN, progress=False)
+
+
+def test_the_table_has_the_original_first_and_the_number_of_edited_weights_last(model, report):
+    assert list(report.table.index) == ["original", "mlp", "head"]
+    assert list(report.table.columns) == [*CHOSEN, "edited weights"]
+    sizes = mu.shape(model)
+    expected = [0, *(sizes.parameters([mu.Component.parse(label)]) for label in ("L1MLP", "L2H1"))]
+    assert report.table["edited weights"].tolist() == expected
+    assert not report.table.isna().any().any()
+    assert (report.table.iloc[0] != report.table.iloc[1]).all()
+
+
+def test_markdown_and_plot_show_every_row_and_chance(report):
+    text = report.to_markdown()
+    assert all(f"| {row} |" in text for row in ("original", "mlp", "head", "*chance*"))
+    assert "0.250" in text
+    assert "mean probability over the candidates" in text
+    names = {trace.name for trace in report.plot().data}
+    assert names == {"original", "mlp", "head", "chance"}
+
+
+def test_intervals_hold_the_value_and_say_what_was_measured(report):
+    frame = report.intervals
+    assert (frame["low"] <= frame["value"] + 1e-9).all()
+    assert (frame["value"] <= frame["high"] + 1e-9).all()
+    assert frame.loc[("mlp", "text loss"), "chance"] == pytest.approx(math.log(tiny.N_VOCAB))
+
+
+def test_a_researchers_own_test_is_a_column(llama):
+    def eleven(model, task):
+        return Result(torch.tensor([10.0, 12.0]), "a constant")
+
+    report = compare(llama, tiny.task(llama), {}, metrics={"mine": eleven}, progress=False)
+    assert report.table.loc["original", "mine"] == 11.0
+
+
+def test_accuracy_in_its_three_senses_by_hand(llama):
+    """Against plain logits of the whole batch, one prompt at a time."""
+    prompts = tiny.prompts(llama)
+    found = mu.evaluate.accuracy(llama, prompts, batch_size=4)
+    for i in range(len(prompts)):
+        one = prompts[[i]]
+        logits = llama(one.tokens, attention_mask=one.mask.long())[0, int(one.positions[0, 0])]
+        shares = logits[one.candidates[0]].softmax(0)
+        assert float(found.probability.per_example[i]) == pytest.approx(float(shares[0]), abs=1e-5)
+        assert bool(found.candidates.per_example[i]) == (int(shares.argmax()) == 0)
+        assert bool(found.vocabulary.per_example[i]) == (int(logits.argmax()) == int(one.answers[0, 0]))
+    assert found.candidates.chance == found.probability.chance == 0.25
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_batch_size_and_padding_side_do_not_matter(model, size):
+    whole = mu.evaluate.accuracy(model, tiny.prompts(model))
+    other = mu.evaluate.accuracy(model, tiny.prompts(model, padding="left"), batch_size=size)
+    assert torch.allclose(whole.probability.per_example, other.probability.per_example, atol=1e-5)
+
+
+def test_text_loss_is_the_mean_cross_entropy(model):
+    task = tiny.task(model)
+    logits = model(task.text_test, attention_mask=torch.ones_like(task.text_test))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), task.text_test[:, 1:].flatten())
+    assert mu.evaluate.text_loss(model, task).value == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_edit_that_changes_nothing_scores_like_the_original(model):
+    task = tiny.task(model)
+    nothing = finetune(model, task, mu.ComponentMask.of(["L1MLP"], mu.shape(model)), learning_rate=0.0)
+    table = compare(model, task, {"nothing": nothing}, metrics=CHOSEN, progress=False).table
+    assert torch.equal(torch.tensor(table.iloc[0, :-1].tolist()), torch.tensor(table.iloc[1, :-1].tolist()))

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+import tiny
+from mechunlearn.components import matrices
+from mechunlearn.model import fingerprint, slots
+from mechunlearn.weights import Edit, captured, read, select
+
+
+def masked(model, *labels):
+    return mu.ComponentMask.of(labels, mu.shape(model))
+
+
+def some_edit(model, *labels):
+    """The mask's entries, each a little larger."""
+    mask = masked(model, *labels)
+    values = {label: value * 1.5 for label, value in read(select(model, mask)).items()}
+    return Edit(mask, values, fingerprint(model), {"editor": "by hand"}, ({"step": 0, "loss": 1.0},))
+
+
+LABELS = ("L1H2", "L0H3.W_K", "L2N3", "L0MLP.W_in")
+
+
+def test_reading_then_writing_is_the_identity(model):
+    with left_as_it_was(model):
+        edit = captured(model, masked(model, *LABELS), fingerprint(model))
+        with edit.applied(model):
+            pass
+
+
+def test_an_edit_holds_exactly_the_entries_of_its_mask(model):
+    edit = some_edit(model, *LABELS)
+    assert edit.parameters == edit.mask.parameters == mu.shape(model).parameters(edit.mask)
+
+
+def test_applied_changes_the_covered_entries_alone_and_takes_them_back(model):
+    edit = some_edit(model, *LABELS)
+    inside = {(e.slot.layer, e.slot.matrix): e for e in select(model, edit.mask)}
+    before = {key: slot.parameter.detach().clone() for key, slot in slots(model).items()}
+    with left_as_it_was(model), edit.applied(model):
+        for key, slot in slots(model).items():
+            moved = slot.view(slot.parameter.detach()) != slot.view(before[key])
+            if key not in inside:
+                assert not moved.any()
+            else:
+                assert moved[inside[key].units].all()
+                assert not moved[~inside[key].units].any()
+
+
+def test_apply_changes_the_model_for_good():
+    model = tiny.bridge("gpt2")
+    edit = some_edit(model, "L1H2")
+    edit.apply(model)
+    assert torch.equal(read(select(model, edit.mask))["L1.W_Q"], edit.values["L1.W_Q"])
+
+
+def test_saving_and_loading_are_inverses(model, tmp_path):
+    edit = some_edit(model, *LABELS)
+    edit.save(tmp_path / "edit.safetensors")
+    again = Edit.load(tmp_path / "edit.safetensors")
+    assert again.mask == edit.mask
+    assert again.fingerprint == edit.fingerprint
+    assert dict(again.provenance) == dict(edit.provenance)
+    assert [dict(row) for row in again.history] == [dict(row) for row in edit.history]
+    assert all(torch.equal(again.values[label], edit.values[label]) for label in edit.values)
+    with left_as_it_was(model), again.applied(model):
+        pass
+
+
+def test_an_edit_keeps_the_models_dtype():
+    model = tiny.bridge("llama").to(torch.bfloat16)
+    edit = some_edit(model, "L1H2")
+    assert {value.dtype for value in edit.values.values()} == {torch.bfloat16}
+
+
+def test_edits_of_all_components_cover_all_weights(model):
+    shape = mu.shape(model)
+    everything = mu.ComponentMask(frozenset(matrices(shape)), shape)
+    assert sum(value.numel() for value in read(select(model, everything)).values()) == shape.parameters(everything)
+    assert everything.parameters == mu.localize.everything(model).parameters
+
+
+def test_overlapping_components_are_edited_once(llama):
+    mask = masked(llama, "L1H2", "L1H3", "L1ATTN", "L0MLP", "L0N3")
+    labels = [e.label for e in select(llama, mask)]
+    assert len(labels) == len(set(labels))
+    assert mask.parameters == masked(llama, "L1ATTN", "L0MLP").parameters
+
+
+def test_a_failure_while_applied_takes_the_edit_back(model):
+    with left_as_it_was(model), pytest.raises(RuntimeError), some_edit(model, *LABELS).applied(model):
+        raise RuntimeError
