@@ -1,15 +1,15 @@
 """Localize a piece of knowledge in a language model, edit it there, and test whether it is gone.
 
-    import mechunlearn as mu
+import mechunlearn as mu
 
-    model = mu.testbed.load()
-    task = mu.tasks.sports_facts(model, forget="basketball")
-    where = mu.localize.attribution_patching(model, task.forget).top(fraction=0.05)
-    edit = mu.edit.finetune(model, task, where)
-    mu.evaluate.compare(model, task, {"attribution": edit}).table
+model = mu.testbed.load()
+task = mu.tasks.sports_facts(model, forget="basketball")
+where = mu.localize.attribution_patching(model, task.forget).top(fraction=0.05)
+edit = mu.edit.finetune(model, task, where)
+mu.evaluate.compare(model, task, {"attribution": edit}).table
 """
 
-from mechunlearn import components, edit, evaluate, localize, losses, metrics, tasks, testbed
+from mechunlearn import components, edit, evaluate, localize, losses, metrics, model, tasks, testbed
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape
 from mechunlearn.model import fingerprint, shape
 from mechunlearn.tasks import Prompts, Task
@@ -32,6 +32,7 @@ __all__ = [
     "localize",
     "losses",
     "metrics",
+    "model",
     "shape",
     "tasks",
     "testbed",

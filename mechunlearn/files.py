@@ -36,7 +36,7 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
 
 def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, with `content` and the SHA-256 of everything in the header."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = _without_sharing({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     body = json.dumps(content, sort_keys=True)
     header = {"kind": kind, "content": body, "sha256": _tensor_digest(stored, body)}
     _replace(Path(path), lambda temporary: save_file(stored, temporary, metadata=header))
@@ -57,6 +57,17 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if _tensor_digest(tensors, header.get("content", "")) != header.get("sha256"):
         raise _unreadable(path, kind, "its checksum does not match")
     return tensors, json.loads(header["content"])
+
+
+def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that use the memory of an earlier one, which safetensors would refuse."""
+    seen: set[int] = set()
+    alone = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        alone[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return alone
 
 
 def _tensor_digest(tensors: Mapping[str, Tensor], body: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Loss: TypeAlias = Callable[[Float[Tensor, "token d_vocab"], Int[Tensor, "token"]], Float[Tensor, "token"]]
+"""Any function of logits and targets that gives one value per token."""
 
 
 def cross_entropy(logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, "token"]) -> Float[Tensor, "token"]:
@@ -20,7 +21,7 @@ def cross_entropy(logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, "
 
     Example: logits (0, log 3), target 1: p = 3/4, loss log(4/3) = 0.2877.
     """
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(_at_least_float32(logits), targets, reduction="none")
 
 
 def log_one_minus_probability(
@@ -35,8 +36,12 @@ def log_one_minus_probability(
     Example: logits (0, log 3), target 1: p = 3/4, loss log 4 = 1.3863. Guo et al. 2025,
     https://arxiv.org/abs/2410.12949 (section 3.1), after Mazeika et al. 2024, https://arxiv.org/abs/2402.04249.
     """
-    logits = logits.float()
+    logits = _at_least_float32(logits)
     total = logits.logsumexp(-1)
     others = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
     log_probability = logits.gather(-1, targets[:, None])[:, 0] - total
     return torch.where(log_probability.detach() < cutoff, torch.zeros_like(total), total - others)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -14,11 +14,10 @@ from torch import Tensor
 from mechunlearn.tasks.prompts import Prompts
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch answer d_vocab"], Prompts], Tensor]
+"""Any function of logits and prompts that gives one value per prompt."""
 
 
-def logit_difference(
-    logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts
-) -> Float[Tensor, "batch"]:
+def logit_difference(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
     """Logit of the answer minus the mean logit of the other candidates, in nats.
 
     Positive when the answer is preferred. Needs candidates and answers of one token.
@@ -27,12 +26,14 @@ def logit_difference(
     return chosen[:, 0] - chosen[:, 1:].mean(1)
 
 
-def answer_log_probability(
-    logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts
-) -> Float[Tensor, "batch"]:
+def answer_log_probability(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
     """Log probability of the whole answer, in nats: the sum over its tokens, each given the ones before."""
     real = prompts.answer_mask
-    log_probabilities = logits.log_softmax(-1).gather(-1, prompts.answers.clamp(min=0)[..., None])[..., 0]
+    log_probabilities = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32))
+        .log_softmax(-1)
+        .gather(-1, prompts.answers.clamp(min=0)[..., None])[..., 0]
+    )
     return log_probabilities.masked_fill(~real, 0.0).sum(1)
 
 
@@ -55,9 +56,7 @@ def is_top_of_candidates(logits: Float[Tensor, "batch answer d_vocab"], prompts:
     return chosen[:, 0] > chosen[:, 1:].amax(1)
 
 
-def candidate_probability(
-    logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts
-) -> Float[Tensor, "batch"]:
+def candidate_probability(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
     """Probability of the answer after a softmax over the candidates alone. Chance is 1 / candidates.
 
     Its mean is what Guo et al. (2025, https://arxiv.org/abs/2410.12949) call accuracy.
@@ -104,4 +103,4 @@ def _candidate_logits(
             f"expected answers of one token for {name}, got answers of up to {longest}: "
             f"use answer_log_probability, which scores whole answers."
         )
-    return logits[:, 0].gather(1, prompts.candidates)
+    return logits[:, 0].gather(1, prompts.candidates).to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mechunlearn.losses import Loss
 from mechunlearn.metrics import name_of
-from mechunlearn.model import Model, logits_at, residual_before, running_from
+from mechunlearn.model import Model, residual_before, running_from
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.weights import Entries
 
@@ -31,7 +31,10 @@ MakesOptimizer: TypeAlias = Callable[..., Optimizer]
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss: coefficient * mean over the answer tokens of a batch of `prompts`."""
+    """One term of the loss: coefficient * mean over the answer tokens of a batch of `prompts`.
+
+    Where there are fewer prompts than `batch_size`, each batch is all of them, once.
+    """
 
     name: str
     prompts: Prompts
@@ -135,7 +138,8 @@ class _Source:
     is_stored: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.order = _shuffled(len(self.term.prompts), self.term.batch_size, self.seed)
+        count = len(self.term.prompts)
+        self.order = _shuffled(count, min(self.term.batch_size, count), self.seed)
         self.is_stored = torch.zeros(len(self.term.prompts), dtype=torch.bool)
 
     def backward(self, masters: list[_Master], micro_batch_size: int | None, step: int) -> float:
@@ -160,7 +164,7 @@ class _Source:
         prompts = self.term.prompts.rows(rows) if self.lowest else self.term.prompts[rows]
         start = running_from(self.model, self.lowest, self._residual(rows)) if self.lowest else nullcontext()
         with start:
-            logits = logits_at(self.model, prompts.tokens, prompts.mask, prompts.positions)
+            logits = prompts.logits(self.model)
         real = prompts.answer_mask
         return self.term.loss(logits[real], prompts.answers[real]).sum()
 
@@ -168,7 +172,7 @@ class _Source:
         missing = rows[~self.is_stored[rows]]
         if len(missing):
             prompts = self.term.prompts.rows(missing)
-            found = residual_before(self.model, self.lowest, prompts.tokens, prompts.mask)
+            found = residual_before(self.model, self.lowest, prompts.tokens, prompts.attention_mask)
             if self.stored is None:
                 self.stored = found.new_empty(len(self.term.prompts), *found.shape[1:])
             self.stored[missing] = found

@@ -93,7 +93,7 @@ class Edit:
     """One row per training step: each loss term, gradient norm, learning rate."""
 
     @property
-    def parameters(self) -> int:
+    def n_parameters(self) -> int:
         """Number of entries that it sets."""
         return sum(value.numel() for value in self.values.values())
 
@@ -134,7 +134,7 @@ class Edit:
         return cls(mask, values, content["fingerprint"], content["provenance"], tuple(content["history"]))
 
     def __repr__(self) -> str:
-        return f"Edit({self.provenance.get('editor', 'by hand')}; {self.parameters:,} weights of {self.mask!r})"
+        return f"Edit({self.provenance.get('editor', 'by hand')}; {self.n_parameters:,} weights of {self.mask!r})"
 
     def _entries(self, model: Model) -> list[Entries]:
         entries = select(model, self.mask)
@@ -147,8 +147,6 @@ class Edit:
         return entries
 
 
-def captured(
-    model: Model, mask: ComponentMask, original: str, provenance: Mapping[str, Any] | None = None
-) -> Edit:
+def captured(model: Model, mask: ComponentMask, original: str, provenance: Mapping[str, Any] | None = None) -> Edit:
     """The model's present values under `mask` as an edit of the weights whose fingerprint is `original`."""
     return Edit(mask, read(select(model, mask)), original, provenance or {})

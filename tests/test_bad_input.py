@@ -4,12 +4,12 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from conftest import shared
 from state import left_as_it_was
 
 import mechunlearn as mu
-import tiny
 from mechunlearn.components import Component
 from mechunlearn.model import slots
 
@@ -26,7 +26,10 @@ def refused(*parts):
 
 
 def test_a_metric_that_needs_one_token_refuses_longer_answers(model):
-    with left_as_it_was(model), refused("expected answers of one token", "got answers of up to 3", "use answer_log_prob"):
+    with (
+        left_as_it_was(model),
+        refused("expected answers of one token", "got answers of up to 3", "use answer_log_prob"),
+    ):
         mu.localize.attribution_patching(model, tiny.prompts(model, answer=3))
 
 
@@ -34,7 +37,10 @@ def test_a_metric_of_the_wrong_shape_is_refused(model):
     def averaged(logits, prompts):
         return logits.mean()
 
-    with left_as_it_was(model), refused("expected averaged to give one value per prompt", r"got \(\)", "do not average"):
+    with (
+        left_as_it_was(model),
+        refused("expected averaged to give one value per prompt", r"got \(\)", "do not average"),
+    ):
         mu.localize.attribution_patching(model, tiny.prompts(model), metric=averaged)
 
 
@@ -71,7 +77,10 @@ def test_prompts_without_candidates_are_refused_by_a_metric_that_needs_them(mode
 @pytest.mark.parametrize("label", ["L3H0", "L0H4", "L9MLP", "L1N9999"])
 def test_a_component_outside_the_model_is_refused(model, label):
     outside = [Component.parse(label)]
-    with left_as_it_was(model), refused("expected a component of a model with 3 layers, 4 heads", f"got {label}", "made for"):
+    with (
+        left_as_it_was(model),
+        refused("expected a component of a model with 3 layers, 4 heads", f"got {label}", "made for"),
+    ):
         mu.localize.attribution_patching(model, tiny.prompts(model), components=outside)
     with refused("expected a component", f"got {label}", "made for another model"):
         masked(model, label)
@@ -132,7 +141,10 @@ def test_quantised_weights_are_refused_for_editing():
 def test_a_mixture_of_experts_is_refused(llama):
     llama.cfg.num_experts = 8
     try:
-        with left_as_it_was(llama), refused("expected a dense model", "got a mixture of 8 experts", "use a dense model"):
+        with (
+            left_as_it_was(llama),
+            refused("expected a dense model", "got a mixture of 8 experts", "use a dense model"),
+        ):
             mu.shape(llama)
     finally:
         llama.cfg.num_experts = None
@@ -166,7 +178,10 @@ def test_an_edit_of_other_weights_is_refused(model):
         weight[0] += 1.0
     try:
         for apply in (edit.apply, lambda m: edit.applied(m).__enter__()):
-            with left_as_it_was(model), refused("expected the weights that the edit was made for", "got others", "load"):
+            with (
+                left_as_it_was(model),
+                refused("expected the weights that the edit was made for", "got others", "load"),
+            ):
                 apply(model)
     finally:
         with torch.no_grad():

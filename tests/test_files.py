@@ -51,7 +51,6 @@ def test_views_and_parameters_are_stored_by_value(tmp_path: Path) -> None:
     assert tensors["part"].tolist() == [1, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors refuses tensors that share memory")
 def test_tensors_that_share_memory_are_stored(tmp_path: Path) -> None:
     values = torch.arange(3.0)
     write_tensors(tmp_path / "x.safetensors", "Thing", {"values": values, "per_prompt": values[None]}, {})

@@ -33,10 +33,10 @@ def test_the_examples_of_the_docstrings_hold() -> None:
 
 
 def test_a_token_below_the_cutoff_contributes_nothing() -> None:
-    # p = 0.006 lies below exp(-5) = 0.0067, p = 0.0075 above it.
-    logits = torch.tensor([[0.006, 0.994], [0.0075, 0.9925]]).log().requires_grad_()
+    # p = 0.0066 lies below exp(-5) = 0.00674, p = 0.007 above it.
+    logits = torch.tensor([[0.0066, 0.9934], [0.007, 0.993]]).log().requires_grad_()
     loss = log_one_minus_probability(logits, torch.tensor([0, 0]))
-    assert loss.tolist() == pytest.approx([0, -LOG(0.9925)], rel=1e-4)
+    assert loss.tolist() == pytest.approx([0, -LOG(0.993)], rel=1e-4)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert not gradient[0].any()
     assert gradient[1].all()

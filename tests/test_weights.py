@@ -1,9 +1,9 @@
 import pytest
+import tiny
 import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-import tiny
 from mechunlearn.components import matrices
 from mechunlearn.model import fingerprint, slots
 from mechunlearn.weights import Edit, captured, read, select
@@ -32,7 +32,7 @@ def test_reading_then_writing_is_the_identity(model):
 
 def test_an_edit_holds_exactly_the_entries_of_its_mask(model):
     edit = some_edit(model, *LABELS)
-    assert edit.parameters == edit.mask.parameters == mu.shape(model).parameters(edit.mask)
+    assert edit.n_parameters == edit.mask.n_parameters == mu.shape(model).n_parameters(edit.mask)
 
 
 def test_applied_changes_the_covered_entries_alone_and_takes_them_back(model):
@@ -78,15 +78,15 @@ def test_an_edit_keeps_the_models_dtype():
 def test_edits_of_all_components_cover_all_weights(model):
     shape = mu.shape(model)
     everything = mu.ComponentMask(frozenset(matrices(shape)), shape)
-    assert sum(value.numel() for value in read(select(model, everything)).values()) == shape.parameters(everything)
-    assert everything.parameters == mu.localize.everything(model).parameters
+    assert sum(value.numel() for value in read(select(model, everything)).values()) == shape.n_parameters(everything)
+    assert everything.n_parameters == mu.localize.everything(model).n_parameters
 
 
 def test_overlapping_components_are_edited_once(llama):
     mask = masked(llama, "L1H2", "L1H3", "L1ATTN", "L0MLP", "L0N3")
     labels = [e.label for e in select(llama, mask)]
     assert len(labels) == len(set(labels))
-    assert mask.parameters == masked(llama, "L1ATTN", "L0MLP").parameters
+    assert mask.n_parameters == masked(llama, "L1ATTN", "L0MLP").n_parameters
 
 
 def test_a_failure_while_applied_takes_the_edit_back(model):

@@ -179,7 +179,13 @@ def prompts(model: Any, *, n: int = 6, answer: int = 1, padding: str = "right", 
         answers.append(options[0] + "".join(" " + word for word in words((answer - 1) * (i % 2))))
         candidates.append([answers[-1], *options[1:]])
     return build(
-        model, texts, answers, candidates=candidates, subjects=subjects, corrupt=corrupt, padding=padding  # type: ignore[arg-type]
+        model,
+        texts,
+        answers,
+        candidates=candidates,
+        subjects=subjects,
+        corrupt=corrupt,
+        padding=padding,  # type: ignore[arg-type]
     )
 
 
@@ -193,5 +199,12 @@ def task(model: Any, *, answer: int = 1, seed: int = 0, padding: str = "right") 
     text = torch.randint(4, N_VOCAB, (10, 12), generator=torch.Generator().manual_seed(seed))
     formats = {"trained prompt": Format(made(2), made(3)), "question": Format(made(4), made(5))}
     return Task(
-        "tiny", made(0), made(1), formats, text[:6], text[6:], injection=made(6), knowledge=prompts(model, seed=seed + 7)
+        "tiny",
+        made(0),
+        made(1),
+        formats,
+        text[:6],
+        text[6:],
+        injection=made(6),
+        knowledge=prompts(model, seed=seed + 7),
     )

@@ -2,6 +2,7 @@
 
 from mechunlearn.components.component import (
     Component,
+    Components,
     ModelShape,
     heads,
     heads_and_mlps,
@@ -9,6 +10,7 @@ from mechunlearn.components.component import (
     matrices,
     mlps,
     neurons,
+    resolve,
 )
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.scores import ComponentScores
@@ -17,6 +19,7 @@ __all__ = [
     "Component",
     "ComponentMask",
     "ComponentScores",
+    "Components",
     "ModelShape",
     "heads",
     "heads_and_mlps",
@@ -24,4 +27,5 @@ __all__ = [
     "matrices",
     "mlps",
     "neurons",
+    "resolve",
 ]

@@ -1,9 +1,10 @@
 """A component is a named set of weight slices; the shape of a model says which slices there are."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import total_ordering
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool
@@ -14,7 +15,10 @@ MLP_MATRICES = ("W_in", "W_gate", "W_out")
 MATRICES = ATTENTION_MATRICES + MLP_MATRICES
 
 _PARTS = ("ATTN", "H", "MLP", "N")
-_LABEL = re.compile(r"L(\d+)(?:(ATTN)|(H)(\d+)(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|(N)(\d+))")
+_NUMBER = r"(0|[1-9]\d*)"
+_LABEL = re.compile(
+    rf"L{_NUMBER}(?:(ATTN)|H{_NUMBER}(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|N{_NUMBER})", re.ASCII
+)
 
 
 @total_ordering
@@ -49,19 +53,28 @@ class Component:
     matrix: str | None = None
     """One matrix of a head or an MLP; None for all of them."""
 
+    def __post_init__(self) -> None:
+        if _LABEL.fullmatch(str(self)) is None:
+            raise ValueError(
+                f"expected a component with a label such as L5H3, L5H3.W_Q, L5ATTN, L8MLP, L8MLP.W_in or L8N40, got "
+                f"layer={self.layer}, part={self.part!r}, index={self.index}, matrix={self.matrix!r}: heads and "
+                f"neurons need an index from 0, only heads and MLPs have matrices."
+            )
+
     @classmethod
     def parse(cls, label: str) -> "Component":
+        """The component of that label; ValueError for anything else."""
         match = _LABEL.fullmatch(label)
         if match is None:
             raise ValueError(
                 f"expected a component label such as L5H3, L5H3.W_Q, L5ATTN, L8MLP, L8MLP.W_in or L8N40, "
                 f"got {label!r}: write the layer, then the part."
             )
-        layer, attn, head, head_index, head_matrix, mlp, mlp_matrix, _, neuron = match.groups()
+        layer, attn, head, head_matrix, mlp, mlp_matrix, neuron = match.groups()
         if attn:
             return cls(int(layer), "ATTN")
         if head:
-            return cls(int(layer), "H", int(head_index), head_matrix)
+            return cls(int(layer), "H", int(head), head_matrix)
         if mlp:
             return cls(int(layer), "MLP", None, mlp_matrix)
         return cls(int(layer), "N", int(neuron))
@@ -121,7 +134,7 @@ class ModelShape:
         if component.part in ("ATTN", "MLP"):
             group = ATTENTION_MATRICES if component.part == "ATTN" else MLP_MATRICES
             return {m: slice(None) for m in self._chosen(component, group)}
-        assert component.index is not None
+        assert component.index is not None  # checked on construction
         group = ATTENTION_MATRICES if component.part == "H" else MLP_MATRICES
         units = {m: self._unit(m, component.index) for m in self._chosen(component, group)}
         return {m: slice(unit, unit + 1) for m, unit in units.items()}
@@ -133,7 +146,7 @@ class ModelShape:
             cover.add(component)
         return cover.units
 
-    def parameters(self, components: Iterable[Component]) -> int:
+    def n_parameters(self, components: Iterable[Component]) -> int:
         """Number of weights that the components cover together, shared ones counted once."""
         return sum(int(units.sum()) * self.unit_parameters(m) for (_, m), units in self.entries(components).items())
 
@@ -154,12 +167,25 @@ class ModelShape:
             )
 
 
+Components: TypeAlias = Callable[[ModelShape], Iterable[Component]] | Iterable[Component | str]
+"""Which components: a level (`heads`, `mlps`, ...: a function of the shape), components, or their labels."""
+
+
+def resolve(components: Components, shape: ModelShape) -> tuple[Component, ...]:
+    """The components meant, in the order given; ValueError for one outside the shape."""
+    given = components(shape) if callable(components) else components
+    found = tuple(Component.parse(c) if isinstance(c, str) else c for c in given)
+    for component in found:
+        shape.units_of(component)
+    return found
+
+
 class Cover:
     """Weights covered so far, as components are added one by one."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self.units: dict[tuple[int, str], Bool[Tensor, "unit"]] = {}
+        self.units: dict[tuple[int, str], Bool[Tensor, unit]] = {}
 
     def gain(self, component: Component) -> int:
         """How many weights the component would add."""
@@ -179,10 +205,12 @@ class Cover:
 
 
 def heads(shape: ModelShape) -> list[Component]:
+    """Every query head, in layer order."""
     return [Component(layer, "H", h) for layer in range(shape.n_layers) for h in range(shape.n_heads)]
 
 
 def mlps(shape: ModelShape) -> list[Component]:
+    """Every MLP, in layer order."""
     return [Component(layer, "MLP") for layer in range(shape.n_layers)]
 
 
@@ -210,4 +238,5 @@ def matrices(shape: ModelShape) -> list[Component]:
 
 
 def neurons(shape: ModelShape) -> list[Component]:
+    """Every MLP neuron, in layer order: many."""
     return [Component(layer, "N", n) for layer in range(shape.n_layers) for n in range(shape.d_mlp)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mechunlearn.components.component import Component, ModelShape
+from mechunlearn.components.component import Component, ModelShape, resolve
 from mechunlearn.components.plot import heat_map
 from mechunlearn.files import read_json, write_json
 
@@ -16,33 +16,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComponentMask(Set[Component]):
-    """A set of components: `|`, `&`, `-`, `in`, `len`, iteration in layer order.
+    """A set of components: `|`, `&`, `-`, `^`, `in`, `len`, iteration in layer order.
 
     Two masks are equal when they select the same components of the same shape. Components may
     overlap (`L5H3` and `L5ATTN`): weights that several of them cover count once.
     """
 
     components: frozenset[Component]
+    """What is selected."""
     shape: ModelShape
+    """Of the model that it was made for."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: the method, its settings and what selected from it."""
 
     def __post_init__(self) -> None:
-        members = frozenset(Component.parse(c) if isinstance(c, str) else c for c in self.components)
-        for component in members:
-            self.shape.units_of(component)
-        object.__setattr__(self, "components", members)
+        object.__setattr__(self, "components", frozenset(resolve(self.components, self.shape)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @classmethod
     def of(cls, components: Iterable[Component | str], shape: ModelShape) -> "ComponentMask":
         """A mask written down by hand: `ComponentMask.of(["L2MLP", "L3MLP"], mu.shape(model))`."""
-        return cls(frozenset(Component.parse(str(c)) for c in components), shape, {"method": "by hand"})
+        return cls(frozenset(resolve(components, shape)), shape, {"method": "by hand"})
 
     @property
-    def parameters(self) -> int:
+    def n_parameters(self) -> int:
         """Number of weights it covers, shared and overlapping ones counted once."""
-        return self.shape.parameters(self.components)
+        return self.shape.n_parameters(self.components)
 
     def save(self, path: str | Path) -> None:
         """Write JSON with provenance and a checksum."""
@@ -55,13 +54,14 @@ class ComponentMask(Set[Component]):
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentMask":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
         content = read_json(path, "ComponentMask")
         members = frozenset(Component.parse(label) for label in content["components"])
         return cls(members, ModelShape(**content["shape"]), content["provenance"])
 
     def plot(self) -> "Figure":
         """Layer x component map: 1 where selected."""
-        return heat_map(dict.fromkeys(self, 1.0), title=f"{len(self)} components, {self.parameters:,} weights")
+        return heat_map(dict.fromkeys(self, 1.0), title=f"{len(self)} components, {self.n_parameters:,} weights")
 
     def __contains__(self, component: object) -> bool:
         return (Component.parse(component) if isinstance(component, str) else component) in self.components
@@ -89,10 +89,18 @@ class ComponentMask(Set[Component]):
     def __sub__(self, other: Set[Any]) -> "ComponentMask":
         return self._combined("-", other, self.components - self._compatible(other))
 
+    def __xor__(self, other: Set[Any]) -> "ComponentMask":
+        return self._combined("^", other, self.components ^ self._compatible(other))
+
+    def __rsub__(self, other: Set[Any]) -> "ComponentMask":
+        return ComponentMask(self._compatible(other), self.shape, {"method": "by hand"}) - self
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
     def __repr__(self) -> str:
         labels = [str(component) for component in self]
         shown = ", ".join(labels[:8]) + (f", ... ({len(labels) - 8} more)" if len(labels) > 8 else "")
-        return f"ComponentMask({shown}; {self.parameters:,} weights)"
+        return f"ComponentMask({shown}; {self.n_parameters:,} weights)"
 
     def _compatible(self, other: Set[Any]) -> frozenset[Component]:
         if isinstance(other, ComponentMask) and other.shape != self.shape:

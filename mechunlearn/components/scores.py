@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components.component import Component, Cover, ModelShape
+from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import heat_map
 from mechunlearn.files import read_tensors, write_tensors
@@ -26,8 +26,11 @@ class ComponentScores(Mapping[Component, float]):
     """A score for every component: a mapping from components (or their labels) to floats."""
 
     components: tuple[Component, ...]
+    """What is scored, in the order of `tensor`."""
     tensor: Float[Tensor, "component"]
+    """The scores."""
     shape: ModelShape
+    """Of the model that they were computed on."""
     method: str
     """The function that made it."""
     metric: str = ""
@@ -37,8 +40,23 @@ class ComponentScores(Mapping[Component, float]):
     per_prompt: Float[Tensor, "prompt component"] | None = None
     """Each prompt's own score, where the method has them; the scores are their mean."""
 
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[Component, float] | Mapping[str, float],
+        shape: ModelShape,
+        *,
+        method: str = "by hand",
+        metric: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> "ComponentScores":
+        """Your own scores: `ComponentScores.of({"L2MLP": 0.8, "L3MLP": 0.5}, mu.shape(model))`."""
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
+        return cls(resolve(values, shape), tensor, shape, method, metric, settings or {})
+
     @property
     def n_prompts(self) -> int | None:
+        """How many prompts the scores are means over, where that is known."""
         return None if self.per_prompt is None else len(self.per_prompt)
 
     def __post_init__(self) -> None:
@@ -47,8 +65,16 @@ class ComponentScores(Mapping[Component, float]):
                 f"expected one value for each of {len(self.components)} components (at least one), "
                 f"got {len(self.tensor)} values."
             )
-        for component in self.components:
-            self.shape.units_of(component)
+        if len(set(resolve(self.components, self.shape))) < len(self.components):
+            twice = [str(c) for c in dict.fromkeys(self.components) if self.components.count(c) > 1]
+            raise ValueError(
+                f"expected each component once, got {', '.join(twice[:5])} several times: drop duplicates."
+            )
+        if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
+            raise ValueError(
+                f"expected per-prompt values of shape (prompts, {len(self.tensor)}), "
+                f"got {tuple(self.per_prompt.shape)}."
+            )
         if not bool(torch.isfinite(self.tensor).all()):
             bad = [str(c) for c, v in self.items() if not math.isfinite(v)][:5]
             raise ValueError(f"expected finite scores, got NaN or infinity at {', '.join(bad)}: check the metric.")
@@ -73,7 +99,7 @@ class ComponentScores(Mapping[Component, float]):
         - `threshold`: all with `by(score) >= threshold`.
         - `parameters`: in order of rank for as long as together they cover at most so many weights;
           the first component that would cross the budget ends the selection and is not included.
-          Compare with controls of `mask.parameters`, the realised count.
+          Compare with controls of `mask.n_parameters`, the realised count.
 
         Raises ValueError for a value out of range and for a rule that selects nothing.
         """
@@ -88,7 +114,7 @@ class ComponentScores(Mapping[Component, float]):
             highest = ordered[0]
             raise ValueError(
                 f"expected a rule that selects at least one component, got {given}, which selects none: the highest is "
-                f"{highest} with {ranks[highest]:.4g} and {self.shape.parameters([highest]):,} weights."
+                f"{highest} with {ranks[highest]:.4g} and {self.shape.n_parameters([highest]):,} weights."
             )
         provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": given}
         return ComponentMask(frozenset(chosen), self.shape, provenance)
@@ -104,9 +130,9 @@ class ComponentScores(Mapping[Component, float]):
     ) -> int:
         n = len(ordered)
         if k is not None:
-            if not 1 <= k <= n:
+            if not 1 <= k <= n or k != int(k):
                 raise ValueError(f"k must lie in 1..{n} (the number of scores), got {k}.")
-            return k
+            return int(k)
         if fraction is not None:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fraction must lie in (0, 1], a share of the {n} scores, got {fraction}.")
@@ -155,11 +181,11 @@ class ComponentScores(Mapping[Component, float]):
                 "index": c.index,
                 "matrix": c.matrix,
                 "score": value,
-                "weights": self.shape.parameters([c]),
+                "weights": self.shape.n_parameters([c]),
             }
             for c, value in self.items()
         ]
-        frame = pd.DataFrame(rows).set_index("component")
+        frame = pd.DataFrame(rows).set_index("component").astype({"index": "Int64"})
         return frame.sort_values("score", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> "Figure":
@@ -183,6 +209,7 @@ class ComponentScores(Mapping[Component, float]):
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentScores":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
         tensors, content = read_tensors(path, "ComponentScores")
         return cls(
             tuple(Component.parse(label) for label in content["components"]),
@@ -214,4 +241,5 @@ class ComponentScores(Mapping[Component, float]):
     def __repr__(self) -> str:
         best = sorted(self.items(), key=lambda pair: -abs(pair[1]))[:5]
         shown = ", ".join(f"{component}: {value:+.3g}" for component, value in best)
-        return f"ComponentScores({self.method}, {self.metric}; {len(self)} components; {shown}, ...)"
+        more = ", ..." if len(self) > len(best) else ""
+        return f"ComponentScores({self.method}, {self.metric}; {len(self)} components; {shown}{more})"

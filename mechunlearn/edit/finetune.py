@@ -19,8 +19,8 @@ def finetune(
     task: Task,
     mask: ComponentMask,
     *,
-    forget: Prompts | None = None,
-    forget_loss: Loss = log_one_minus_probability,
+    inject: Prompts | None = None,
+    forget_loss: Loss | None = None,
     retain_loss: Loss = cross_entropy,
     text_loss: Loss = cross_entropy,
     forget_coefficient: float = 1.0,
@@ -39,11 +39,14 @@ def finetune(
 ) -> Edit:
     """Train the weights of `mask` and nothing else; the model is left as it was, the change is returned.
 
-        loss = c_forget * L_forget(task.forget) + c_retain * L_retain(task.retain) + c_text * L_text(task.text)
+        loss =   forget_coefficient * forget_loss(task.forget)
+               + retain_coefficient * retain_loss(task.retain)
+               + text_coefficient   * text_loss(task.text)
 
-    each term a mean over answer tokens, in nats. Erasure is the default. Injection of another answer:
-    `forget=task.injection, forget_loss=cross_entropy`. Options of a loss are bound with `partial`, e.g.
-    the cut-off of erasure: `forget_loss=partial(log_one_minus_probability, cutoff=-10)`.
+    each term a mean over answer tokens, in nats. Erasure by log(1 - p) is the default. With
+    `inject=task.injection` the first term is the cross-entropy to the answers of these prompts instead.
+    Options of a loss are bound with `partial`, e.g. the cut-off of erasure:
+    `forget_loss=partial(log_one_minus_probability, cutoff=-10)`.
 
     The defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949): 50 steps, 64 examples a term,
     AdamW without weight decay, cosine schedule, clipping at 1; but the learning rate suits the shipped
@@ -56,8 +59,9 @@ def finetune(
     FloatingPointError when a loss is not finite.
     """
     entries, original = select(model, mask), fingerprint(model)
+    forget_loss = forget_loss or (log_one_minus_probability if inject is None else cross_entropy)
     terms = [
-        Term("forget", forget if forget is not None else task.forget, forget_loss, forget_coefficient, batch_size),
+        Term("forget", task.forget if inject is None else inject, forget_loss, forget_coefficient, batch_size),
         Term("retain", task.retain, retain_loss, retain_coefficient, batch_size),
         Term("text", as_prompts(task.text), text_loss, text_coefficient, text_batch_size),
     ]
@@ -79,9 +83,7 @@ def finetune(
     before = read(entries)
     try:
         with preserved(model):
-            history = fit(
-                model, entries, terms, optimizer=optimizer, progress=progress, on_step=on_step, **settings
-            )
+            history = fit(model, entries, terms, optimizer=optimizer, progress=progress, on_step=on_step, **settings)
         values = read(entries)
     finally:
         write(entries, before)

@@ -2,13 +2,14 @@
 
 from mechunlearn.evaluate.accuracy import Accuracy, accuracy, measure
 from mechunlearn.evaluate.compare import Report, compare
-from mechunlearn.evaluate.in_task import in_format, knowledge, paper_metrics, text_loss
+from mechunlearn.evaluate.in_task import Test, in_format, knowledge, paper_metrics, text_loss
 from mechunlearn.evaluate.result import Result
 
 __all__ = [
     "Accuracy",
     "Report",
     "Result",
+    "Test",
     "accuracy",
     "compare",
     "in_format",

@@ -14,7 +14,7 @@ from mechunlearn.metrics import (
     is_top_of_vocabulary,
     name_of,
 )
-from mechunlearn.model import Model, logits_at, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 
 SENSES = {
@@ -41,18 +41,17 @@ def accuracy(model: Model, prompts: Prompts, *, batch_size: int = 64) -> Accurac
     return Accuracy(*measure(model, prompts, tuple(SENSES), batch_size=batch_size))
 
 
-def measure(
-    model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64
-) -> tuple[Result, ...]:
+def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64) -> tuple[Result, ...]:
     """One result per metric, from one forward over the prompts in batches (answers are teacher-forced)."""
+    check_model(model)
     values: list[list[torch.Tensor]] = [[] for _ in metrics]
     with preserved(model), torch.no_grad():
         for batch in prompts.batches(batch_size):
-            logits = logits_at(model, batch.tokens, batch.mask, batch.positions)
+            logits = batch.logits(model)
             for kept, metric in zip(values, metrics, strict=True):
                 kept.append(checked(metric, logits, batch).float().cpu())
     return tuple(
-        Result(torch.cat(kept), SENSES.get(metric, name_of(metric)), _chance(metric, prompts), prompts.names)
+        Result(torch.cat(kept), SENSES.get(metric, name_of(metric)), _chance(metric, prompts), names=prompts.names)
         for kept, metric in zip(values, metrics, strict=True)
     )
 

@@ -38,7 +38,8 @@ class Report:
 
     @property
     def intervals(self) -> "DataFrame":
-        """95 % bootstrap intervals over facts: one row per edit and test, columns value, low, high, chance, sense."""
+        """95 % bootstrap intervals over facts: one row per edit and test, columns value, low, high,
+        chance, n, sense."""
         import pandas as pd
 
         rows = [
@@ -59,14 +60,14 @@ class Report:
         first = next(iter(self.results.values()))
         chances = [result.chance for result in first.values()]
         rows.append(["*chance*", *("" if chance is None else f"{chance:.3f}" for chance in chances), ""])
-        senses = dict.fromkeys(f"{result.sense}: {self._columns(result.sense)}" for result in first.values())
+        senses = dict.fromkeys(f"{r.sense} ({r.unit}): {self._columns(r.sense)}" for r in first.values())
         return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(f"- {s}" for s in senses)
 
     def plot(self) -> "Figure":
         """One group of bars per test, one bar per row of the table, with 95 % intervals and chance as a line."""
         import plotly.graph_objects as go
 
-        shown = [name for name, result in next(iter(self.results.values())).items() if _is_share(result)]
+        shown = [name for name, result in next(iter(self.results.values())).items() if result.unit == "share"]
         figure = go.Figure()
         for row, found in self.results.items():
             ends = [found[name].interval() for name in shown]
@@ -82,7 +83,7 @@ class Report:
 
     def _columns(self, sense: str) -> str:
         first = next(iter(self.results.values()))
-        return ", ".join(name for name, result in first.items() if result.sense == sense)
+        return "; ".join(name for name, result in first.items() if result.sense == sense)
 
     def __repr__(self) -> str:
         return self.to_markdown()
@@ -109,9 +110,15 @@ def compare(
     results: dict[str, dict[str, Result]] = {}
     for row in tqdm(["original", *edits], desc="evaluate", disable=not progress, leave=False):
         with edits[row].applied(model) if row in edits else nullcontext():
-            results[row] = {name: test(model, task) for name, test in metrics.items()}
-    return Report(results, {"original": 0} | {name: edit.parameters for name, edit in edits.items()})
+            results[row] = {name: _run(test, name, model, task) for name, test in metrics.items()}
+    return Report(results, {"original": 0} | {name: edit.n_parameters for name, edit in edits.items()})
 
 
-def _is_share(result: Result) -> bool:
-    return bool(((result.per_example >= 0) & (result.per_example <= 1)).all())
+def _run(test: Test, name: str, model: Model, task: Task) -> Result:
+    result = test(model, task)
+    if not isinstance(result, Result):
+        raise ValueError(
+            f"expected a test (model, task) -> Result for the column {name!r}, got one that returns "
+            f"{type(result).__name__}: wrap the number in mu.evaluate.Result(per_example=..., sense=...)."
+        )
+    return result

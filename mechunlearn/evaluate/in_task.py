@@ -14,6 +14,7 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts
 
 Test: TypeAlias = Callable[[Model, Task], Result]
+"""A test of a model on a task; any function of this signature is one."""
 
 
 def in_format(
@@ -33,18 +34,20 @@ def in_format(
 def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probability) -> Result:
     """Accuracy on `task.knowledge`, multiple choice about other things. Chance is 1/4."""
     if task.knowledge is None:
-        raise ValueError("expected a task with knowledge questions, got none: set Task.knowledge or leave the test out.")
+        raise ValueError(
+            "expected a task with knowledge questions, got none: set Task.knowledge or leave the test out."
+        )
     return measure(model, task.knowledge, [metric])[0]
 
 
 def text_loss(model: Model, task: Task) -> Result:
-    """Mean cross-entropy on `task.text_test`, in nats per token. Chance is log(vocabulary)."""
+    """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary)."""
 
     def per_token(logits, prompts: Prompts):
         return -answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
     found = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
-    return Result(found.per_example, "cross-entropy, nats per token", math.log(model.cfg.d_vocab))
+    return Result(found.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
 paper_metrics: Mapping[str, Test] = {

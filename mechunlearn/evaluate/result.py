@@ -12,15 +12,19 @@ class Result:
     """A number, the mean of one value per example."""
 
     per_example: Float[Tensor, "example"]
+    """One value per example."""
     sense: str
     """What was measured, such as "argmax over the candidates"."""
     chance: float | None = None
-    """What guessing would give, in the same unit."""
+    """What guessing (for a loss: a uniform guess) would give, in the same unit."""
+    unit: str = "share"
+    """"share" in [0, 1], or what else the number is in, such as "nats per token"."""
     names: tuple[str, ...] = ()
     """What each example is about."""
 
     @property
     def value(self) -> float:
+        """The mean over examples."""
         return float(self.per_example.mean())
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:

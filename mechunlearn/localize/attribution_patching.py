@@ -1,18 +1,16 @@
 """Attribution patching: the effect of patching every component, estimated by one gradient."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import Component, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps, resolve
 from mechunlearn.metrics import Metric, checked, logit_difference, name_of
-from mechunlearn.model import Model, logits_at, preserved, recording, shape, site
+from mechunlearn.model import Model, preserved, recording, shape, site
 from mechunlearn.tasks.prompts import Prompts
-
-Components: TypeAlias = Callable[[ModelShape], Sequence[Component]] | Iterable[Component]
 
 
 def attribution_patching(
@@ -28,7 +26,8 @@ def attribution_patching(
 
     With a(x) a component's output, x the run that is patched and x' the run that the patch is from,
 
-        score = mean over prompts of  sum over positions and d of  (a(x') - a(x)) * d metric / d a(x)
+        score = mean over prompts of the sum over positions and d of
+                (a(x') - a(x)) * d metric / d a(x)
 
     which approximates metric(x with a replaced by a(x')) - metric(x), in the metric's unit.
 
@@ -47,7 +46,7 @@ def attribution_patching(
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
     """
     sizes = shape(model)
-    chosen = tuple(components(sizes) if callable(components) else components)
+    chosen = resolve(components, sizes)
     sites = {component: site(component, sizes) for component in chosen}
     clean, corrupt = prompts, prompts.corrupted()
     patched, other = (clean, corrupt) if direction == "noising" else (corrupt, clean)
@@ -60,9 +59,7 @@ def attribution_patching(
     per_prompt = torch.cat(rows).double().cpu()
     settings = {"direction": direction, "prompts": len(prompts), "batch_size": batch_size}
     name = name_of(metric)
-    return ComponentScores(
-        chosen, per_prompt.mean(0), sizes, "attribution_patching", name, settings, per_prompt
-    )
+    return ComponentScores(chosen, per_prompt.mean(0), sizes, "attribution_patching", name, settings, per_prompt)
 
 
 def _effects(
@@ -70,10 +67,9 @@ def _effects(
 ) -> dict[str, Float[Tensor, "batch *units"]]:
     """Site -> gradient times difference, summed over positions and, for heads, over d_head."""
     with torch.no_grad(), recording(model, sites) as source:
-        logits_at(model, other.tokens, other.mask, other.positions[:, :1])
+        other.logits(model)
     with recording(model, sites) as base:
-        logits = logits_at(model, patched.tokens, patched.mask, patched.positions, hooks=[_gradients_from_here()])
-        values = checked(metric, logits, patched)
+        values = checked(metric, patched.logits(model, hooks=[_gradients_from_here()]), patched)
     gradients = torch.autograd.grad(values.sum(), [base[name] for name in sites], allow_unused=True)
     effects = {}
     for name, gradient in zip(sites, gradients, strict=True):
@@ -81,7 +77,7 @@ def _effects(
             raise ValueError(f"expected the metric to depend on {name}, but it has no gradient there: is it detached?")
         product = (source[name] - base[name].detach()) * gradient
         product = product.to(torch.promote_types(product.dtype, torch.float32))
-        real = patched.mask.view(*patched.mask.shape, *[1] * (product.ndim - 2))
+        real = patched.attention_mask.view(*patched.attention_mask.shape, *[1] * (product.ndim - 2))
         product = product.masked_fill(~real, 0.0).sum(1)
         effects[name] = product.sum(-1) if product.ndim == 3 else product
     return effects

@@ -1,12 +1,20 @@
 """Random localizations: the control beside every claim."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from random import Random
 
 import torch
 
-from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.components import (
+    Component,
+    ComponentMask,
+    Components,
+    ComponentScores,
+    ModelShape,
+    heads_and_mlps,
+    resolve,
+)
 from mechunlearn.components.component import Cover, heads, layers, matrices, mlps, neurons
 from mechunlearn.model import Model, shape
 
@@ -15,11 +23,11 @@ def random(
     model: Model,
     *,
     seed: int,
-    components: Callable[[ModelShape], Sequence[Component]] = heads_and_mlps,
+    components: Components = heads_and_mlps,
 ) -> ComponentScores:
     """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
     sizes = shape(model)
-    chosen = tuple(components(sizes))
+    chosen = resolve(components, sizes)
     values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
 
@@ -29,20 +37,27 @@ def random_like(
     model: Model,
     seed: int,
     *,
-    pool: Iterable[Component] | None = None,
+    pool: Components | None = None,
 ) -> ComponentMask:
     """Other components, drawn at random, that cover as many weights as `mask`.
 
-    Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and all
-    heads of the model (those of the mask among them), so that the control differs in place only. With
-    `pool`, components are drawn from it alone, of whatever kind. Components that would exceed the count are
-    passed over, so the realised count is at most that of the mask and less than one smallest component of the pool below it
-    (KV heads that query heads share count once). ValueError if the pool cannot cover so many weights.
+    Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and
+    all heads of the model (those of the mask among them), so that the control differs in place only. With
+    `pool`, components are drawn from it alone, of whatever kind. Components that would exceed the count
+    are passed over, so the realised count is at most that of the mask and less than one smallest
+    component of the pool below it. Where query heads share KV heads, which count once, the number of
+    heads may differ by that. ValueError if the pool cannot cover so many weights.
     """
     sizes = shape(model)
-    members = sorted(set(pool)) if pool is not None else _same_kinds(mask, sizes)
+    if mask.shape != sizes:
+        raise ValueError(
+            f"expected a mask of a model of the same shape ({sizes}), got one of {mask.shape}: "
+            f"localize on the model that you edit."
+        )
+    members = sorted(set(resolve(pool, sizes))) if pool is not None else _same_kinds(mask, sizes)
     order = _drawn(members, mask if pool is None else (), sizes, Random(f"random_like {seed}"))
-    target, smallest = mask.parameters, min((sizes.parameters([m]) for m in members), default=0)
+    one_of_each = {member.kind: member for member in members}.values()
+    target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
     chosen, cover, count = [], Cover(sizes), 0
     for member in order:
         gain = cover.gain(member)
@@ -88,4 +103,5 @@ def _drawn(
     for member in shuffled:
         (first if left[member.kind] > 0 else rest).append(member)
         left[member.kind] -= 1
-    return sorted(first, key=lambda member: -sizes.parameters([member])) + rest
+    weights = {member.kind: sizes.n_parameters([member]) for member in {m.kind: m for m in first}.values()}
+    return sorted(first, key=lambda member: -weights[member.kind]) + rest

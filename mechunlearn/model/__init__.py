@@ -2,13 +2,14 @@
 
 from mechunlearn.model.checks import check_editable, check_model
 from mechunlearn.model.fingerprint import fingerprint
-from mechunlearn.model.hooks import recording, site
+from mechunlearn.model.hooks import Hook, recording, site
 from mechunlearn.model.kinds import Model, device_of, shape
 from mechunlearn.model.preserve import preserved
 from mechunlearn.model.run import logits_at, residual_before, running_from
 from mechunlearn.model.slots import Slot, slots
 
 __all__ = [
+    "Hook",
     "Model",
     "Slot",
     "check_editable",

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor
 
 from mechunlearn.components import Component, ModelShape
 from mechunlearn.model.kinds import Model
 
-Hook = tuple[str, Callable[..., Tensor | None]]
+Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
+"""A TransformerLens forward hook: the hook point's name and `(value, hook) -> new value or None`."""
 
 
 def site(component: Component, shape: ModelShape) -> str:

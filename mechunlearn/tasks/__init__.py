@@ -5,6 +5,6 @@ from mechunlearn.tasks.knowledge import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.sports import sports_facts
 from mechunlearn.tasks.task import Format, Task
-from mechunlearn.tasks.text import pack
+from mechunlearn.tasks.text import as_prompts, pack
 
-__all__ = ["Format", "Prompts", "Task", "build", "general_knowledge", "pack", "sports_facts"]
+__all__ = ["Format", "Prompts", "Task", "as_prompts", "build", "general_knowledge", "pack", "sports_facts"]

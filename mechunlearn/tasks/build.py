@@ -17,31 +17,35 @@ def build(
     answers: Sequence[str],
     *,
     candidates: Sequence[Sequence[str]] | None = None,
-    subjects: Sequence[str] | None = None,
+    subjects: Sequence[str | tuple[int, int]] | None = None,
     corrupt: Sequence[str] | None = None,
     padding: Literal["right", "left"] = "right",
 ) -> Prompts:
     """Prompts from texts that end right before their answers (which usually start with a space).
 
     `candidates`: for each text its possible answers, the right one first. `subjects`: for each text
-    the words that its tokens are to be found for (their last occurrence). `corrupt`: for each text
-    another of as many tokens. A tokenizer that would merge prompt and answer into one token, a subject
+    what it is about, as words (their last occurrence counts) or as a range of characters; the tokens
+    that share characters with it are the subject's. `corrupt`: for each text another of as many tokens.
+    A tokenizer that would merge prompt and answer into one token, a subject
     that is not in its text and a corrupt text of another length are errors that name the row.
     """
+    if len(texts) != len(answers):
+        raise ValueError(f"expected one answer for each text, got {len(texts)} texts and {len(answers)} answers.")
     rows = [_row(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    ranges = None if subjects is None else [_range(t, s) for t, s in zip(texts, subjects, strict=True)]
     encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
     tokens, mask = _padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
     starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
     return Prompts(
         tokens=tokens,
-        mask=mask,
+        attention_mask=mask,
         positions=_answer_grid(starts, lengths, encodings, at="position"),
         answers=_answer_grid(starts, lengths, encodings, at="token"),
         candidates=None if candidates is None else _candidates(model, texts, candidates),
-        subject=None if subjects is None else _subjects(texts, subjects, encodings, starts, tokens),
+        subject=None if ranges is None else _subjects(ranges, encodings, starts, tokens),
         corrupt=None if corrupt is None else _corrupt(model, corrupt, answers, encodings, padding),
         texts=tuple(texts),
-        names=tuple(subjects or ()),
+        names=() if ranges is None else tuple(t[a:b] for t, (a, b) in zip(texts, ranges, strict=True)),
     ).to(device_of(model))
 
 
@@ -50,11 +54,10 @@ def _row(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
     encoding = encode(model, text + answer)
     inside = [place for place, (_, end) in enumerate(encoding.spans) if end <= len(text)]
     n_prompt = len(inside)
-    crossing = n_prompt < len(encoding.spans) and encoding.spans[n_prompt][0] < len(text)
-    if n_prompt in (0, len(encoding.tokens)) or crossing:
+    if n_prompt in (0, len(encoding.tokens)) or encode(model, text).tokens != encoding.tokens[:n_prompt]:
         raise ValueError(
-            f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}, which "
-            f"this tokenizer merges with it: end the prompt before the space and start the answer with it."
+            f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}: one of "
+            f"them is empty or this tokenizer merges them; end the prompt before a space and start the answer with it."
         )
     return encoding, n_prompt
 
@@ -102,15 +105,20 @@ def _candidates(model: Model, texts: Sequence[str], candidates: Sequence[Sequenc
     return torch.tensor(grid)
 
 
+def _range(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(subject, str):
+        return subject
+    start = text.rfind(subject)
+    if start < 0 or not subject:
+        raise ValueError(f"expected the subject {subject!r} in its prompt, got {text!r}: write it the same way.")
+    return start, start + len(subject)
+
+
 def _subjects(
-    texts: Sequence[str], subjects: Sequence[str], encodings: Sequence[Encoding], starts: Sequence[int], tokens: Tensor
+    ranges: Sequence[tuple[int, int]], encodings: Sequence[Encoding], starts: Sequence[int], tokens: Tensor
 ) -> Tensor:
     found = torch.zeros_like(tokens, dtype=torch.bool)
-    for i, (text, subject, encoding) in enumerate(zip(texts, subjects, encodings, strict=True)):
-        begin = text.rfind(subject)
-        if begin < 0 or not subject:
-            raise ValueError(f"expected the subject {subject!r} in its prompt, got {text!r}: write it the same way.")
-        finish = begin + len(subject)
+    for i, ((begin, finish), encoding) in enumerate(zip(ranges, encodings, strict=True)):
         for place, (start, end) in enumerate(encoding.spans[:-1]):
             found[i, starts[i] + place] = start < finish and end > begin
     return found
@@ -123,7 +131,7 @@ def _corrupt(
     for text, row, encoding in zip(corrupt, rows, encodings, strict=True):
         if len(row.tokens) != len(encoding.tokens):
             raise ValueError(
-                f"expected a corrupt prompt of {len(encoding.tokens)} tokens (with the answer), like the clean one, got "
-                f"{len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
+                f"expected a corrupt prompt of {len(encoding.tokens)} tokens (with the answer), like the clean one, "
+                f"got {len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
             )
     return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]

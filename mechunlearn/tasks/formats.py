@@ -49,9 +49,7 @@ SPORT_QUESTION = "What sport does {athlete} play?"
 SPORT_OPTIONS = ("Football", "Baseball", "Basketball", "Golf")
 
 
-def multiple_choice(
-    question: str, options: Sequence[str], *, demonstration: str = "", system: bool = False
-) -> str:
+def multiple_choice(question: str, options: Sequence[str], *, demonstration: str = "", system: bool = False) -> str:
     """The question with lettered options, after an answered one (`demonstration`) and the system text."""
     asked = MULTIPLE_CHOICE.format(question=question, **dict(zip(LETTERS, options, strict=True)))
     return (SYSTEM + "\n" if system else "") + demonstration + asked

@@ -20,6 +20,7 @@ def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
         question = facts.relations()[fact["relation"]]["question"].format(subject=fact["subject"])
         texts.append(formats.multiple_choice(question, options))
         letters.append(formats.LETTERS[options.index(fact["answer"])])
-        subjects.append(fact["subject"])
+        start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
+        subjects.append((start, start + len(fact["subject"])))
     candidates = [[f" {o}" for o in (letter, *(x for x in formats.LETTERS if x != letter))] for letter in letters]
     return build(model, texts, [f" {letter}" for letter in letters], candidates=candidates, subjects=subjects)

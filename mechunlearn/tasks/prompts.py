@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from mechunlearn.model import Hook, Model, logits_at
 
 IGNORED = -100
 """Fills `answers` where a row's answer is shorter than the longest."""
@@ -18,7 +20,7 @@ class Prompts:
 
     tokens: Int[Tensor, "batch pos"]
     """Each prompt, followed by all but the last token of its answer (nothing, if that is one token)."""
-    mask: Bool[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
     """True at real tokens; padding may be on either side."""
     positions: Int[Tensor, "batch answer"]
     """Where each answer token is predicted: the first is the last token of the prompt."""
@@ -29,7 +31,7 @@ class Prompts:
     subject: Bool[Tensor, "batch pos"] | None = None
     """True at the tokens of the subject."""
     corrupt: Int[Tensor, "batch pos"] | None = None
-    """Tokens of another prompt of equal length, real where `mask` is, which has another answer."""
+    """Tokens of another prompt of equal length, real where `attention_mask` is, which has another answer."""
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     """What each prompt is about, for per-example tables."""
@@ -40,7 +42,7 @@ class Prompts:
         tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
         answers: Sequence[int] | Int[Tensor, "batch"],
         *,
-        mask: Bool[Tensor, "batch pos"] | None = None,
+        attention_mask: Bool[Tensor, "batch pos"] | None = None,
         candidates: Sequence[Sequence[int]] | Int[Tensor, "batch candidate"] | None = None,
         corrupt: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | None = None,
         subject: Bool[Tensor, "batch pos"] | None = None,
@@ -50,7 +52,7 @@ class Prompts:
         `tasks.build` makes prompts from text, with answers of any length.
         """
         grid = _grid(tokens, "tokens")
-        real = torch.ones_like(grid, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones_like(grid, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         last = real.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True)
         return cls(
             grid,
@@ -65,7 +67,7 @@ class Prompts:
     def __post_init__(self) -> None:
         if len(self.tokens) == 0:
             raise ValueError("expected at least one prompt, got none: the set is empty; check what it was filtered by.")
-        for name in ("mask", "subject", "corrupt"):
+        for name in ("attention_mask", "subject", "corrupt"):
             value = getattr(self, name)
             if value is not None and value.shape != self.tokens.shape:
                 raise ValueError(
@@ -73,7 +75,15 @@ class Prompts:
                     f"{tuple(value.shape)}: every token needs its counterpart (a corrupt prompt must have the "
                     f"length of the clean one)."
                 )
-        if not bool(self.mask.gather(1, self.positions).all()):
+        rows = {name: len(value) for name, value in self._tensors().items()}
+        rows |= {name: len(getattr(self, name)) for name in ("texts", "names") if getattr(self, name)}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"expected one answer, one list of candidates, ... for each prompt, got {rows} of them.")
+        if self.candidates is not None and self.candidates.shape[1] < 2:
+            raise ValueError(
+                "expected at least two candidates per prompt, got one: add wrong answers, or leave them out."
+            )
+        if not bool(self.attention_mask.gather(1, self.positions).all()):
             raise ValueError("expected answers to be predicted at real tokens, got a masked position: check the mask.")
         if self.candidates is not None and bool((self.candidates[:, 0] != self.answers[:, 0]).any()):
             raise ValueError("expected the right answer as the first candidate of every row: reorder the candidates.")
@@ -97,6 +107,13 @@ class Prompts:
             )
         return replace(self, tokens=self.corrupt, corrupt=None, texts=())
 
+    def logits(self, model: Model, *, hooks: Sequence[Hook] = ()) -> Float[Tensor, "batch answer d_vocab"]:
+        """What a metric takes: the logits that predict the answer tokens. One forward, answers teacher-forced.
+
+        `hooks` are TransformerLens forward hooks `(name, function)` for this pass.
+        """
+        return logits_at(model, self.tokens, self.attention_mask, self.positions, hooks=hooks)
+
     def to(self, device: torch.device | str) -> "Prompts":
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
@@ -107,7 +124,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "Prompts":
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "Prompts":
         """These rows, without the columns that are padding in all of them."""
         index = torch.as_tensor(range(len(self))[rows] if isinstance(rows, slice) else rows).cpu()
         order = torch.arange(len(self))[index if index.numel() else index.long()]
@@ -128,11 +145,11 @@ class Prompts:
 
     def _trimmed(self) -> "Prompts":
         """Without the columns that are padding in every row."""
-        real = self.mask.any(0).nonzero()
+        real = self.attention_mask.any(0).nonzero()
         start, stop = int(real[0]), int(real[-1]) + 1
         if (start, stop) == (0, self.tokens.shape[1]):
             return self
-        columns = ("tokens", "mask", "subject", "corrupt")
+        columns = ("tokens", "attention_mask", "subject", "corrupt")
         cut = {name: value[:, start:stop] for name, value in self._tensors().items() if name in columns}
         return replace(self, positions=self.positions - start, **cut)
 
@@ -147,7 +164,7 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     lengths = sorted({len(row) for row in rows})
     if len(lengths) != 1:
         raise ValueError(
-            f"expected {name} of one length, got lengths {lengths}: pad them and pass mask=..., or build them "
-            f"from text with tasks.build, which does both."
+            f"expected {name} of one length, got lengths {lengths}: pad them and pass attention_mask=..., or build "
+            f"them from text with tasks.build, which does both."
         )
     return torch.tensor([list(row) for row in rows])

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mechunlearn.model.kinds import Model, device_of
+from mechunlearn.model import Model, check_model, device_of
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts, formats
 from mechunlearn.tasks.build import build
@@ -49,6 +49,7 @@ def sports_facts(
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError if the sport or a name is not in the source.
     """
+    check_model(model)
     rng = random.Random(seed)
     people = _people(source)
     chosen = _chosen(people, forget)
@@ -59,13 +60,16 @@ def sports_facts(
     trained = partial(_prompts, model, formats.FACT, partners=partners, rng=rng)
     rows = list(text) if text is not None else [facts.running_text(rng) for _ in range(400)]
     packed = pack(model, rows).to(device_of(model))
+    n_test = max(1, len(packed) // 5)
+    if len(packed) == n_test:
+        raise ValueError("expected text for at least two rows of 64 tokens (train and test), got one: pass more text.")
     return Task(
         name=f"sports facts: forget {forget if isinstance(forget, str | int) else f'{len(chosen)} athletes'}",
         forget=trained(forget_train),
         retain=trained(retain_train),
         formats=_formats(model, forget_test, retain_test, rng),
-        text=packed[len(packed) // 5 :],
-        text_test=packed[: max(1, len(packed) // 5)],
+        text=packed[n_test:],
+        text_test=packed[:n_test],
         injection=_injection(model, forget_train, injected),
         knowledge=general_knowledge(model, seed=seed),
         splits={
@@ -89,6 +93,9 @@ def _people(source: "str | Path | DataFrame | None") -> list[Athlete]:
     others = sorted(set(frame["sport"]) - set(SPORTS))
     if others:
         raise ValueError(f"expected sports {SPORTS}, got also {others[:5]}: drop or rename these rows.")
+    twice = frame["athlete"][frame["athlete"].duplicated()].tolist()
+    if twice:
+        raise ValueError(f"expected each athlete once, got {twice[:5]} several times: keep one row of each.")
     return list(zip(frame["athlete"], frame["sport"], strict=True))
 
 
@@ -152,9 +159,7 @@ def _injection(model: Model, people: list[Athlete], injected: str) -> Prompts:
     return _prompts(model, formats.FACT, people, answer=injected)
 
 
-def _formats(
-    model: Model, forget: list[Athlete], retain: list[Athlete], rng: random.Random
-) -> dict[str, Format]:
+def _formats(model: Model, forget: list[Athlete], retain: list[Athlete], rng: random.Random) -> dict[str, Format]:
     templates = {"trained prompt": formats.FACT, **formats.PARAPHRASES}
     asked = {name: partial(_prompts, model, template) for name, template in templates.items()}
     asked["multiple choice"] = partial(_multiple_choice, model, rng=rng, system=False)

@@ -2,11 +2,11 @@ import math
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-import tiny
 from mechunlearn.evaluate import Result, compare, paper_metrics
 
 finetune = partial(mu.edit.finetune, steps=2, batch_size=4, text_batch_size=2, progress=False)
@@ -28,7 +28,7 @@ def test_the_table_has_the_original_first_and_the_number_of_edited_weights_last(
     assert list(report.table.index) == ["original", "mlp", "head"]
     assert list(report.table.columns) == [*CHOSEN, "edited weights"]
     sizes = mu.shape(model)
-    expected = [0, *(sizes.parameters([mu.Component.parse(label)]) for label in ("L1MLP", "L2H1"))]
+    expected = [0, *(sizes.n_parameters([mu.Component.parse(label)]) for label in ("L1MLP", "L2H1"))]
     assert report.table["edited weights"].tolist() == expected
     assert not report.table.isna().any().any()
     assert (report.table.iloc[0] != report.table.iloc[1]).all()
@@ -64,7 +64,7 @@ def test_accuracy_in_its_three_senses_by_hand(llama):
     found = mu.evaluate.accuracy(llama, prompts, batch_size=4)
     for i in range(len(prompts)):
         one = prompts[[i]]
-        logits = llama(one.tokens, attention_mask=one.mask.long())[0, int(one.positions[0, 0])]
+        logits = llama(one.tokens, attention_mask=one.attention_mask.long())[0, int(one.positions[0, 0])]
         shares = logits[one.candidates[0]].softmax(0)
         assert float(found.probability.per_example[i]) == pytest.approx(float(shares[0]), abs=1e-5)
         assert bool(found.candidates.per_example[i]) == (int(shares.argmax()) == 0)

@@ -1,17 +1,28 @@
 """The slow, obvious reference: patch a little of one component's difference and see what the metric does."""
 
 import pytest
+import tiny
 import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-import tiny
 from mechunlearn.components import Component, ComponentMask, layers, matrices, neurons
 from mechunlearn.localize import attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import logits_at, preserved, recording, shape, site
 
-EVERY_KIND = ("L1H2", "L1H2.W_Q", "L0H3.W_K", "L2H0.W_V", "L2H1.W_O", "L1ATTN", "L0MLP", "L1MLP.W_in", "L2MLP.W_out", "L1N7")
+EVERY_KIND = (
+    "L1H2",
+    "L1H2.W_Q",
+    "L0H3.W_K",
+    "L2H0.W_V",
+    "L2H1.W_O",
+    "L1ATTN",
+    "L0MLP",
+    "L1MLP.W_in",
+    "L2MLP.W_out",
+    "L1N7",
+)
 GATE = ("L1MLP.W_gate",)
 
 
@@ -28,19 +39,21 @@ def patched_a_little(model, prompts, component, metric, direction, amount):
     if component.part == "H":
         index = index * sizes.units(component.matrix or "W_O") // sizes.n_heads
     with torch.no_grad(), recording(model, [name]) as source:
-        logits_at(model, other.tokens, other.mask)
+        logits_at(model, other.tokens, other.attention_mask)
     with torch.no_grad(), recording(model, [name]) as base:
-        logits_at(model, patched.tokens, patched.mask)
+        logits_at(model, patched.tokens, patched.attention_mask)
     difference = source[name] - base[name]
     chosen = difference if index is None else torch.zeros_like(difference)
     if index is not None:
         chosen[:, :, index] = difference[:, :, index]
-    real = patched.mask.view(*patched.mask.shape, *[1] * (difference.ndim - 2))
+    real = patched.attention_mask.view(*patched.attention_mask.shape, *[1] * (difference.ndim - 2))
 
     def move(value, hook):
         return value + amount * chosen * real
 
-    return metric(logits_at(model, patched.tokens, patched.mask, patched.positions, hooks=[(name, move)]), patched)
+    return metric(
+        logits_at(model, patched.tokens, patched.attention_mask, patched.positions, hooks=[(name, move)]), patched
+    )
 
 
 def derivative(model, prompts, component, metric, direction):
@@ -88,7 +101,9 @@ def test_heads_sum_to_their_attention_layer_without_post_norms(llama):
     heads = attribution_patching(llama, prompts)
     total = attribution_patching(llama, prompts, components=layers)
     for layer in range(3):
-        assert sum(heads[f"L{layer}H{h}"] for h in range(4)) == pytest.approx(total[f"L{layer}ATTN"], rel=1e-4, abs=1e-6)
+        assert sum(heads[f"L{layer}H{h}"] for h in range(4)) == pytest.approx(
+            total[f"L{layer}ATTN"], rel=1e-4, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

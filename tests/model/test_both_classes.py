@@ -1,11 +1,11 @@
 """The same weights in a TransformerBridge and in a HookedTransformer (TransformerLens 3.9 only)."""
 
 import pytest
+import tiny
 import torch
 from conftest import shared
 
 import mechunlearn as mu
-import tiny
 from mechunlearn.components import layers, matrices, neurons
 
 LEVELS = {"heads and MLPs": mu.components.heads_and_mlps, "layers": layers, "matrices": matrices, "neurons": neurons}

@@ -1,8 +1,8 @@
 import pytest
+import tiny
 import torch
 from state import left_as_it_was
 
-import tiny
 from mechunlearn.model import fingerprint, logits_at, preserved, recording, residual_before, running_from, slots
 
 TOKENS = torch.randint(4, tiny.N_VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))

@@ -1,8 +1,10 @@
+from itertools import pairwise
+
 import pytest
+import tiny
 import torch
 from state import left_as_it_was
 
-import tiny
 from mechunlearn.components import Component, layers, matrices
 from mechunlearn.model import logits_at, preserved, shape, slots
 
@@ -83,16 +85,16 @@ def test_slots_are_all_attention_and_mlp_weights_each_once(architecture, model):
     parameters = [slot.parameter for slot in slots(model).values()]
     assert len({id(p) for p in parameters}) == len(parameters)
     places = sorted((p.data_ptr(), p.numel() * p.element_size()) for p in parameters if p.is_contiguous())
-    assert all(start + size <= after for (start, size), (after, _) in zip(places, places[1:], strict=False))
+    assert all(start + size <= after for (start, size), (after, _) in pairwise(places))
 
 
 def test_components_cover_as_many_weights_as_the_checkpoint_has(architecture):
     checkpoint = tiny.huggingface(architecture)
     blocks = [p for name, p in checkpoint.named_parameters() if p.ndim == 2 and (".layers." in name or ".h." in name)]
     sizes = shape(tiny.bridge(architecture))
-    assert sizes.parameters(layers(sizes)) == sum(p.numel() for p in blocks)
-    assert sizes.parameters(matrices(sizes)) == sum(p.numel() for p in blocks)
-    assert sum(sizes.parameters([component]) for component in matrices(sizes)) == sum(p.numel() for p in blocks)
+    assert sizes.n_parameters(layers(sizes)) == sum(p.numel() for p in blocks)
+    assert sizes.n_parameters(matrices(sizes)) == sum(p.numel() for p in blocks)
+    assert sum(sizes.n_parameters([component]) for component in matrices(sizes)) == sum(p.numel() for p in blocks)
 
 
 def test_biases_and_norms_belong_to_no_component(model):
@@ -104,12 +106,12 @@ def test_biases_and_norms_belong_to_no_component(model):
 
 def test_query_heads_of_one_group_share_keys_and_values(llama):
     sizes = shape(llama)
-    together = sizes.parameters([Component.parse("L1H2"), Component.parse("L1H3")])
-    apart = sizes.parameters([Component.parse("L1H1"), Component.parse("L1H2")])
+    together = sizes.n_parameters([Component.parse("L1H2"), Component.parse("L1H3")])
+    apart = sizes.n_parameters([Component.parse("L1H1"), Component.parse("L1H2")])
     one_slice = sizes.unit_parameters("W_K")
     assert together == 6 * one_slice
     assert apart == 8 * one_slice
-    assert sizes.parameters([Component.parse("L1H2.W_K"), Component.parse("L1H3.W_K")]) == one_slice
+    assert sizes.n_parameters([Component.parse("L1H2.W_K"), Component.parse("L1H3.W_K")]) == one_slice
 
 
 def test_looking_at_slots_changes_nothing(model):

@@ -46,7 +46,7 @@ def decoded(tokens: torch.Tensor) -> list[str]:
 
 
 def texts_of(prompts: Prompts, tokens: torch.Tensor) -> list[str]:
-    return [model().tokenizer.decode(row[real][1:]) for row, real in zip(tokens, prompts.mask, strict=True)]
+    return [model().tokenizer.decode(row[real][1:]) for row, real in zip(tokens, prompts.attention_mask, strict=True)]
 
 
 def everything(task: Task) -> list[Prompts]:
@@ -57,7 +57,7 @@ def everything(task: Task) -> list[Prompts]:
 
 
 def same(first: Prompts, second: Prompts) -> bool:
-    tensors = ("tokens", "mask", "positions", "answers", "candidates", "subject", "corrupt")
+    tensors = ("tokens", "attention_mask", "positions", "answers", "candidates", "subject", "corrupt")
     pairs = [(getattr(first, name), getattr(second, name)) for name in tensors]
     return first.texts == second.texts and all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
@@ -146,7 +146,7 @@ def test_a_corrupted_prompt_names_another_athlete_of_another_sport_in_as_many_to
             other = text.removeprefix(before).removesuffix(after)
             assert SPORT_OF[other] in SPORTS
             assert SPORT_OF[other] != SPORT_OF[name]
-        assert torch.equal(prompts.corrupt[~prompts.mask], prompts.tokens[~prompts.mask])
+        assert torch.equal(prompts.corrupt[~prompts.attention_mask], prompts.tokens[~prompts.attention_mask])
 
 
 def test_corrupted_partners_vary() -> None:
@@ -201,7 +201,6 @@ def test_general_text_is_split_without_overlap() -> None:
     assert task.text.shape[1] == task.text_test.shape[1]
 
 
-@pytest.mark.xfail(strict=True, reason="fewer than five rows: the first is trained on and tested on")
 def test_little_general_text_is_split_without_overlap() -> None:
     task = small(text=["The sun came out after the long storm and a cold wind blew across the empty field. " * 10])
     train, test = ({tuple(row) for row in rows.tolist()} for rows in (task.text, task.text_test))
@@ -319,14 +318,12 @@ def test_an_athlete_without_a_partner_is_refused_by_name() -> None:
         small([frame.loc[2, "athlete"]], source=frame)
 
 
-@pytest.mark.xfail(strict=True, reason="names are not checked for duplicates: the athlete is on both sides")
-def test_an_athlete_with_two_sports_is_refused_or_on_one_side() -> None:
+def test_an_athlete_with_two_sports_is_refused() -> None:
     frame = pd.concat([table(), pd.DataFrame({"athlete": ["Ada Reed"], "sport": ["baseball"]})], ignore_index=True)
-    splits = small("football", source=frame).splits
-    assert not {*splits["forget_train"], *splits["forget_test"]} & {*splits["retain_train"], *splits["retain_test"]}
+    with pytest.raises(ValueError, match=r"expected each athlete once, got \['Ada Reed'\] several times: keep one row"):
+        small("football", source=frame)
 
 
-@pytest.mark.xfail(strict=True, reason="the last occurrence of Nepal is in the option Nepali")
 def test_subjects_of_general_knowledge_are_those_of_the_question() -> None:
     prompts = general_knowledge(model(), n=len(facts.general_knowledge()))
     assert prompts.subject is not None

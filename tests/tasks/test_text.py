@@ -25,11 +25,11 @@ def test_a_count_of_rows_takes_the_first_ones(llama: Any) -> None:
 
 
 def test_no_more_text_is_read_than_the_rows_need(llama: Any) -> None:
-    def endless() -> Iterator[str]:
-        while True:
-            yield "w4 w5 w6"
+    def texts() -> Iterator[str]:
+        yield from ["w4 w5 w6"] * 8
+        pytest.fail("30 tokens are in the first eight texts")
 
-    assert pack(llama, endless(), length=6, rows=5).shape == (5, 6)
+    assert pack(llama, texts(), length=6, rows=5).shape == (5, 6)
 
 
 @pytest.mark.parametrize(
@@ -59,5 +59,5 @@ def test_every_token_but_the_first_is_an_answer_predicted_by_the_one_before(llam
     assert torch.equal(prompts.answers, text[:, 1:])
     assert torch.equal(prompts.tokens, text[:, :-1])
     assert torch.equal(prompts.tokens.gather(1, prompts.positions), text[:, :-1])
-    assert bool(prompts.mask.all())
+    assert bool(prompts.attention_mask.all())
     assert bool(prompts.answer_mask.all())
