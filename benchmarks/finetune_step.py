@@ -3,12 +3,13 @@
     python benchmarks/finetune_step.py
 
 Time: medians of alternating runs in one process, one thread. Peak extra memory: the largest sum of
-live allocations during the call above what lived before it (masters, gradients, optimizer state,
-activations), from the profiler's allocation events, not from sampling.
+live allocations during the step above what lived before it (gradients, optimizer state, activations;
+float32 weights that are trained whole are their own masters), from the profiler's allocation events.
 """
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from attribution import VOCABULARY, models
@@ -21,32 +22,69 @@ from mechunlearn.tasks.text import as_prompts
 from mechunlearn.training import Term, fit
 from mechunlearn.weights import read, select, write
 
-STEPS, ROUNDS = 1, 2
+ROUNDS = 5
+MICRO_BATCHES = (4, 16, 64)
+"""Of the 64 prompts of a term; the paper's micro-batches have 4."""
 
 
 def main() -> None:
     torch.set_num_threads(1)
     model, _ = models()
-    quarter = [f"L{layer}MLP" for layer in range(mu.shape(model).n_layers // 4)]
+    shape = mu.shape(model)
+    quarter = [f"L{layer}MLP" for layer in range(shape.n_layers // 4)]
     masks = {
-        "MLPs of layers 0-2 of 12": mu.ComponentMask.of(quarter, mu.shape(model)),
-        "MLPs of layers 1-2 of 12": mu.ComponentMask.of(quarter[1:], mu.shape(model)),
+        "MLPs of layers 0-2 of 12": mu.ComponentMask.of(quarter, shape),
+        "MLPs of layers 1-2 of 12": mu.ComponentMask.of(quarter[1:], shape),
         "everything": mu.localize.everything(model),
     }
-    times = {name: [] for name in masks}
-    for round_ in range(ROUNDS + 1):
-        for name, mask in masks.items():
-            seconds = train(model, mask, STEPS)
-            if round_:
-                times[name].append(seconds / STEPS)
-    memory = {name: peak(model, mask) for name, mask in masks.items()}
-    base = statistics.median(times["everything"]), memory["everything"]
-    for name in masks:
-        seconds = statistics.median(times[name])
-        print(
-            f"{name:26} {seconds:6.3f} CPU s/step  {seconds / base[0]:5.2f} x   "
-            f"{memory[name] / 2**20:7.1f} MiB extra  {memory[name] / base[1]:5.2f} x"
-        )
+    for micro in MICRO_BATCHES:
+        times = {name: [] for name in masks}
+        for round_ in range(ROUNDS + 1):
+            for name, mask in masks.items():
+                seconds = Step(model, mask, micro).seconds()
+                if round_:  # the first round warms up
+                    times[name].append(seconds)
+        memory = {name: Step(model, mask, micro).peak() for name, mask in masks.items()}
+        base = statistics.median(times["everything"]), memory["everything"]
+        print(f"micro-batches of {micro}:")
+        for name in masks:
+            seconds = statistics.median(times[name])
+            print(
+                f"  {name:26} {seconds:6.3f} CPU s/step  {seconds / base[0]:5.2f} x   "
+                f"{memory[name] / 2**20:7.1f} MiB extra  {memory[name] / base[1]:5.2f} x"
+            )
+
+
+class Step:
+    """One optimizer step on a mask; the weights are put back."""
+
+    def __init__(self, model: Any, mask: mu.ComponentMask, micro_batch_size: int) -> None:
+        self.model, self.entries, self.micro = model, select(model, mask), micro_batch_size
+        self.before, self.terms = read(self.entries), terms()
+
+    def run(self) -> None:
+        with preserved(self.model):
+            options = {"steps": 1, "learning_rate": 1e-5, "micro_batch_size": self.micro, "progress": False}
+            fit(self.model, self.entries, self.terms, **options)
+
+    def seconds(self) -> float:
+        started = time.process_time()
+        self.run()
+        seconds = time.process_time() - started
+        write(self.entries, self.before)
+        return seconds
+
+    def peak(self) -> int:
+        """Largest sum of live allocations during the step, in bytes."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            self.run()
+        write(self.entries, self.before)
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = highest = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            highest = max(highest, live)
+        return highest
 
 
 def terms() -> list[Term]:
@@ -60,30 +98,6 @@ def terms() -> list[Term]:
     text = as_prompts(torch.randint(VOCABULARY, (8, 64), generator=generator))
     made = {"forget": (prompts(), 64), "retain": (prompts(), 64), "text": (text, 8)}
     return [Term(name, chosen, cross_entropy, 1.0, size) for name, (chosen, size) in made.items()]
-
-
-def train(model: object, mask: mu.ComponentMask, steps: int) -> float:
-    """CPU seconds of `steps` steps; the weights are put back."""
-    entries = select(model, mask)
-    before = read(entries)
-    with preserved(model):
-        started = time.process_time()
-        fit(model, entries, terms(), steps=steps, learning_rate=1e-5, progress=False)
-        seconds = time.process_time() - started
-    write(entries, before)
-    return seconds
-
-
-def peak(model: object, mask: mu.ComponentMask) -> int:
-    """Bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        train(model, mask, 2)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        highest = max(highest, live)
-    return highest
 
 
 if __name__ == "__main__":

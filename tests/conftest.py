@@ -5,10 +5,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook("mechunlearn", "beartype.beartype")
 
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -59,3 +61,11 @@ def shipped() -> Any:
     import mechunlearn.testbed
 
     return mechunlearn.testbed.load()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the shape checks of the tests, which users do not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -58,8 +58,24 @@ def test_a_metric_without_a_gradient_is_refused(model):
     def detached(logits, prompts):
         return (logits[:, 0, 0].detach() + 0 * logits[:, 0, 0]).detach().requires_grad_(True)
 
-    with left_as_it_was(model), refused("expected the metric to depend on", "no gradient", "detached"):
+    with (
+        left_as_it_was(model),
+        refused("expected a metric that depends on", "detached has no", "computed from"),
+    ):
         mu.localize.attribution_patching(model, tiny.prompts(model), metric=detached)
+
+
+def test_a_metric_that_cannot_be_differentiated_is_refused(model):
+    def share(logits, prompts):
+        return mu.metrics.is_top_of_candidates(logits, prompts).float()
+
+    with left_as_it_was(model), refused("expected a metric with a gradient", "from share", "use logit_difference"):
+        mu.localize.attribution_patching(model, tiny.prompts(model), metric=share)
+
+
+def test_a_direction_that_does_not_exist_is_refused(llama, unchecked):
+    with refused('expected direction "noising" or "denoising"', "got 'noise'"):
+        mu.localize.attribution_patching(llama, tiny.prompts(llama), direction="noise")
 
 
 def test_prompts_without_a_corrupted_side_are_refused(model):

@@ -185,7 +185,7 @@ class Cover:
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self.units: dict[tuple[int, str], Bool[Tensor, unit]] = {}
+        self.units: dict[tuple[int, str], Tensor] = {}
 
     def gain(self, component: Component) -> int:
         """How many weights the component would add."""

@@ -48,6 +48,9 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     gradients are as before; **what your optimizer did to the masked entries stays** (`.edit()` takes
     it as a value, `.restore()` undoes it).
 
+    Weights are trained in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight
+    round away (`finetune` keeps float32 masters). Make a new optimizer for each mask.
+
     Cost: a copy of the parameters that the mask covers in part, and of the masked entries.
     ValueError for an empty mask, one of another model, processed or quantised weights.
 

@@ -17,7 +17,7 @@ from mechunlearn.metrics import (
 from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 
-SENSES = {
+SENSES: dict[Metric, str] = {
     is_top_of_vocabulary: "argmax over the vocabulary",
     is_top_of_candidates: "argmax over the candidates",
     candidate_probability: "mean probability over the candidates (the paper's accuracy)",

@@ -45,36 +45,60 @@ def attribution_patching(
     Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
     """
+    if direction not in ("noising", "denoising"):
+        raise ValueError(f'expected direction "noising" or "denoising", got {direction!r}.')
     sizes = shape(model)
     chosen = resolve(components, sizes)
-    sites = {component: site(component, sizes) for component in chosen}
     clean, corrupt = prompts, prompts.corrupted()
     patched, other = (clean, corrupt) if direction == "noising" else (corrupt, clean)
+    places = _places(chosen, sizes)
     rows = []
     with preserved(model):
         for start in range(0, len(prompts), batch_size or len(prompts)):
             batch = slice(start, start + (batch_size or len(prompts)))
-            effects = _effects(model, patched[batch], other[batch], metric, list(dict.fromkeys(sites.values())))
-            rows.append(torch.stack([_of(component, sizes, effects[sites[component]]) for component in chosen], 1))
+            effects = _effects(model, patched[batch], other[batch], metric, list(places))
+            rows.append(_gathered(effects, places, len(chosen)))
     per_prompt = torch.cat(rows).double().cpu()
     settings = {"direction": direction, "prompts": len(prompts), "batch_size": batch_size}
     name = name_of(metric)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "attribution_patching", name, settings, per_prompt)
 
 
+Places = dict[str, dict[int, int | None]]
+"""Hook point -> column of the scores -> head or neuron there, None for all of the activation."""
+
+
+def _places(components: tuple[Component, ...], sizes: ModelShape) -> Places:
+    places: Places = {}
+    for column, component in enumerate(components):
+        unit = component.index
+        if component.part == "H" and unit is not None:
+            unit = unit * sizes.units(component.matrix or "W_O") // sizes.n_heads
+        places.setdefault(site(component, sizes), {})[column] = unit
+    return places
+
+
 def _effects(
     model: Model, patched: Prompts, other: Prompts, metric: Metric, sites: list[str]
-) -> dict[str, Float[Tensor, "batch *units"]]:
+) -> dict[str, Float[Tensor, "batch _"]]:
     """Site -> gradient times difference, summed over positions and, for heads, over d_head."""
     with torch.no_grad(), recording(model, sites) as source:
         other.logits(model)
     with recording(model, sites) as base:
         values = checked(metric, patched.logits(model, hooks=[_gradients_from_here()]), patched)
+    if not values.requires_grad:
+        raise ValueError(
+            f"expected a metric with a gradient, got one without from {name_of(metric)}: an argmax or a detached "
+            f"tensor has none; use logit_difference or answer_log_probability."
+        )
     gradients = torch.autograd.grad(values.sum(), [base[name] for name in sites], allow_unused=True)
     effects = {}
     for name, gradient in zip(sites, gradients, strict=True):
         if gradient is None:
-            raise ValueError(f"expected the metric to depend on {name}, but it has no gradient there: is it detached?")
+            raise ValueError(
+                f"expected a metric that depends on {name}, but {name_of(metric)} has no gradient there: it must be "
+                f"computed from the logits that it is given."
+            )
         product = (source[name] - base[name].detach()) * gradient
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         real = patched.attention_mask.view(*patched.attention_mask.shape, *[1] * (product.ndim - 2))
@@ -92,11 +116,13 @@ def _gradients_from_here() -> tuple[str, Callable[..., Tensor]]:
     return "blocks.0.hook_resid_pre", require
 
 
-def _of(component: Component, sizes: ModelShape, effect: Float[Tensor, "batch units"]) -> Float[Tensor, "batch"]:
-    if component.part == "H":
-        assert component.index is not None
-        return effect[:, component.index * effect.shape[1] // sizes.n_heads]
-    if component.part == "N":
-        assert component.index is not None
-        return effect[:, component.index]
-    return effect.sum(1)
+def _gathered(
+    effects: dict[str, Float[Tensor, "batch _"]], places: Places, count: int
+) -> Float[Tensor, "batch component"]:
+    scores = next(iter(effects.values())).new_empty(len(next(iter(effects.values()))), count)
+    for name, units in places.items():
+        whole = [column for column, unit in units.items() if unit is None]
+        single = {column: unit for column, unit in units.items() if unit is not None}
+        scores[:, whole] = effects[name].sum(1, keepdim=True)
+        scores[:, list(single)] = effects[name][:, list(single.values())]
+    return scores

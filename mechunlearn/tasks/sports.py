@@ -174,7 +174,7 @@ def _multiple_choice(model: Model, people: list[Athlete], *, rng: random.Random,
         question = formats.SPORT_QUESTION.format(athlete=name)
         demonstration = formats.sport_demonstration(shown)
         texts.append(formats.multiple_choice(question, asked, demonstration=demonstration, system=system))
-        letters.append(formats.LETTERS[asked.index(sport.capitalize())])
+        letters.append(formats.LETTERS[list[str](asked).index(sport.capitalize())])
     return build(
         model,
         texts,

@@ -1,8 +1,6 @@
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -45,14 +43,6 @@ def content(prompts: Prompts) -> list[dict[str, Any]]:
         row["labels"] = [labels[i] for labels in (prompts.texts, prompts.names) if labels]
         found.append(row)
     return found
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the shape checks of the tests, which users do not have."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
