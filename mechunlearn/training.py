@@ -1,5 +1,6 @@
 """The training loop that editors (and relearning attacks) share: only the given entries move."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mechunlearn.losses import Loss
 from mechunlearn.metrics import name_of
-from mechunlearn.model import Model, residual_before, running_from
+from mechunlearn.model import Model, device_of, residual_before, running_from
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.weights import Entries
 
@@ -61,26 +62,35 @@ def fit(
 
     Cosine schedule from `learning_rate` to 0, one scheduler step per optimizer step; gradients are
     clipped at norm `clip`. Each batch goes through in micro-batches and is normalised by its own
-    number of tokens, so their size changes memory and speed, not the result. Batches are drawn
-    without replacement, reshuffled each epoch, from `seed`.
+    number of tokens, so their size changes memory and speed, not the result. Every prompt is used
+    once per epoch, in an order that depends on `seed` and the term's name.
 
     What must be computed: no gradient or optimizer state for frozen weights, no graph below the lowest
     trained layer, whose input is computed once per prompt; logits only at the answer tokens.
-    Weights below float32 have float32 masters. Call it inside `preserved(model)`.
-    Raises FloatingPointError, naming the step, as soon as a loss is not finite.
+    Weights below float32 have float32 masters. Call it inside `differentiable(model)`.
+    Raises FloatingPointError, naming the step, as soon as a loss or a gradient is not finite.
     """
+    for name, value in (("steps", steps), ("micro_batch_size", micro_batch_size or 1)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")
     masters = [_Master.of(e) for e in entries]
     parameters = [master.tensor for master in masters]
     steering = optimizer(parameters, lr=learning_rate)
     lowest = min(e.slot.layer for e in entries)
-    sources = [_Source(model, term, lowest, seed + place) for place, term in enumerate(terms) if term.coefficient]
+    sources = [_Source(model, term, lowest, seed) for term in terms if term.coefficient]
     history: list[Row] = []
     for step in tqdm(range(steps), desc="finetune", disable=not progress, leave=False):
         rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in steering.param_groups:
             group["lr"] = rate
         row = {source.term.name: source.backward(masters, micro_batch_size, step) for source in sources}
-        row["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"expected a finite gradient, got norm {norm} at step {step}: the weights were restored; lower the "
+                f"learning rate, or compute in bfloat16 or float32 if this is float16."
+            )
+        row["gradient_norm"] = norm
         steering.step()
         for master in masters:
             master.publish()
@@ -134,18 +144,21 @@ class _Source:
     lowest: int
     seed: int
     order: Iterator[Tensor] = field(init=False)
-    stored: Float[Tensor, "batch pos d_model"] | None = field(init=False, default=None)
-    is_stored: Tensor = field(init=False)
+    prompts: Prompts = field(init=False)
+    stored: dict[int, Float[Tensor, "pos d_model"]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        count = len(self.term.prompts)
-        self.order = _shuffled(count, min(self.term.batch_size, count), self.seed)
-        self.is_stored = torch.zeros(len(self.term.prompts), dtype=torch.bool)
+        self.prompts = self.term.prompts.to(device_of(self.model))
+        if self.term.batch_size < 1:
+            raise ValueError(f"the batch size of {self.term.name} must be 1 or more, got {self.term.batch_size}.")
+        digest = hashlib.sha256(f"{self.seed} {self.term.name}".encode()).digest()
+        size = min(self.term.batch_size, len(self.prompts))
+        self.order = _shuffled(len(self.prompts), size, int.from_bytes(digest[:6], "big"))
 
     def backward(self, masters: list[_Master], micro_batch_size: int | None, step: int) -> float:
         """Gradient of the term on its next batch; gives its value without the coefficient, in nats per token."""
         rows = next(self.order)
-        total = int(self.term.prompts.answer_mask[rows].sum())
+        total = int(self.prompts.answer_mask[rows].sum())
         value = 0.0
         for part in rows.split(micro_batch_size or len(rows)):
             loss = self._loss(part) / total
@@ -161,24 +174,26 @@ class _Source:
         return value
 
     def _loss(self, rows: Tensor) -> Float[Tensor, ""]:
-        prompts = self.term.prompts.rows(rows) if self.lowest else self.term.prompts[rows]
+        prompts = self.prompts.rows(rows) if self.lowest else self.prompts[rows]
         start = running_from(self.model, self.lowest, self._residual(rows)) if self.lowest else nullcontext()
         with start:
             logits = prompts.logits(self.model)
         real = prompts.answer_mask
-        return self.term.loss(logits[real], prompts.answers[real]).sum()
+        values = self.term.loss(logits[real], prompts.answers[real])
+        if values.shape != prompts.answers[real].shape:
+            raise ValueError(
+                f"expected {name_of(self.term.loss)} to give one value per token, shape ({int(real.sum())},), got "
+                f"{tuple(values.shape)}: do not average inside the loss (reduction='none')."
+            )
+        return values.sum()
 
     def _residual(self, rows: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        missing = rows[~self.is_stored[rows]]
-        if len(missing):
-            prompts = self.term.prompts.rows(missing)
+        missing = [row for row in rows.tolist() if row not in self.stored]
+        if missing:
+            prompts = self.prompts.rows(torch.tensor(missing))
             found = residual_before(self.model, self.lowest, prompts.tokens, prompts.attention_mask)
-            if self.stored is None:
-                self.stored = found.new_empty(len(self.term.prompts), *found.shape[1:])
-            self.stored[missing] = found
-            self.is_stored[missing] = True
-        assert self.stored is not None
-        return self.stored[rows]
+            self.stored |= dict(zip(missing, found, strict=True))
+        return torch.stack([self.stored[row] for row in rows.tolist()])
 
 
 def _shuffled(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,7 +53,7 @@ class Entries:
 
 
 def select(model: Model, mask: ComponentMask) -> list[Entries]:
-    """The entries of `model` that `mask` covers, in model order; ValueError if it fits another shape or nothing."""
+    """The entries of `model` that `mask` covers, by layer and matrix; ValueError if it is empty or does not fit."""
     check_editable(model)
     if mask.shape != shape(model):
         raise ValueError(
@@ -92,6 +93,24 @@ class Edit:
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
 
+    def __post_init__(self) -> None:
+        shape = self.mask.shape
+        expected = {
+            f"L{layer}.{matrix}": (int(units.sum()), shape.unit_parameters(matrix) // shape.d_model, shape.d_model)
+            for (layer, matrix), units in shape.entries(self.mask).items()
+        }
+        found = {label: tuple(value.shape) for label, value in self.values.items()}
+        if found != expected:
+            wrong = sorted(label for label in {*found, *expected} if found.get(label) != expected.get(label))[:3]
+            raise ValueError(
+                f"expected values for exactly the entries of the mask, got "
+                f"{ {label: found.get(label) for label in wrong} } where the mask has "
+                f"{ {label: expected.get(label) for label in wrong} }: take them with gradient_mask(...).edit()."
+            )
+        bad = [label for label, value in self.values.items() if not bool(torch.isfinite(value).all())]
+        if bad:
+            raise ValueError(f"expected finite values, got NaN or infinity in {', '.join(bad[:5])}: train it again.")
+
     @property
     def n_parameters(self) -> int:
         """Number of entries that it sets."""
@@ -110,7 +129,17 @@ class Edit:
 
     def apply(self, model: Model) -> None:
         """Change the model for good (the one call of the library that does)."""
-        write(self._entries(model), self.values)
+        entries = self._entries(model)
+        before = read(entries)
+        try:
+            write(entries, self.values)
+        except BaseException:
+            write(entries, before)
+            raise
+
+    def check(self, model: Model) -> None:
+        """ValueError unless the model has the weights that the edit was made for."""
+        self._entries(model)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the values, and mask and provenance as JSON in its header."""
@@ -147,6 +176,19 @@ class Edit:
         return entries
 
 
-def captured(model: Model, mask: ComponentMask, original: str, provenance: Mapping[str, Any] | None = None) -> Edit:
-    """The model's present values under `mask` as an edit of the weights whose fingerprint is `original`."""
-    return Edit(mask, read(select(model, mask)), original, provenance or {})
+@contextmanager
+def exclusively(model: Model) -> Iterator[None]:
+    """Inside, the model is being trained; ValueError if it already is: two trainings would undo each other."""
+    if model in _in_training:
+        raise ValueError(
+            "expected a model that is not being trained, got one inside gradient_mask or finetune: leave that first, "
+            "and apply its edit before the next one."
+        )
+    _in_training.add(model)
+    try:
+        yield
+    finally:
+        _in_training.discard(model)
+
+
+_in_training: WeakSet[torch.nn.Module] = WeakSet()

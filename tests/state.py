@@ -12,7 +12,8 @@ def state(model: Any) -> dict[str, Any]:
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
     hooks = {
-        name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for name, m in modules.items()
+        name: [list(found.values()) for found in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+        for name, m in modules.items()
     }
     return {
         "weights": {name: p.detach().clone() for name, p in parameters.items()},

@@ -144,13 +144,14 @@ def test_a_folded_hooked_transformer_is_refused_for_editing():
         model.cfg.normalization_type = before
 
 
-def test_quantised_weights_are_refused_for_editing():
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused_for_editing(dtype):
     model = tiny.bridge("llama")
     task, mask = tiny.task(model), masked(model, "L1MLP")
     parameter = slots(model)[1, "W_in"].parameter
     parameter.requires_grad_(False)
-    parameter.data = (parameter * 100).to(torch.int8)
-    with left_as_it_was(model), refused("expected floating-point weights", r"got torch.int8 in L1 W_in", "load it in"):
+    parameter.data = (parameter * 100).to(dtype)
+    with left_as_it_was(model), refused("expected float16, bfloat16", rf"got {dtype} in L1 W_in", "load it in"):
         finetune(model, task, mask)
 
 
@@ -238,6 +239,20 @@ def test_a_selection_out_of_range_is_refused(llama, rule, message):
     scores = mu.localize.random(llama, seed=0, components=mu.components.heads)
     with pytest.raises(ValueError, match=message):
         scores.top(**rule)
+
+
+def test_every_edit_is_checked_before_anything_is_evaluated(llama):
+    task, calls = tiny.task(llama), []
+    good = finetune(llama, task, masked(llama, "L1MLP"))
+    edits = {"good": good, "of other weights": replace(good, fingerprint="0")}
+    with refused("expected the weights that the edit was made for"):
+        mu.evaluate.compare(llama, task, edits, metrics={"x": lambda *_: calls.append(1)}, progress=False)
+    assert calls == []
+
+
+def test_a_test_that_returns_no_result_is_refused(llama):
+    with refused("expected a test .* for the column 'mine'", "returns float", "wrap the number"):
+        mu.evaluate.compare(llama, tiny.task(llama), {}, metrics={"mine": lambda *_: 0.5}, progress=False)
 
 
 def test_a_row_that_is_named_original_is_refused(llama):

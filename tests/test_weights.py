@@ -6,7 +6,7 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import matrices
 from mechunlearn.model import fingerprint, slots
-from mechunlearn.weights import Edit, captured, read, select
+from mechunlearn.weights import Edit, Entries, read, select
 
 
 def masked(model, *labels):
@@ -25,7 +25,8 @@ LABELS = ("L1H2", "L0H3.W_K", "L2N3", "L0MLP.W_in")
 
 def test_reading_then_writing_is_the_identity(model):
     with left_as_it_was(model):
-        edit = captured(model, masked(model, *LABELS), fingerprint(model))
+        mask = masked(model, *LABELS)
+        edit = Edit(mask, read(select(model, mask)), fingerprint(model))
         with edit.applied(model):
             pass
 
@@ -92,3 +93,35 @@ def test_overlapping_components_are_edited_once(llama):
 def test_a_failure_while_applied_takes_the_edit_back(model):
     with left_as_it_was(model), pytest.raises(RuntimeError), some_edit(model, *LABELS).applied(model):
         raise RuntimeError
+
+
+@pytest.mark.parametrize("wrong", ["missing", "extra", "broadcastable", "nan"])
+def test_values_that_are_not_those_of_the_mask_are_refused(llama, wrong):
+    mask = masked(llama, "L1H2", "L2N3")
+    values = read(select(llama, mask))
+    if wrong == "missing":
+        values.pop("L1.W_O")
+    elif wrong == "extra":
+        values["L0.W_O"] = values["L1.W_O"]
+    elif wrong == "broadcastable":
+        values["L1.W_O"] = values["L1.W_O"][:, :1]
+    else:
+        values["L1.W_O"] = values["L1.W_O"] * float("nan")
+    with pytest.raises(ValueError, match=r"expected (values for exactly the entries|finite values).*(take|train)"):
+        Edit(mask, values, fingerprint(llama))
+
+
+def test_an_apply_that_is_interrupted_changes_nothing(llama, monkeypatch):
+    edit = some_edit(llama, "L1H2", "L2N3")
+    writes = []
+    whole = Entries.write
+
+    def failing(self, values):
+        writes.append(1)
+        if len(writes) == 3:
+            raise KeyboardInterrupt
+        whole(self, values)
+
+    monkeypatch.setattr(Entries, "write", failing)
+    with left_as_it_was(llama), pytest.raises(KeyboardInterrupt):
+        edit.apply(llama)

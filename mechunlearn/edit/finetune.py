@@ -6,12 +6,11 @@ from importlib.metadata import version
 from mechunlearn.components import ComponentMask
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability
 from mechunlearn.metrics import name_of
-from mechunlearn.model import Model, fingerprint, preserved
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts
 from mechunlearn.training import MakesOptimizer, Term, adamw, fit
-from mechunlearn.weights import Edit, read, select, write
+from mechunlearn.weights import Edit, exclusively, read, select, write
 
 
 def finetune(
@@ -19,7 +18,7 @@ def finetune(
     task: Task,
     mask: ComponentMask,
     *,
-    inject: Prompts | None = None,
+    inject: bool = False,
     forget_loss: Loss | None = None,
     retain_loss: Loss = cross_entropy,
     text_loss: Loss = cross_entropy,
@@ -43,8 +42,8 @@ def finetune(
                + retain_coefficient * retain_loss(task.retain)
                + text_coefficient   * text_loss(task.text)
 
-    each term a mean over answer tokens, in nats. Erasure by log(1 - p) is the default. With
-    `inject=task.injection` the first term is the cross-entropy to the answers of these prompts instead.
+    each term a mean over answer tokens, in nats. Erasure by log(1 - p) is the default. With `inject` the
+    first term is instead the cross-entropy to the answers of `task.injection`.
     Options of a loss are bound with `partial`, e.g. the cut-off of erasure:
     `forget_loss=partial(log_one_minus_probability, cutoff=-10)`.
 
@@ -59,9 +58,12 @@ def finetune(
     FloatingPointError when a loss is not finite.
     """
     entries, original = select(model, mask), fingerprint(model)
-    forget_loss = forget_loss or (log_one_minus_probability if inject is None else cross_entropy)
+    if inject and task.injection is None:
+        raise ValueError("expected a task with prompts to inject, got none: replace(task, injection=...).")
+    forget_loss = forget_loss or (cross_entropy if inject else log_one_minus_probability)
+    target = task.injection if inject and task.injection is not None else task.forget
     terms = [
-        Term("forget", task.forget if inject is None else inject, forget_loss, forget_coefficient, batch_size),
+        Term("inject" if inject else "forget", target, forget_loss, forget_coefficient, batch_size),
         Term("retain", task.retain, retain_loss, retain_coefficient, batch_size),
         Term("text", as_prompts(task.text), text_loss, text_coefficient, text_batch_size),
     ]
@@ -82,7 +84,7 @@ def finetune(
     }
     before = read(entries)
     try:
-        with preserved(model):
+        with exclusively(model), differentiable(model):
             history = fit(model, entries, terms, optimizer=optimizer, progress=progress, on_step=on_step, **settings)
         values = read(entries)
     finally:

@@ -1,28 +1,28 @@
 """For people with their own training loop: any optimizer moves only the masked entries."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.model import Model, fingerprint
-from mechunlearn.weights import Edit, Entries, Values, captured, read, select, write
+from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select, write
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LocalizedTraining:
-    """What `gradient_mask` yields: the parameters to optimize, and the way back."""
+    """What `gradient_mask` yields: the parameters to optimize, and the change as a value."""
 
-    model: Model
     mask: ComponentMask
     entries: list[Entries]
-    original: Values
     fingerprint: str
+    """Of the weights as they were."""
+    trained: Values | None = None
+    """The values on leaving the context."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -30,12 +30,9 @@ class LocalizedTraining:
         return [e.slot.parameter for e in self.entries]
 
     def edit(self, **provenance: Any) -> Edit:
-        """The present values of the masked entries as an `Edit` of the original model."""
-        return captured(self.model, self.mask, self.fingerprint, {"editor": "gradient_mask", **provenance})
-
-    def restore(self) -> None:
-        """Put the original values back, bit for bit."""
-        write(self.entries, self.original)
+        """The trained values (inside the context: the present ones) as an `Edit` of the original model."""
+        values = read(self.entries) if self.trained is None else self.trained
+        return Edit(self.mask, values, self.fingerprint, {"editor": "gradient_mask", **provenance})
 
 
 @contextmanager
@@ -44,52 +41,55 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
 
     Parameters without masked entries do not require a gradient. Of those with some, the gradient of
     the others is zeroed, and after every step of any torch optimizer they are put back: weight decay,
-    momentum and stale optimizer state cannot move them. On leaving, `requires_grad` and stored
-    gradients are as before; **what your optimizer did to the masked entries stays** (`.edit()` takes
-    it as a value, `.restore()` undoes it).
+    momentum and stale optimizer state cannot move them.
+
+    **On leaving, also by an exception, the model is as it was.** What was trained is in `.edit()`:
+
+        with mu.edit.gradient_mask(model, mask) as training:
+            optimizer = torch.optim.AdamW(training.parameters, lr=1e-4)
+            ...your loop...
+        edit = training.edit()
+        edit.apply(model)  # to keep it
 
     Weights are trained in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight
     round away (`finetune` keeps float32 masters). Make a new optimizer for each mask.
 
     Cost: a copy of the parameters that the mask covers in part, and of the masked entries.
-    ValueError for an empty mask, one of another model, processed or quantised weights.
-
-        with mu.edit.gradient_mask(model, mask) as training:
-            optimizer = torch.optim.AdamW(training.parameters, lr=1e-4)
-            ...your loop...
-            edit = training.edit()
-        training.restore()
+    ValueError for an empty mask, one of another model, processed or quantised weights, or a model
+    that is being trained already.
     """
     entries = select(model, mask)
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training = LocalizedTraining(model, mask, entries, read(entries), fingerprint(model))
+    training = LocalizedTraining(mask, entries, fingerprint(model))
     outside = [e.outside() for e in entries if not e.is_whole]
-    kept = read(outside)
+    original, kept = read(entries), read(outside)
 
     def put_back(optimizer: Optimizer, *arguments: Any) -> None:
         write(outside, kept)
 
-    handles = [register_optimizer_step_post_hook(put_back)]
-    try:
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for e in entries:
-            e.slot.parameter.requires_grad_(True)
-        for e in outside:
-            handles.append(e.slot.parameter.register_hook(_zeroing(e)))
-        yield training
-    finally:
-        for handle in handles:
-            handle.remove()
-        write(outside, kept)
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+    with exclusively(model):
+        handles = [register_optimizer_step_post_hook(put_back)]
+        try:
+            for parameter, _, _ in flags:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for e in entries:
+                e.slot.parameter.requires_grad_(True)
+            handles += [e.slot.parameter.register_hook(_zeroing(e)) for e in outside]
+            yield training
+        finally:
+            for handle in handles:
+                handle.remove()
+            training.trained = read(entries)
+            write(entries, original)
+            write(outside, kept)
+            for parameter, requires_grad, gradient in flags:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
 
 
-def _zeroing(outside: Entries) -> Any:
-    def zero(gradient: torch.Tensor) -> torch.Tensor:
+def _zeroing(outside: Entries) -> Callable[[Tensor], Tensor]:
+    def zero(gradient: Tensor) -> Tensor:
         masked = gradient.clone()
         outside.slot.view(masked)[outside.units.to(gradient.device)] = 0.0
         return masked

@@ -2,7 +2,7 @@
 
 from mechunlearn.evaluate.accuracy import Accuracy, accuracy, measure
 from mechunlearn.evaluate.compare import Report, compare
-from mechunlearn.evaluate.in_task import Test, in_format, knowledge, paper_metrics, text_loss
+from mechunlearn.evaluate.in_task import Test, every_format, in_format, knowledge, paper_metrics, text_loss
 from mechunlearn.evaluate.result import Result
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Test",
     "accuracy",
     "compare",
+    "every_format",
     "in_format",
     "knowledge",
     "measure",

@@ -14,7 +14,7 @@ from mechunlearn.metrics import (
     is_top_of_vocabulary,
     name_of,
 )
-from mechunlearn.model import Model, check_model, preserved
+from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
 
 SENSES: dict[Metric, str] = {
@@ -46,12 +46,18 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
     check_model(model)
     values: list[list[torch.Tensor]] = [[] for _ in metrics]
     with preserved(model), torch.no_grad():
-        for batch in prompts.batches(batch_size):
+        for batch in prompts.to(device_of(model)).batches(batch_size):
             logits = batch.logits(model)
             for kept, metric in zip(values, metrics, strict=True):
                 kept.append(checked(metric, logits, batch).float().cpu())
     return tuple(
-        Result(torch.cat(kept), SENSES.get(metric, name_of(metric)), _chance(metric, prompts), names=prompts.names)
+        Result(
+            torch.cat(kept),
+            SENSES.get(metric, name_of(metric)),
+            _chance(metric, prompts),
+            unit="share" if metric in SENSES else "",
+            names=prompts.names,
+        )
         for kept, metric in zip(values, metrics, strict=True)
     )
 

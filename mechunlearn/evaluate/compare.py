@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from mechunlearn.evaluate.in_task import Test, paper_metrics
+from mechunlearn.evaluate.in_task import Test, every_format
 from mechunlearn.evaluate.result import Result
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
@@ -63,11 +63,24 @@ class Report:
         senses = dict.fromkeys(f"{r.sense} ({r.unit}): {self._columns(r.sense)}" for r in first.values())
         return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(f"- {s}" for s in senses)
 
+    def against(self, row: str) -> "DataFrame":
+        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired bootstrap)."""
+        import pandas as pd
+
+        rows = []
+        for name, found in self.results.items():
+            for test, result in found.items():
+                if name != row:
+                    difference, low, high = result.difference(self.results[row][test])
+                    rows.append({"edit": name, "test": test, "difference": difference, "low": low, "high": high})
+        return pd.DataFrame(rows).set_index(["edit", "test"])
+
     def plot(self) -> "Figure":
-        """One group of bars per test, one bar per row of the table, with 95 % intervals and chance as a line."""
+        """A group of bars for each test whose unit is a share, a bar per row, with 95 % intervals; chance is a dash."""
         import plotly.graph_objects as go
 
-        shown = [name for name, result in next(iter(self.results.values())).items() if result.unit == "share"]
+        first = next(iter(self.results.values()))
+        shown = [name for name, result in first.items() if result.unit == "share"]
         figure = go.Figure()
         for row, found in self.results.items():
             ends = [found[name].interval() for name in shown]
@@ -76,9 +89,8 @@ class Report:
             below = [value - low for (low, _), value in zip(ends, values, strict=True)]
             bars = {"type": "data", "array": above, "arrayminus": below, "symmetric": False, "thickness": 1}
             figure.add_bar(name=row, x=shown, y=values, error_y=bars)
-        chance = [next(iter(self.results.values()))[name].chance for name in shown]
-        line = {"color": "black", "dash": "dot"}
-        figure.add_scatter(name="chance", x=shown, y=chance, mode="lines", line=line)
+        marker = {"symbol": "line-ew", "size": 40, "color": "black", "line": {"width": 1.5, "color": "black"}}
+        figure.add_scatter(name="chance", x=shown, y=[first[n].chance for n in shown], mode="markers", marker=marker)
         return figure.update_layout(barmode="group", template="plotly_white", yaxis={"range": [0, 1.05]})
 
     def _columns(self, sense: str) -> str:
@@ -97,16 +109,21 @@ def compare(
     task: Task,
     edits: Mapping[str, Edit],
     *,
-    metrics: Mapping[str, Test] = paper_metrics,
+    metrics: Mapping[str, Test] | None = None,
     progress: bool = True,
 ) -> Report:
     """Run every test on the original model and with every edit applied; the model is left as it was.
 
-    `metrics`: column -> `(model, task) -> Result`. Cost: one forward over each test's prompts, per row.
-    ValueError if an edit was made for other weights, or is named "original".
+    `metrics`: column -> `(model, task) -> Result`; default: everything that the task can be asked
+    (`every_format(task)`), while `paper_metrics` has the paper's columns. Cost: one forward over each
+    test's prompts, per row. ValueError, before anything runs, if an edit was made for other weights or is
+    named "original".
     """
     if "original" in edits:
         raise ValueError('expected names of edits other than "original", which is the first row: rename that edit.')
+    for edit in edits.values():
+        edit.check(model)
+    metrics = every_format(task) if metrics is None else metrics
     results: dict[str, dict[str, Result]] = {}
     for row in tqdm(["original", *edits], desc="evaluate", disable=not progress, leave=False):
         with edits[row].applied(model) if row in edits else nullcontext():

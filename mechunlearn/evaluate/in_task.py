@@ -50,6 +50,18 @@ def text_loss(model: Model, task: Task) -> Result:
     return Result(found.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
+def every_format(task: Task) -> dict[str, Test]:
+    """A test for each format and side that the task has, other knowledge if it has any, and text loss."""
+    tests: dict[str, Test] = {
+        f"{side}, {name}": partial(in_format, name=name, side=side)
+        for name in task.formats
+        for side in ("forget", "retain")
+    }
+    if task.knowledge is not None:
+        tests["other knowledge"] = knowledge
+    return {**tests, "text loss": text_loss}
+
+
 paper_metrics: Mapping[str, Test] = {
     "forget, trained prompt": partial(in_format, name="trained prompt", side="forget"),
     "retain, trained prompt": partial(in_format, name="trained prompt", side="retain"),
@@ -60,5 +72,5 @@ paper_metrics: Mapping[str, Test] = {
     "other knowledge": knowledge,
     "text loss": text_loss,
 }
-"""The columns of the paper's tables and one more format; accuracy is the paper's (mean probability over the
-candidates). A mapping from column to `(model, task) -> Result`: add your own with `{**paper_metrics, "mine": f}`."""
+"""The columns of the paper's tables and one more format, all of `sports_facts`; accuracy is the paper's (mean
+probability over the candidates). A mapping from column to test: add your own with `{**paper_metrics, "mine": f}`."""

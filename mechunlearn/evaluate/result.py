@@ -1,6 +1,7 @@
 """What every test returns: a number with its examples, its chance level and what it means."""
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,8 @@ class Result:
     """What was measured, such as "argmax over the candidates"."""
     chance: float | None = None
     """What guessing (for a loss: a uniform guess) would give, in the same unit."""
-    unit: str = "share"
-    """"share" in [0, 1], or what else the number is in, such as "nats per token"."""
+    unit: str = ""
+    """"share" for what lies in [0, 1] (the report plots these), or what else it is in: "nats per token"."""
     names: tuple[str, ...] = ()
     """What each example is about."""
 
@@ -28,16 +29,47 @@ class Result:
         return float(self.per_example.mean())
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Percentile bootstrap interval of the mean over examples (facts)."""
+        """Interval of the mean over examples (facts).
+
+        Wilson's for yes/no values, which stays honest at 0 % and 100 %; a percentile bootstrap for others.
+        """
         n = len(self.per_example)
-        generator = torch.Generator().manual_seed(seed)
-        means = self.per_example[torch.randint(n, (draws, n), generator=generator)].double().mean(1)
-        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-        low, high = torch.quantile(means, tails).tolist()
-        return low, high
+        if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
+            return _wilson(self.value, n, confidence)
+        return _bootstrap(self.per_example, confidence, draws, seed)
+
+    def difference(
+        self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[float, float, float]:
+        """This minus the other on the same examples: the mean and its interval, by paired bootstrap.
+
+        ValueError if the examples are not the same ones.
+        """
+        if len(self.per_example) != len(other.per_example) or self.names != other.names:
+            raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
+        values = self.per_example.double() - other.per_example.double()
+        return float(values.mean()), *_bootstrap(values, confidence, draws, seed)
 
     def __repr__(self) -> str:
         low, high = self.interval()
         chance = "" if self.chance is None else f", chance {self.chance:.3f}"
         n = len(self.per_example)
-        return f"Result({self.value:.3f} [{low:.3f}, {high:.3f}] over {n} examples; {self.sense}{chance})"
+        unit = f" {self.unit}" if self.unit not in ("", "share") else ""
+        return f"Result({self.value:.3f}{unit} [{low:.3f}, {high:.3f}] over {n} examples; {self.sense}{chance})"
+
+
+def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson 1927: the shares for which the observed one is not surprising."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _bootstrap(values: Float[Tensor, "example"], confidence: float, draws: int, seed: int) -> tuple[float, float]:
+    n = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(n, (draws, n), generator=generator)].double().mean(1)
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means, tails).tolist()
+    return low, high

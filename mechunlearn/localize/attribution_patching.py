@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps, resolve
 from mechunlearn.metrics import Metric, checked, logit_difference, name_of
-from mechunlearn.model import Model, preserved, recording, shape, site
+from mechunlearn.model import Model, device_of, differentiable, recording, shape, site
 from mechunlearn.tasks.prompts import Prompts
 
 
@@ -20,7 +20,7 @@ def attribution_patching(
     metric: Metric = logit_difference,
     direction: Literal["noising", "denoising"] = "noising",
     components: Components = heads_and_mlps,
-    batch_size: int | None = None,
+    batch_size: int = 64,
 ) -> ComponentScores:
     r"""A first-order estimate of activation patching, for every component at once.
 
@@ -40,7 +40,7 @@ def attribution_patching(
     that several query heads share has one score.
 
     Cost: 2 forwards + 1 backward (of activations only) per batch, however many components.
-    Memory: the activations of the sites, twice. Leaves the model as it was.
+    Memory: one batch's activations for the backward pass, and those of the sites twice. The model is left as it was.
 
     Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
@@ -49,16 +49,17 @@ def attribution_patching(
         raise ValueError(f'expected direction "noising" or "denoising", got {direction!r}.')
     sizes = shape(model)
     chosen = resolve(components, sizes)
-    clean, corrupt = prompts, prompts.corrupted()
+    clean = prompts.to(device_of(model))
+    corrupt = clean.corrupted()
     patched, other = (clean, corrupt) if direction == "noising" else (corrupt, clean)
     places = _places(chosen, sizes)
     rows = []
-    with preserved(model):
-        for start in range(0, len(prompts), batch_size or len(prompts)):
-            batch = slice(start, start + (batch_size or len(prompts)))
+    with differentiable(model):
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
             effects = _effects(model, patched[batch], other[batch], metric, list(places))
             rows.append(_gathered(effects, places, len(chosen)))
-    per_prompt = torch.cat(rows).double().cpu()
+    per_prompt = torch.cat(rows).cpu().double()
     settings = {"direction": direction, "prompts": len(prompts), "batch_size": batch_size}
     name = name_of(metric)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "attribution_patching", name, settings, per_prompt)
@@ -99,8 +100,8 @@ def _effects(
                 f"expected a metric that depends on {name}, but {name_of(metric)} has no gradient there: it must be "
                 f"computed from the logits that it is given."
             )
-        product = (source[name] - base[name].detach()) * gradient
-        product = product.to(torch.promote_types(product.dtype, torch.float32))
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        product = (source[name] - base[name].detach()).to(dtype) * gradient.to(dtype)
         real = patched.attention_mask.view(*patched.attention_mask.shape, *[1] * (product.ndim - 2))
         product = product.masked_fill(~real, 0.0).sum(1)
         effects[name] = product.sum(-1) if product.ndim == 3 else product

@@ -39,14 +39,17 @@ def random_like(
     *,
     pool: Components | None = None,
 ) -> ComponentMask:
-    """Other components, drawn at random, that cover as many weights as `mask`.
+    """A random mask that covers as many weights as `mask`: the control beside it.
 
     Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and
-    all heads of the model (those of the mask among them), so that the control differs in place only. With
-    `pool`, components are drawn from it alone, of whatever kind. Components that would exceed the count
-    are passed over, so the realised count is at most that of the mask and less than one smallest
-    component of the pool below it. Where query heads share KV heads, which count once, the number of
-    heads may differ by that. ValueError if the pool cannot cover so many weights.
+    all heads of the model, so that the control differs in place only. Some of the mask's own components may
+    be among them (`provenance["shared"]` counts them), but never all: use several seeds, or pass a pool
+    without them. With `pool`, components are drawn from it alone, of whatever kind.
+
+    Components that would exceed the count are passed over, so the realised count is at most that of the
+    mask and less than one smallest component of the pool below it. Where query heads share KV heads, which
+    count once, the number of heads may differ by that. ValueError if the pool cannot cover so many weights
+    or holds nothing but the mask.
     """
     sizes = shape(model)
     if mask.shape != sizes:
@@ -55,11 +58,31 @@ def random_like(
             f"localize on the model that you edit."
         )
     members = sorted(set(resolve(pool, sizes))) if pool is not None else _same_kinds(mask, sizes)
-    order = _drawn(members, mask if pool is None else (), sizes, Random(f"random_like {seed}"))
+    generator = Random(f"random_like {seed}")
+    for _ in range(100):
+        chosen = _matching(mask, members, generator, by_kind=pool is None)
+        if chosen != mask.components:
+            break
+    else:
+        raise ValueError(
+            f"expected a pool with other components than the mask's {len(mask)}, got one of {len(members)}: "
+            f"a control equal to the mask is none; pass a larger pool, such as heads_and_mlps."
+        )
+    provenance = {"method": "random_like", "seed": seed, "weights": sizes.n_parameters(chosen)}
+    provenance |= {"matched": mask.n_parameters, "shared": len(chosen & mask.components)}
+    provenance["pool"] = "the same kinds" if pool is None else [str(member) for member in members]
+    return ComponentMask(chosen, sizes, provenance)
+
+
+def _matching(
+    mask: ComponentMask, members: list[Component], generator: Random, *, by_kind: bool
+) -> frozenset[Component]:
+    """Members in random order for as long as they fit into the mask's number of weights."""
+    sizes = mask.shape
     one_of_each = {member.kind: member for member in members}.values()
     target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
     chosen, cover, count = [], Cover(sizes), 0
-    for member in order:
+    for member in _drawn(members, mask if by_kind else (), sizes, generator):
         gain = cover.gain(member)
         if 0 < gain <= target - count:
             chosen.append(member)
@@ -70,9 +93,7 @@ def random_like(
             f"expected a pool that can cover {target:,} weights within one smallest component ({smallest:,}), got "
             f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
         )
-    provenance = {"method": "random_like", "seed": seed, "weights": count, "matched": target}
-    provenance["pool"] = "the same kinds" if pool is None else [str(member) for member in members]
-    return ComponentMask(frozenset(chosen), sizes, provenance)
+    return frozenset(chosen)
 
 
 def all_mlps(model: Model) -> ComponentMask:

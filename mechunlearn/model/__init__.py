@@ -4,7 +4,7 @@ from mechunlearn.model.checks import check_editable, check_model
 from mechunlearn.model.fingerprint import fingerprint
 from mechunlearn.model.hooks import Hook, recording, site
 from mechunlearn.model.kinds import Model, device_of, shape
-from mechunlearn.model.preserve import preserved
+from mechunlearn.model.preserve import differentiable, preserved
 from mechunlearn.model.run import logits_at, residual_before, running_from
 from mechunlearn.model.slots import Slot, slots
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_editable",
     "check_model",
     "device_of",
+    "differentiable",
     "fingerprint",
     "logits_at",
     "preserved",

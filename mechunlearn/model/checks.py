@@ -1,11 +1,22 @@
 """Which models are accepted; a model that would fail in silence is refused with the remedy."""
 
+from collections.abc import Sequence
 from weakref import WeakSet
 
 import torch
 
-from mechunlearn.model.kinds import Model, architecture, is_bridge, is_hooked_transformer, unchecked_shape
-from mechunlearn.model.slots import slots
+from mechunlearn.model.hooks import Hook
+from mechunlearn.model.kinds import (
+    Model,
+    architecture,
+    device_of,
+    is_bridge,
+    is_hooked_transformer,
+    unchecked_shape,
+)
+from mechunlearn.model.preserve import differentiable
+from mechunlearn.model.run import logits_at
+from mechunlearn.model.slots import Slot, slots
 
 TESTED = (
     "GPT2LMHeadModel",
@@ -39,7 +50,10 @@ def check_model(model: Model) -> None:
 
 
 def check_editable(model: Model) -> None:
-    """ValueError unless the model's weights are the checkpoint's own: not processed, not quantised."""
+    """ValueError if the model's weights are processed or quantised, as far as the model tells.
+
+    A folded LayerNorm and a processed bridge are seen; a `HookedTransformer` that was only centered is not.
+    """
     check_model(model)
     folded = str(model.cfg.normalization_type).endswith("Pre")
     if folded or (is_bridge(model) and model._weights_processed):
@@ -50,44 +64,55 @@ def check_editable(model: Model) -> None:
             "no_processing=True), or use HookedTransformer.from_pretrained_no_processing(...)."
         )
     for slot in slots(model).values():
-        if not slot.parameter.is_floating_point():
+        if slot.parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
-                f"expected floating-point weights, got {slot.parameter.dtype} in L{slot.layer} {slot.matrix}: a "
-                f"quantised model cannot be edited; load it in bfloat16 or float32 and quantise afterwards."
+                f"expected float16, bfloat16, float32 or float64 weights, got {slot.parameter.dtype} in "
+                f"L{slot.layer} {slot.matrix}: a quantised model cannot be edited; load it in bfloat16 "
+                f"or float32 and quantise afterwards."
             )
 
 
 def _self_test(model: Model) -> None:
-    """Zeroing head 0's slice of the last W_O must do exactly what zeroing its z does, and get a gradient."""
-    from mechunlearn.model.preserve import preserved
-    from mechunlearn.model.run import logits_at
-
+    """Every slot has the shape that the labels say and gets a gradient; zeroing a head's W_O is zeroing its z."""
     try:
-        shape = unchecked_shape(model)
-        slot = slots(model)[shape.n_layers - 1, "W_O"]
-    except (AttributeError, KeyError, TypeError) as error:
+        shape, found = unchecked_shape(model), slots(model)
+        for slot in found.values():
+            expected = (shape.units(slot.matrix), shape.unit_parameters(slot.matrix) // shape.d_model, shape.d_model)
+            if slot.view(slot.parameter).shape != expected:
+                raise _unsupported(model, f"L{slot.layer} {slot.matrix} is not of shape {expected}")
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise _unsupported(model, f"its weights are not laid out as q, k, v, o and in, out ({error})") from error
-    tokens = torch.arange(1, 7, device=slot.parameter.device)[None]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with differentiable(model):
+        parameters = [slot.parameter.requires_grad_(True) for slot in found.values()]
+        whole = _test_logits(model)
+        gradients = torch.autograd.grad(whole.sum(), parameters, allow_unused=True)
+        hooked, zeroed = _without_a_head(model, found[shape.n_layers - 1, "W_O"])
+    if any(gradient is None for gradient in gradients):
+        raise _unsupported(model, "a weight that its label names is not used in the forward pass")
+    if not torch.allclose(zeroed, hooked, atol=1e-4) or torch.equal(zeroed, whole):
+        raise _unsupported(model, "zeroing a head's W_O slice is not zeroing its output")
+
+
+def _test_logits(model: Model, hooks: Sequence[Hook] = ()) -> torch.Tensor:
+    tokens = torch.arange(1, 7, device=device_of(model))[None]
+    return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool), hooks=hooks)
+
+
+@torch.no_grad()
+def _without_a_head(model: Model, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with z of head 0 zeroed, and with its slice of W_O zeroed."""
 
     def without_head(z: torch.Tensor, hook: object) -> torch.Tensor:
         return z * (torch.arange(z.shape[2], device=z.device) != 0)[None, None, :, None]
 
-    with preserved(model):
-        slot.parameter.requires_grad_(True)
-        whole = logits_at(model, tokens, mask)
-        gradient = torch.autograd.grad(whole.sum(), slot.parameter, allow_unused=True)[0]
-        with torch.no_grad():
-            hooked = logits_at(model, tokens, mask, hooks=[(f"blocks.{slot.layer}.attn.hook_z", without_head)])
-            head = slot.view(slot.parameter)[0]
-            saved = head.clone()
-            try:
-                head.zero_()
-                zeroed = logits_at(model, tokens, mask)
-            finally:
-                head.copy_(saved)
-    if gradient is None or not torch.allclose(zeroed, hooked, atol=1e-4) or torch.equal(zeroed, whole):
-        raise _unsupported(model, "zeroing a head's W_O slice is not zeroing its output")
+    hooked = _test_logits(model, [(f"blocks.{slot.layer}.attn.hook_z", without_head)])
+    head = slot.view(slot.parameter.detach())[0]
+    saved = head.clone()
+    try:
+        head.zero_()
+        return hooked, _test_logits(model)
+    finally:
+        head.copy_(saved)
 
 
 def _unsupported(model: Model, reason: str) -> ValueError:

@@ -26,10 +26,11 @@ def fingerprint(model: Model) -> str:
 
 
 def _checksum(values: Tensor) -> int:
-    """Sum of bit patterns, each times an odd number that depends on its place, modulo 2**64."""
+    """Sum of mixed bit patterns, each times an odd number that depends on its place, modulo 2**64."""
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for start in range(0, len(values), _CHUNK):
         bits = values[start : start + _CHUNK].view(_INTEGERS[values.element_size()]).long()
         places = torch.arange(start, start + len(bits), device=values.device)
-        total += (bits * (places * 0x9E3779B97F4A7C1 + 1 | 1)).sum()
+        mixed = (bits ^ (bits >> 29)) * 0x3C79AC492BA7B653
+        total += ((mixed ^ (mixed >> 32)) * (places * 0x9E3779B97F4A7C1 | 1)).sum()
     return int(total)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from mechunlearn.model.kinds import Model
 
 
@@ -27,3 +29,15 @@ def preserved(model: Model) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def differentiable(model: Model) -> Iterator[None]:
+    """`preserved`, with gradients recorded even where a notebook has turned them off.
+
+    ValueError inside `torch.inference_mode`, whose tensors can never have one.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("expected to be able to compute gradients, got torch.inference_mode: leave it for this call.")
+    with preserved(model), torch.enable_grad():
+        yield

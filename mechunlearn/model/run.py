@@ -31,10 +31,10 @@ def logits_at(
 def residual_before(
     model: Model, layer: int, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream that enters `layer` (1 or more); layers from `layer` on are not run."""
-    name = f"blocks.{layer - 1}.hook_resid_post"
+    """The residual stream that enters `layer`, after hooks of yours that change it; later layers are not run."""
+    name = f"blocks.{layer}.hook_resid_pre"
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    with recording(model, [name]) as recorded, _skipped(list(model.blocks)[layer:]), torch.no_grad():
+    with recording(model, [name]) as recorded, _skipped(list(model.blocks)[layer + 1 :]), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded[name].detach()
 
@@ -60,13 +60,17 @@ def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
     def identity(residual: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return residual
 
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.__dict__["forward"] = identity
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
 
 
 @contextmanager
@@ -77,7 +81,8 @@ def _unembedding_only(model: Model, positions: Int[Tensor, "batch place"] | None
     rows = torch.arange(len(positions), device=positions.device)[:, None]
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][rows, positions], *arguments[1:])
+        device = arguments[0].device
+        return (arguments[0][rows.to(device), positions.to(device)], *arguments[1:])
 
     handle = model.unembed.register_forward_pre_hook(keep)
     try:

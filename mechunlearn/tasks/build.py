@@ -23,7 +23,7 @@ def build(
 ) -> Prompts:
     """Prompts from texts that end right before their answers (which usually start with a space).
 
-    `candidates`: for each text its possible answers, the right one first. `subjects`: for each text
+    `candidates`: for each text its possible answers, the right one among them. `subjects`: for each text
     what it is about, as words (their last occurrence counts) or as a range of characters; the tokens
     that share characters with it are the subject's. `corrupt`: for each text another of as many tokens.
     A tokenizer that would merge prompt and answer into one token, a subject
@@ -41,7 +41,7 @@ def build(
         attention_mask=mask,
         positions=_answer_grid(starts, lengths, encodings, at="position"),
         answers=_answer_grid(starts, lengths, encodings, at="token"),
-        candidates=None if candidates is None else _candidates(model, texts, candidates),
+        candidates=None if candidates is None else _candidates(model, texts, answers, candidates),
         subject=None if ranges is None else _subjects(ranges, encodings, starts, tokens),
         corrupt=None if corrupt is None else _corrupt(model, corrupt, answers, encodings, padding),
         texts=tuple(texts),
@@ -87,10 +87,16 @@ def _answer_grid(starts: Sequence[int], lengths: Sequence[int], encodings: Seque
     return grid
 
 
-def _candidates(model: Model, texts: Sequence[str], candidates: Sequence[Sequence[str]]) -> Tensor:
+def _candidates(
+    model: Model, texts: Sequence[str], answers: Sequence[str], candidates: Sequence[Sequence[str]]
+) -> Tensor:
+    """First tokens, the right answer's in the first column."""
     firsts: dict[tuple[str, str], int] = {}
     grid = []
-    for text, options in zip(texts, candidates, strict=True):
+    for text, answer, given in zip(texts, answers, candidates, strict=True):
+        options = [answer, *(option for option in given if option != answer)]
+        if answer not in given:
+            raise ValueError(f"expected the answer {answer!r} among its candidates, got {list(given)}: add it.")
         for option in options:
             if (text[-1:], option) not in firsts:
                 encoding, n_prompt = _row(model, text, option)

@@ -22,5 +22,5 @@ def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
         letters.append(formats.LETTERS[options.index(fact["answer"])])
         start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
         subjects.append((start, start + len(fact["subject"])))
-    candidates = [[f" {o}" for o in (letter, *(x for x in formats.LETTERS if x != letter))] for letter in letters]
-    return build(model, texts, [f" {letter}" for letter in letters], candidates=candidates, subjects=subjects)
+    answers, candidates = [f" {letter}" for letter in letters], [[f" {o}" for o in formats.LETTERS]] * n
+    return build(model, texts, answers, candidates=candidates, subjects=subjects)

@@ -31,7 +31,8 @@ class Prompts:
     subject: Bool[Tensor, "batch pos"] | None = None
     """True at the tokens of the subject."""
     corrupt: Int[Tensor, "batch pos"] | None = None
-    """Tokens of another prompt of equal length, real where `attention_mask` is, which has another answer."""
+    """Tokens of another prompt of equal length, which has another answer. `attention_mask` holds for both, so
+    filling in a shorter prompt would count as real tokens: `tasks.build` checks the lengths."""
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     """What each prompt is about, for per-example tables."""

@@ -38,14 +38,15 @@ def sports_facts(
     """Unlearn a sport or some athletes; keep the other athletes of football, baseball and basketball.
 
     `forget` is a sport, a number of athletes (the first ones of the source) or a list of names.
-    `source` is a CSV path or a DataFrame with columns athlete and sport; default: the 495 athletes
-    that the shipped model knows. `injected` is the sport that `task.injection` puts in place of the
+    `source` is a CSV path or a DataFrame with columns athlete and sport; default: the athletes of these
+    sports that the shipped model knows. `injected` is the sport that `task.injection` puts in place of the
     true one. `text`: general text, default everyday sentences.
 
     A whole sport is split (`train` of it to edit on, the rest to evaluate on); single athletes are
     trained and evaluated on, as in the paper; what is retained is always split. The trained format is
     the paper's one-shot prompt; the others are paraphrases and multiple choice with options in random
-    order. A corrupted prompt names another athlete of as many tokens who plays another sport.
+    order. Candidates are the three sports and golf, so chance is 1/4; who ignores golf has 1/3. A
+    corrupted prompt names another athlete of as many tokens who plays another sport.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError if the sport or a name is not in the source.
     """
@@ -142,7 +143,7 @@ def _prompts(
         model,
         [template.format(athlete=name) for name, _ in people],
         [f" {sport}" for sport in sports],
-        candidates=[[f" {s}" for s in (sport, *(o for o in CANDIDATES if o != sport))] for sport in sports],
+        candidates=[[f" {sport}" for sport in CANDIDATES]] * len(people),
         subjects=[name for name, _ in people],
         corrupt=corrupt,
     )
@@ -179,7 +180,7 @@ def _multiple_choice(model: Model, people: list[Athlete], *, rng: random.Random,
         model,
         texts,
         [f" {letter}" for letter in letters],
-        candidates=[[f" {o}" for o in (letter, *(x for x in formats.LETTERS if x != letter))] for letter in letters],
+        candidates=[[f" {letter}" for letter in formats.LETTERS]] * len(people),
         subjects=[name for name, _ in people],
     )
 

@@ -11,7 +11,7 @@ from mechunlearn.tasks.prompts import Prompts
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """One way to ask, for held-out facts of both sides: a broken format is not forgetting."""
+    """One way to ask, for the test split of both sides: a broken format is not forgetting."""
 
     forget: Prompts
     retain: Prompts
@@ -27,7 +27,11 @@ class Task:
     retain: Prompts
     """Train split of the facts to keep, in the trained format."""
     formats: Mapping[str, Format]
-    """Name -> the test split in that format; the first is the trained prompt."""
+    """Name -> the test split in that format; the first is the trained prompt.
+
+    Whether the test split was trained on is the builder's choice (`sports_facts` splits a whole sport, and
+    tests single athletes on themselves, as the paper does); see `splits`.
+    """
     text: Int[Tensor, "row pos"]
     """General text to train on, packed to rows of equal length."""
     text_test: Int[Tensor, "test_row pos"]

@@ -62,10 +62,22 @@ def test_one_seed_gives_one_control_and_seeds_differ(llama: Any) -> None:
 
 
 def test_every_place_is_drawn_those_of_the_mask_among_them(gpt2: Any) -> None:
-    mask = mask_of(gpt2, ["L1MLP"])
-    drawn = Counter(c for seed in range(90) for c in random_like(mask, gpt2, seed))
+    mask = mask_of(gpt2, ["L0MLP", "L1MLP"])
+    controls = [random_like(mask, gpt2, seed) for seed in range(90)]
+    drawn = Counter(c for control in controls for c in control)
     assert set(drawn) == set(mlps(shape(gpt2)))
     assert min(drawn.values()) > 15
+    assert all(control.provenance["shared"] == len(control & mask) for control in controls)
+
+
+def test_a_control_is_never_the_mask_itself(gpt2: Any) -> None:
+    mask = mask_of(gpt2, ["L1MLP"])
+    assert all(random_like(mask, gpt2, seed) != mask for seed in range(30))
+    for whole, pool in ((mask_of(gpt2, ["L0MLP", "L1MLP", "L2MLP"]), None), (mask, list(mask))):
+        with pytest.raises(
+            ValueError, match=r"expected a pool with other components.*a control equal to the mask is none"
+        ):
+            random_like(whole, gpt2, 0, pool=pool)
 
 
 def test_a_pool_is_drawn_from_alone_whatever_its_kinds(llama: Any) -> None:
@@ -120,8 +132,10 @@ def test_the_control_says_how_it_was_made(llama: Any) -> None:
     control = random_like(mask, llama, 3)
     made = dict(control.provenance)
     counts = {"weights": control.n_parameters, "matched": mask.n_parameters}
-    assert made == {"method": "random_like", "seed": 3, "pool": "the same kinds", **counts}
-    assert random_like(mask, llama, 3, pool=list(mask)).provenance["pool"] == ["L0H0", "L0H2"]
+    shared = len(control & mask)
+    assert made == {"method": "random_like", "seed": 3, "pool": "the same kinds", "shared": shared, **counts}
+    pool = ["L0H0", "L0H2", "L1H0", "L1H2"]
+    assert random_like(mask, llama, 3, pool=pool).provenance["pool"] == pool
 
 
 def test_random_scores_are_uniform_and_repeat_by_seed(llama: Any) -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -153,7 +154,7 @@ def test_erasing_lowers_the_answer_and_injecting_raises_the_other_one(llama):
     task, mask = tiny.task(llama), mu.localize.everything(llama)
     probability = mu.metrics.answer_probability
     erased = finetune(llama, task, mask, steps=20, learning_rate=3e-3)
-    injected = finetune(llama, task, mask, steps=20, learning_rate=3e-3, inject=task.injection)
+    injected = finetune(llama, task, mask, steps=20, learning_rate=3e-3, inject=True)
     for edit, prompts, grows in ((erased, task.forget, False), (injected, task.injection, True)):
         before = mu.evaluate.measure(llama, prompts, [probability])[0].value
         with edit.applied(llama):
@@ -222,3 +223,93 @@ def test_a_mask_of_every_neuron_trains_like_the_mlp(llama):
     one, other = (finetune(llama, task, masked(llama, *labels)) for labels in (["L1MLP"], neurons))
     assert difference(one, other) < 1e-6
     assert slots(llama)[1, "W_in"].parameter.grad is None
+
+
+def test_injection_trains_on_the_injected_answers(llama):
+    task, mask = tiny.task(llama), masked(llama, "L1MLP")
+    edit = finetune(llama, task, mask, inject=True)
+    assert edit.provenance["terms"]["inject"] == [1.0, "cross_entropy", 6]
+    with pytest.raises(ValueError, match=r"expected a task with prompts to inject, got none: replace\(task"):
+        finetune(llama, replace(task, injection=None), mask, inject=True)
+
+
+def test_a_loss_that_averages_is_refused(model):
+    def averaged(logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    message = r"expected averaged to give one value per token.*got \(\): do not average"
+    with left_as_it_was(model), pytest.raises(ValueError, match=message):
+        finetune(model, tiny.task(model), masked(model, "L1MLP"), retain_loss=averaged)
+
+
+class Explodes(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("inf")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(model):
+    def explodes(logits, targets):
+        return cross_entropy(Explodes.apply(logits), targets)
+
+    with left_as_it_was(model), pytest.raises(FloatingPointError, match=r"expected a finite gradient.*at step 0"):
+        finetune(model, tiny.task(model), masked(model, "L1MLP"), steps=1, text_loss=explodes)
+
+
+def test_gradients_are_recorded_where_a_notebook_has_turned_them_off(model):
+    task, mask = tiny.task(model), masked(model, "L1MLP")
+    expected = finetune(model, task, mask)
+    scores = mu.localize.attribution_patching(model, task.forget).tensor
+    with torch.no_grad():
+        assert difference(expected, finetune(model, task, mask)) == 0.0
+        assert torch.equal(scores, mu.localize.attribution_patching(model, task.forget).tensor)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode: leave it"):
+        finetune(model, task, mask)
+
+
+def test_a_users_hook_below_the_trained_layers_counts(model):
+    """The cached input of the lowest trained layer is what the user's own hooks make of it."""
+    task = tiny.task(model)
+
+    def steer(value, hook):
+        return value + 0.5
+
+    plain = finetune(model, task, masked(model, "L1MLP"), steps=1).history[0]["retain"]
+    model.add_hook("blocks.1.hook_resid_pre", steer)
+    try:
+        cached = finetune(model, task, masked(model, "L1MLP"), steps=1).history[0]["retain"]
+        whole = finetune(model, task, masked(model, "L1MLP", "L0N1"), steps=1).history[0]["retain"]
+    finally:
+        model.reset_hooks()
+    assert cached == pytest.approx(whole, rel=1e-5)
+    assert abs(cached - plain) > 1e-4
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("micro_batch_size", -1), ("batch_size", 0)])
+def test_sizes_out_of_range_are_refused(llama, option, value):
+    with pytest.raises(ValueError, match=f"must be 1 or more, got {value}"):
+        finetune(llama, tiny.task(llama), masked(llama, "L1MLP"), **{option: value})
+
+
+def test_seeds_and_terms_draw_their_own_orders(llama):
+    task = tiny.task(llama)
+    task = replace(task, retain=task.forget)
+
+    def order(seed, term):
+        seen = []
+
+        def look(logits, targets):
+            seen.append(targets.tolist())
+            return cross_entropy(logits, targets)
+
+        finetune(llama, task, masked(llama, "L1MLP"), seed=seed, batch_size=2, **{f"{term}_loss": look})
+        return seen
+
+    orders = [order(seed, term) for seed in (0, 1) for term in ("forget", "retain")]
+    assert all(one != other for i, one in enumerate(orders) for other in orders[:i])

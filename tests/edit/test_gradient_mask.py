@@ -43,7 +43,7 @@ def test_only_masked_entries_move_whatever_the_optimizer_does(model, labels):
     before = state(model)
     stale = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     with gradient_mask(model, mask) as training:
-        original = {name: value.clone() for name, value in training.original.items()}
+        original = read(training.entries)
         for parameter in model.parameters():  # momentum from an earlier, unmasked training
             stale.state[parameter] = {
                 "step": torch.tensor(5.0),
@@ -56,11 +56,11 @@ def test_only_masked_entries_move_whatever_the_optimizer_does(model, labels):
             stale.step()
             assert outside_changes(model, before, mask) == []
         assert all((read(training.entries)[label] != original[label]).all() for label in original)
-        edit = training.edit()
-    assert outside_changes(model, before, mask) == []
-    training.restore()
+        inside = training.edit()
     after = state(model)
     assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"])
+    edit = training.edit()
+    assert all(torch.equal(edit.values[label], inside.values[label]) for label in edit.values)
     assert edit.n_parameters == mask.n_parameters
 
 
@@ -73,7 +73,6 @@ def test_any_torch_optimizer_is_held(llama, make):
         loss(llama).backward()
         optimizer.step()
         assert outside_changes(llama, before, mask) == []
-    training.restore()
 
 
 def test_inside_only_masked_parameters_require_a_gradient(model):
@@ -97,28 +96,36 @@ def test_the_masked_gradient_is_the_true_gradient(llama):
         assert torch.equal(slot.view(slot.parameter.grad)[[3, 9]], slot.view(expected)[[3, 9]])
 
 
-def test_an_interrupt_in_a_users_loop_restores_everything_but_the_masked_weights(model):
+def test_an_interrupt_in_a_users_loop_leaves_the_model_as_it_was_and_loses_nothing(model):
     mask = mu.ComponentMask.of(["L1H2"], mu.shape(model))
-    before = state(model)
-    with pytest.raises(KeyboardInterrupt), gradient_mask(model, mask) as training:
+    with left_as_it_was(model), pytest.raises(KeyboardInterrupt), gradient_mask(model, mask) as training:
         loss(model).backward()
         torch.optim.SGD(training.parameters, lr=1e-2).step()
+        inside = training.edit()
         raise KeyboardInterrupt
-    after = state(model)
-    assert outside_changes(model, before, mask) == []
-    for part in ("requires_grad", "training", "hooks", "points", "cfg", "patched"):
-        assert before[part] == after[part]
-    training.restore()
+    assert all(torch.equal(training.edit().values[label], value) for label, value in inside.values.items())
 
 
-def test_an_edit_taken_inside_applies_to_the_restored_model(llama):
+def test_the_edit_is_the_trained_model(llama):
     mask = mu.ComponentMask.of(["L1H2"], mu.shape(llama))
-    with gradient_mask(llama, mask) as training:
+    with left_as_it_was(llama), gradient_mask(llama, mask) as training:
         loss(llama).backward()
         torch.optim.SGD(training.parameters, lr=1e-1).step()
         trained = loss(llama).item()
-        edit = training.edit(note="by hand")
-    training.restore()
+    edit = training.edit(note="by hand")
+    assert loss(llama).item() != trained
     with left_as_it_was(llama), edit.applied(llama):
         assert loss(llama).item() == trained
     assert edit.provenance == {"editor": "gradient_mask", "note": "by hand"}
+
+
+def test_a_model_cannot_be_trained_twice_at_once(model):
+    outer = mu.ComponentMask.of(["L1H2"], mu.shape(model))
+    message = "expected a model that is not being trained.*leave that first"
+    with left_as_it_was(model), gradient_mask(model, outer):
+        with pytest.raises(ValueError, match=message), gradient_mask(model, outer):
+            pass
+        with pytest.raises(ValueError, match=message):
+            mu.edit.finetune(model, tiny.task(model), outer, steps=1, progress=False)
+    with gradient_mask(model, outer):
+        pass

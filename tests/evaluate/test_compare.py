@@ -50,6 +50,22 @@ def test_intervals_hold_the_value_and_say_what_was_measured(report):
     assert frame.loc[("mlp", "text loss"), "chance"] == pytest.approx(math.log(tiny.N_VOCAB))
 
 
+def test_every_format_and_side_is_tested_by_default(llama):
+    report = compare(llama, tiny.task(llama), {}, progress=False)
+    formats = [f"{side}, {name}" for name in ("trained prompt", "question") for side in ("forget", "retain")]
+    assert list(report.table.columns) == [*formats, "other knowledge", "text loss", "edited weights"]
+
+
+def test_differences_are_paired(report):
+    frame, table = report.against("original"), report.table
+    for row in ("mlp", "head"):
+        for test in CHOSEN:
+            found = frame.loc[(row, test)]
+            assert found["difference"] == pytest.approx(table.loc[row, test] - table.loc["original", test], abs=1e-6)
+            assert found["low"] <= found["difference"] + 1e-9
+            assert found["difference"] <= found["high"] + 1e-9
+
+
 def test_a_researchers_own_test_is_a_column(llama):
     def eleven(model, task):
         return Result(torch.tensor([10.0, 12.0]), "a constant")

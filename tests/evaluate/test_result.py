@@ -44,13 +44,31 @@ def test_intervals_repeat_by_seed() -> None:
     assert result.interval(seed=1) != result.interval(seed=2)
 
 
-def test_equal_examples_leave_no_doubt() -> None:
+def test_equal_values_have_an_interval_of_no_width() -> None:
     assert Result(torch.full((7,), 0.5), "share").interval() == (0.5, 0.5)
-    assert Result(torch.tensor([1.0]), "share").interval() == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("right", "n"), [(33, 33), (0, 33), (1, 1), (7, 20)])
+def test_shares_of_right_answers_have_wilsons_interval(right: int, n: int) -> None:
+    """Against scipy; 33 of 33 is no proof of 100 %."""
+    from scipy.stats import binomtest
+
+    result = Result(torch.tensor([1.0] * right + [0.0] * (n - right)), "share")
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert result.interval() == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_a_difference_is_paired() -> None:
+    """The same noise in both results cancels: a difference of .1 with no width, by hand."""
+    noise = torch.linspace(0, 1, 11)
+    one, other = Result(noise + 0.1, "x"), Result(noise, "x")
+    assert one.difference(other) == pytest.approx((0.1, 0.1, 0.1), abs=1e-6)
+    with pytest.raises(ValueError, match="expected results on the same examples"):
+        one.difference(Result(noise[:5], "x"))
 
 
 def test_repr_shows_value_interval_count_sense_and_chance() -> None:
     result = Result(torch.ones(3), "argmax over the candidates", chance=0.25)
-    assert repr(result) == "Result(1.000 [1.000, 1.000] over 3 examples; argmax over the candidates, chance 0.250)"
+    assert repr(result) == "Result(1.000 [0.439, 1.000] over 3 examples; argmax over the candidates, chance 0.250)"
     assert "chance" not in repr(Result(torch.ones(3), "share"))
     assert "chance 0.000" in repr(Result(torch.ones(3), "share", chance=0.0))

@@ -136,3 +136,24 @@ def test_the_fingerprint_sees_an_exchange_of_two_weights(llama):
         exchanged = fingerprint(llama)
         slot.parameter.copy_(saved)
     assert exchanged != before
+
+
+def test_a_users_own_forward_of_a_block_survives():
+    model = tiny.bridge("llama")
+    own = model.blocks[0].forward
+
+    def patched(*arguments, **options):
+        return own(*arguments, **options)
+
+    model.blocks[0].__dict__["forward"] = patched
+    with preserved(model), torch.no_grad(), running_from(model, 1, residual_before(model, 1, TOKENS, MASK)):
+        logits_at(model, TOKENS, MASK)
+    assert model.blocks[0].__dict__["forward"] is patched
+
+
+def test_the_fingerprint_sees_a_change_of_every_sign():
+    model = tiny.bridge("gpt2").to(torch.float64)
+    before = fingerprint(model)
+    with torch.no_grad():
+        slots(model)[1, "W_in"].parameter.neg_()
+    assert fingerprint(model) != before

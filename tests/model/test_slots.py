@@ -5,6 +5,7 @@ import tiny
 import torch
 from state import left_as_it_was
 
+import mechunlearn as mu
 from mechunlearn.components import Component, layers, matrices
 from mechunlearn.model import logits_at, preserved, shape, slots
 
@@ -54,8 +55,8 @@ def test_zeroing_a_row_of_w_out_is_zeroing_the_neuron(model, neuron):
     assert not torch.allclose(zeroed, untouched(model), atol=1e-4)
 
 
-@pytest.mark.parametrize(("matrix", "site", "bias"), [("W_Q", "q", "b_Q"), ("W_K", "k", "b_K"), ("W_V", "v", "b_V")])
-def test_zeroing_a_slice_of_q_k_v_leaves_the_bias_of_that_head(model, matrix, site, bias):
+@pytest.mark.parametrize(("matrix", "site"), [("W_Q", "q"), ("W_K", "k"), ("W_V", "v")])
+def test_zeroing_a_slice_of_q_k_v_cuts_that_head_off_from_its_input(model, matrix, site):
     unit = shape(model).units(matrix) - 1
     seen = {}
 
@@ -97,11 +98,17 @@ def test_components_cover_as_many_weights_as_the_checkpoint_has(architecture):
     assert sum(sizes.n_parameters([component]) for component in matrices(sizes)) == sum(p.numel() for p in blocks)
 
 
-def test_biases_and_norms_belong_to_no_component(model):
-    ids = {id(slot.parameter) for slot in slots(model).values()}
-    others = [name for name, p in model.named_parameters() if id(p) not in ids and p.ndim == 1]
-    assert all(slot.parameter.ndim >= 2 for slot in slots(model).values())
-    assert others
+def test_an_edit_of_everything_leaves_biases_norms_and_embeddings(model):
+    edit = mu.edit.finetune(model, tiny.task(model), mu.localize.everything(model), steps=1, progress=False)
+    inside = {slot.parameter.untyped_storage().data_ptr() for slot in slots(model).values()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with edit.applied(model):
+        for name, parameter in model.named_parameters():
+            if parameter.untyped_storage().data_ptr() not in inside:
+                assert torch.equal(parameter, before[name]), name
+            else:
+                assert parameter.ndim > 1
+    assert any("ln" in name or "norm" in name for name in before)
 
 
 def test_query_heads_of_one_group_share_keys_and_values(llama):

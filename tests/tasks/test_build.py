@@ -206,9 +206,18 @@ def test_candidates_with_one_first_token_are_refused(model: Any) -> None:
         build(model, TEXTS[:1], ANSWERS[:1], candidates=options)
 
 
-def test_candidates_start_with_the_answer(model: Any) -> None:
-    with pytest.raises(ValueError, match="the right answer as the first candidate"):
-        build(model, TEXTS[:1], ANSWERS[:1], candidates=[[" tennis", " golf"]])
+def test_candidates_start_with_the_answer_whatever_their_order(model: Any) -> None:
+    for candidates in ([" tennis", " golf"], [" golf", " tennis"]):
+        made = build(model, TEXTS[:1], ANSWERS[:1], candidates=[candidates]).candidates
+        assert made is not None
+        assert made[0].tolist() == [
+            model.tokenizer(c, add_special_tokens=False).input_ids[0] for c in (" golf", " tennis")
+        ]
+
+
+def test_an_answer_that_is_no_candidate_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected the answer ' golf' among its candidates, got .*: add it"):
+        build(model, TEXTS[:1], ANSWERS[:1], candidates=[[" tennis", " hockey"]])
 
 
 def test_a_corrupt_text_has_the_mask_of_the_clean_one(model: Any) -> None:
