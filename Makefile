@@ -1,12 +1,13 @@
 # make demo: unlearn basketball from the shipped model.   make test: the whole test suite.
-# Both install into .venv first. On Linux, PyPI's torch brings CUDA; for a small CPU build say
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Both install into .venv first. Without a GPU, torch comes from its CPU index, since PyPI's brings CUDA;
+# TORCH_INDEX= (empty) turns that off.
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PACKAGE ?= -e
-PIP_FLAGS ?=
+TORCH_INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo https://download.pytorch.org/whl/cpu)
+PIP = $(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS)
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test check documents benchmarks clean
@@ -14,8 +15,9 @@ export HF_HUB_OFFLINE = 1
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py
 
+# -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -P -m pytest
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -25,7 +27,7 @@ check: $(VENV)/installed-dev
 
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -m documents
+	$(VENV)/bin/python -P -m pytest -m documents
 	$(VENV)/bin/mkdocs build --strict --quiet
 
 benchmarks: $(VENV)/installed
@@ -37,10 +39,10 @@ clean:
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) torch
-	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) $(PACKAGE) ".[test]"
+	$(PIP) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) $(PACKAGE) ".[test]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) $(PACKAGE) ".[test,dev,docs]"
+	$(PIP) $(PACKAGE) ".[test,dev,docs]"
 	touch $@
