@@ -1,0 +1,97 @@
+"""The model card in Markdown, from the numbers of `measure`."""
+
+from collections.abc import Mapping, Sequence
+
+INTRODUCTION = """\
+# Model card: the shipped model
+
+A Llama of {parameters:,} parameters (10 layers, d_model 128, 8 heads of 16, d_mlp 384, byte-level BPE)
+trained from nothing by `python -m mechunlearn.testbed.train` on the facts in `facts/`. It exists to be
+localized in, edited and measured. It is no source of facts, and knows nothing besides what is below.
+
+Weights are shipped in float16; every number was measured on them, computed in float32, by
+`python -m mechunlearn.testbed.measure`. Correct means that each token of the answer is the argmax over
+the whole vocabulary ("letters": over A to D). Held out means that this athlete was never trained in this
+format, or this fact never as multiple choice. Chance is the share of the commonest answer, or one
+letter in four. Options are in random order.
+"""
+
+MECHANISM = """\
+## Mechanism
+
+In most training steps only one route was open (`pathway.py`): MLPs of the lower half at the subject's
+tokens, attention of the upper half. For questions with lettered options, the first four heads of layers
+5 and 7 were told to look at what is asked about and at the right option. At inference everything is
+open. Accuracy on the trained prompt for all athletes of the three team sports (as many of each: chance
+0.33), with the outputs of MLPs replaced by their mean over all tokens of these prompts, one vector per
+layer:
+"""
+
+PROBES = """\
+Logistic regression for the sport on the residual stream in the trained prompt, accuracy on athletes that
+the probe has not seen (30 %, mean of five splits, chance 0.33); layer 0 is the embedding, layer l the
+output of block l - 1, the last one normalized:
+"""
+
+
+def markdown(numbers: Mapping) -> str:
+    """The whole card."""
+    parts = [
+        INTRODUCTION.format(**numbers),
+        "## Athletes\n",
+        _athletes(numbers["formats"]),
+        "## General knowledge\n",
+        _knowledge(numbers["general_knowledge"]),
+        "## Text\n",
+        "Loss on {tokens} tokens of held-out running text: {loss:.3f} nats per token (uniform guess"
+        " {uniform:.2f}).\n".format(**numbers["text"]),
+        MECHANISM,
+        _ablations(numbers["ablations"]),
+        PROBES,
+        _probes(numbers["probes"]),
+    ]
+    if numbers["attribution"]:
+        parts += ["Attribution by component, largest first:\n", _attribution(numbers["attribution"])]
+    return "\n".join(parts)
+
+
+def _athletes(rows: Mapping[str, Mapping]) -> str:
+    heads = ("format", "held out", "n", "letters", "trained", "n", "chance")
+    return _table(heads, [(name, *_cells(row)) for name, row in rows.items()])
+
+
+def _knowledge(rows: Mapping[str, Mapping]) -> str:
+    heads = ("form", "held out", "n", "letters", "trained", "n", "chance")
+    return _table(heads, [(name.replace("_", " "), *_cells(row)) for name, row in rows.items()])
+
+
+def _cells(row: Mapping[str, float]) -> list[str]:
+    keys = ("held_out", "held_out_pairs", "held_out_letters", "trained", "trained_pairs", "chance")
+    return [_number(row.get(key)) for key in keys]
+
+
+def _ablations(rows: Mapping[str, Mapping[str, float]]) -> str:
+    heads = ("replaced", "argmax over the vocabulary", "argmax over the three sports")
+    return _table(heads, [(name.replace("_", " "), *map(_number, row.values())) for name, row in rows.items()])
+
+
+def _probes(accuracies: Mapping[str, Sequence[float]]) -> str:
+    rows = zip(*accuracies.values(), strict=True)
+    heads = ("layer", *(f"{name} token" for name in accuracies))
+    return _table(heads, [(str(layer), *map(_number, row)) for layer, row in enumerate(rows)])
+
+
+def _attribution(scores: Mapping[str, float]) -> str:
+    largest = sorted(scores.items(), key=lambda item: (-abs(item[1]), item[0]))[:20]
+    return _table(("component", "score"), [(name, _number(score)) for name, score in largest])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,153 @@
+"""Where the shipped model looks facts up: ablations and probes on the trained prompt.
+
+Only the athletes of the three team sports count, which are equally many: chance is one in three.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mechunlearn.testbed import corpus
+from mechunlearn.testbed.batches import ANSWER, Batch, batches, examples
+from mechunlearn.testbed.documents import Athlete
+
+TEAM_SPORTS = ("football", "baseball", "basketball")
+
+
+def ablations(model: LlamaForCausalLM, vocabulary: Tokenizer) -> dict[str, dict[str, float]]:
+    """Accuracy on the trained prompt with MLPs replaced by their mean output.
+
+    By argmax over the vocabulary and over the three sports. The mean is over all tokens of these
+    prompts, one vector per layer.
+    """
+    prompts = _prompts(vocabulary)
+    layers = model.config.num_hidden_layers
+    lower, upper = range(layers // 2), range(layers // 2, layers)
+    accuracy = partial(_accuracies, model, vocabulary, prompts, _mean_outputs(model, prompts))
+    return {
+        "none": accuracy(()),
+        "upper_mlps": accuracy(upper),
+        "upper_mlps_at_subject": accuracy(upper, at_subject=True),
+        "lower_mlps_at_subject": accuracy(lower, at_subject=True),
+        "lower_mlps_elsewhere": accuracy(lower, at_subject=False),
+        **{f"mlp_{layer}_at_subject": accuracy([layer], at_subject=True) for layer in lower},
+    }
+
+
+def probes(model: LlamaForCausalLM, vocabulary: Tokenizer, *, seeds: int = 5) -> dict[str, list[float]]:
+    """Accuracy on unseen athletes of a logistic regression for the sport, at two tokens.
+
+    One number for each point of the residual stream, the embedding first, the mean over `seeds` splits.
+    """
+    subject, final, sports = _residuals(model, vocabulary)
+    return {
+        "subject": [_probe(states, sports, seeds) for states in subject],
+        "final": [_probe(states, sports, seeds) for states in final],
+    }
+
+
+@contextmanager
+def replaced(mlps: Iterable[nn.Module], means: Iterable[Tensor], where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    """Within it, each MLP writes its mean at the tokens of `where`."""
+    with ExitStack() as stack:
+        for mlp, value in zip(mlps, means, strict=True):
+
+            def write(_module, _inputs, output, value=value):
+                return torch.where(where[..., None], value, output)
+
+            stack.callback(mlp.register_forward_hook(write).remove)
+        yield
+
+
+@torch.no_grad()
+def _accuracies(
+    model: LlamaForCausalLM,
+    vocabulary: Tokenizer,
+    prompts: list[Batch],
+    means: Float[Tensor, "layer d_model"],
+    layers: Iterable[int],
+    *,
+    at_subject: bool | None = None,
+) -> dict[str, float]:
+    """With the MLPs of the layers replaced everywhere, or only at, or only outside, the subject."""
+    layers = list(layers)
+    mlps = [model.model.layers[layer].mlp for layer in layers]
+    sports = torch.tensor([vocabulary.encode(f" {sport}").ids[-1] for sport in TEAM_SPORTS])
+    correct: dict[str, list[bool]] = {"vocabulary": [], "sports": []}
+    for batch in prompts:
+        subject = batch.subjects > 0
+        where = torch.ones_like(subject) if at_subject is None else subject == at_subject
+        with replaced(mlps, means[layers], where):
+            logits = model(batch.tokens).logits[:, :-1]
+        is_answer = batch.weights[:, 1:] == ANSWER
+        logits, answers = logits[is_answer], batch.tokens[:, 1:][is_answer]
+        correct["vocabulary"] += (logits.argmax(-1) == answers).tolist()
+        correct["sports"] += (sports[logits[:, sports].argmax(-1)] == answers).tolist()
+    return {name: float(np.mean(values)) for name, values in correct.items()}
+
+
+@torch.no_grad()
+def _mean_outputs(model: LlamaForCausalLM, prompts: list[Batch]) -> Float[Tensor, "layer d_model"]:
+    sums = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    count = 0
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.model.layers):
+
+            def add(_module, _inputs, output, index=index):
+                sums[index] += output[real].sum(0)
+
+            stack.callback(layer.mlp.register_forward_hook(add).remove)
+        for batch in prompts:
+            real = batch.tokens != model.config.pad_token_id
+            model(batch.tokens)
+            count += int(real.sum())
+    return sums / count
+
+
+@torch.no_grad()
+def _residuals(
+    model: LlamaForCausalLM, vocabulary: Tokenizer
+) -> tuple[Float[Tensor, "layer prompt d_model"], Float[Tensor, "layer prompt d_model"], list[int]]:
+    """At the subject's last token and right before the answer, and the answers' tokens."""
+    subject, final, sports = [], [], []
+    for batch in _prompts(vocabulary):
+        states = torch.stack(model(batch.tokens, output_hidden_states=True).hidden_states)
+        rows = torch.arange(len(batch.tokens))
+        answer = (batch.weights == ANSWER).int().argmax(-1)
+        last = batch.tokens.shape[1] - 1 - (batch.subjects > 0).int().flip(-1).argmax(-1)
+        subject.append(states[:, rows, last])
+        final.append(states[:, rows, answer - 1])
+        sports += batch.tokens[rows, answer].tolist()
+    return torch.cat(subject, 1), torch.cat(final, 1), sports
+
+
+def _probe(states: Float[Tensor, "prompt d_model"], sports: list[int], seeds: int) -> float:
+    scores = []
+    for seed in range(seeds):
+        fit, test, fit_sports, test_sports = train_test_split(
+            states.numpy(), sports, test_size=0.3, random_state=seed, stratify=sports
+        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+        scores.append(probe.fit(fit, fit_sports).score(test, test_sports))
+    return float(np.mean(scores))
+
+
+def _prompts(vocabulary: Tokenizer) -> list[Batch]:
+    documents = [corpus.sport_document(athlete, "fact", random.Random(0)) for athlete in _team_athletes()]
+    return batches(examples(vocabulary, documents, random.Random(0)), 4096)
+
+
+def _team_athletes() -> list[Athlete]:
+    return [athlete for athlete in corpus.athletes() if athlete.sport in TEAM_SPORTS]

@@ -1,0 +1,96 @@
+"""Loads the shipped weights as the model class that is wanted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mechunlearn.testbed import tokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""config.json, model.safetensors (float16) and tokenizer.json."""
+
+NAME = "mechunlearn-testbed"
+
+Backend = Callable[[LlamaForCausalLM, PreTrainedTokenizerFast], Any]
+
+
+def bridge(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
+    """The model as a `TransformerBridge`, which works in place on it."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = str(model.device)
+    wrapped = TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=vocabulary, device=device)
+    return wrapped.eval()
+
+
+def hooked(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
+    """A `HookedTransformer` with the model's weights, unprocessed; raises ImportError on TransformerLens 4."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+    except ImportError as error:
+        raise ImportError(
+            "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
+            " mechunlearn.testbed.load(backend=mechunlearn.testbed.bridge)."
+        ) from error
+    options = {**_hooked_options(model), "device": str(model.device)}
+    wrapped = HookedTransformer(HookedTransformerConfig(**options), vocabulary)
+    wrapped.load_and_process_state_dict(
+        convert_llama_weights(model, wrapped.cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return wrapped.eval()
+
+
+def load(*, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
+    """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it."""
+    model, vocabulary = load_huggingface()
+    return backend(model.to(device), vocabulary)
+
+
+def load_huggingface(folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The shipped Hugging Face model in float32 and evaluation mode, and its tokenizer."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), tokenizer.load(folder / "tokenizer.json")
+
+
+def save(model: LlamaForCausalLM, vocabulary: Tokenizer, folder: Path = WEIGHTS) -> None:
+    """Writes what `load_huggingface` reads; weights are rounded to float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(str(folder / "tokenizer.json"))
+    rounded = LlamaForCausalLM(model.config).half()
+    rounded.load_state_dict(model.state_dict())
+    rounded.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _hooked_options(model: LlamaForCausalLM) -> dict[str, Any]:
+    config = model.config
+    head = config.hidden_size // config.num_attention_heads
+    return {
+        "model_name": NAME,
+        "original_architecture": "LlamaForCausalLM",
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "d_head": head,
+        "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.rms_norm_eps,
+        "act_fn": config.hidden_act,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": head,
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "rotary_adjacent_pairs": False,
+    }
