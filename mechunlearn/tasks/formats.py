@@ -46,7 +46,7 @@ LETTERS = ("A", "B", "C", "D")
 MULTIPLE_CHOICE = "Question: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:"
 
 SPORT_QUESTION = "What sport does {athlete} play?"
-SPORT_OPTIONS = ("Football", "Baseball", "Basketball", "Golf")
+SPORT_OPTIONS: tuple[str, ...] = ("Football", "Baseball", "Basketball", "Golf")
 
 
 def multiple_choice(question: str, options: Sequence[str], *, demonstration: str = "", system: bool = False) -> str:

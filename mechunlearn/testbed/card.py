@@ -14,6 +14,11 @@ Weights are shipped in float16; every number was measured on them, computed in f
 the whole vocabulary ("letters": over A to D). Held out means that this athlete was never trained in this
 format, or this fact never as multiple choice. Chance is the share of the commonest answer, or one
 letter in four. Options are in random order.
+
+Training went in two stages. The second was designed after seeing that held-out general knowledge was
+answered worse by letter than trained one. In it, answers that are never the right letter in training
+are never wrong options there either. Questions about two people ("Do A and B play the same sport?")
+were in the first stage and were not learned.
 """
 
 MECHANISM = """\

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ def _accuracies(
 ) -> dict[str, float]:
     """With the MLPs of the layers replaced everywhere, or only at, or only outside, the subject."""
     layers = list(layers)
-    mlps = [model.model.layers[layer].mlp for layer in layers]
+    blocks: Any = model.model.layers
+    mlps = [blocks[layer].mlp for layer in layers]
     sports = torch.tensor([vocabulary.encode(f" {sport}").ids[-1] for sport in TEAM_SPORTS])
     correct: dict[str, list[bool]] = {"vocabulary": [], "sports": []}
     for batch in prompts:
@@ -102,8 +104,9 @@ def _accuracies(
 def _mean_outputs(model: LlamaForCausalLM, prompts: list[Batch]) -> Float[Tensor, "layer d_model"]:
     sums = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
     count = 0
+    blocks: Any = model.model.layers
     with ExitStack() as stack:
-        for index, layer in enumerate(model.model.layers):
+        for index, layer in enumerate(blocks):
 
             def add(_module, _inputs, output, index=index):
                 sums[index] += output[real].sum(0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -31,14 +31,17 @@ def hooked(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
     """A `HookedTransformer` with the model's weights, unprocessed; raises ImportError on TransformerLens 4."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
-        from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+        from transformer_lens.pretrained.weight_conversions import (  # type: ignore  # not in TransformerLens 4
+            convert_llama_weights,
+        )
     except ImportError as error:
         raise ImportError(
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
             " mechunlearn.testbed.load(backend=mechunlearn.testbed.bridge)."
         ) from error
     options = {**_hooked_options(model), "device": str(model.device)}
-    wrapped = HookedTransformer(HookedTransformerConfig(**options), vocabulary)
+    build: Any = HookedTransformer
+    wrapped = build(HookedTransformerConfig(**options), vocabulary)
     wrapped.load_and_process_state_dict(
         convert_llama_weights(model, wrapped.cfg),
         fold_ln=False,
@@ -52,7 +55,7 @@ def hooked(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
 def load(*, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
     """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it."""
     model, vocabulary = load_huggingface()
-    return backend(model.to(device), vocabulary)
+    return backend(cast(Any, model).to(device), vocabulary)
 
 
 def load_huggingface(folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -91,6 +94,6 @@ def _hooked_options(model: LlamaForCausalLM) -> dict[str, Any]:
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": head,
-        "rotary_base": config.rope_parameters["rope_theta"],
+        "rotary_base": cast(Any, config.rope_parameters)["rope_theta"],
         "rotary_adjacent_pairs": False,
     }

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,9 @@ def fresh(vocabulary_size: int) -> LlamaForCausalLM:
         eos_token_id=1,
     )
     model = LlamaForCausalLM(config)
+    blocks: Any = model.model.layers
     with torch.no_grad():
-        for layer in model.model.layers:
+        for layer in blocks:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 projection.weight.div_(math.sqrt(2 * config.num_hidden_layers))
     return model
