@@ -7,15 +7,17 @@ correct if each of its tokens is the argmax over the whole vocabulary.
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from mechunlearn.tasks import formats
+from mechunlearn.localize import attribution_patching
+from mechunlearn.tasks import formats, sports_facts
 from mechunlearn.testbed import card, choices, corpus, mechanism, shipped
 from mechunlearn.testbed.batches import ANSWER, Batch, batches, examples
 from mechunlearn.testbed.documents import Athlete, Document
@@ -23,13 +25,8 @@ from mechunlearn.testbed.documents import Athlete, Document
 SHUFFLES = 3
 """How many random orders of the options each multiple-choice question is asked in."""
 
-Attribution = Callable[[LlamaForCausalLM, Tokenizer], Mapping[str, float]]
-"""From the model to a score for each component's label."""
 
-
-def measure(
-    model: LlamaForCausalLM, vocabulary: Tokenizer, *, attribution: Attribution | None = None, seed: int = 0
-) -> dict:
+def measure(model: LlamaForCausalLM, vocabulary: Tokenizer, *, seed: int = 0) -> dict:
     """The model card's numbers. `seed` is the one that the model was trained with."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -38,7 +35,6 @@ def measure(
         "text": text_loss(model, vocabulary),
         "ablations": mechanism.ablations(model, vocabulary),
         "probes": mechanism.probes(model, vocabulary),
-        "attribution": dict(attribution(model, vocabulary)) if attribution else None,
     }
 
 
@@ -61,6 +57,13 @@ def is_correct(model: LlamaForCausalLM, batch: Batch, candidates: list[int] | No
         logits = logits.masked_fill(others, -torch.inf)
     wrong = logits.argmax(-1) != batch.tokens[:, 1:]
     return (~(wrong & (batch.weights[:, 1:] == ANSWER)).any(-1)).tolist()
+
+
+def attribution(model: LlamaForCausalLM, vocabulary: Any) -> dict[str, float]:
+    """Attribution patching of the logit difference on the trained prompt, noising, for basketball players."""
+    bridge = shipped.bridge(model, vocabulary)
+    scores = attribution_patching(bridge, sports_facts(bridge, forget="basketball").forget)
+    return {str(component): score for component, score in scores.items()}
 
 
 @torch.no_grad()
@@ -146,6 +149,7 @@ def write(folder: Path = shipped.WEIGHTS, *, seed: int = 0) -> None:
     """Measures the model in the folder and writes card.json and MODEL_CARD.md next to it."""
     model, tokenizer = shipped.load_huggingface(folder)
     numbers = measure(model, tokenizer.backend_tokenizer, seed=seed)
+    numbers["attribution"] = attribution(*shipped.load_huggingface(folder))
     (folder.parent / "card.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (folder.parent / "MODEL_CARD.md").write_text(card.markdown(numbers))
 

@@ -2,23 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mechunlearn.testbed import tokenizer
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from tokenizers import Tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 """config.json, model.safetensors (float16) and tokenizer.json."""
 
 NAME = "mechunlearn-testbed"
 
-Backend = Callable[[LlamaForCausalLM, PreTrainedTokenizerFast], Any]
+Backend = Callable[[Any, Any], Any]
+"""From a Hugging Face model and its tokenizer to the model class that is wanted."""
 
 
-def bridge(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
+def bridge(model: Any, vocabulary: Any) -> Any:
     """The model as a `TransformerBridge`, which works in place on it."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -27,7 +27,7 @@ def bridge(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
     return wrapped.eval()
 
 
-def hooked(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
+def hooked(model: Any, vocabulary: Any) -> Any:
     """A `HookedTransformer` with the model's weights, unprocessed; raises ImportError on TransformerLens 4."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -55,17 +55,27 @@ def hooked(model: LlamaForCausalLM, vocabulary: PreTrainedTokenizerFast) -> Any:
 def load(*, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
     """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it."""
     model, vocabulary = load_huggingface()
-    return backend(cast(Any, model).to(device), vocabulary)
+    return backend(model.to(device), vocabulary)
 
 
-def load_huggingface(folder: Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The shipped Hugging Face model in float32 and evaluation mode, and its tokenizer."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def load_huggingface(folder: Path = WEIGHTS) -> tuple[Any, Any]:
+    """The shipped `LlamaForCausalLM` in float32 and evaluation mode, and its tokenizer."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mechunlearn.testbed import tokenizer
+
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, local_files_only=True))
+    weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
     return model.eval(), tokenizer.load(folder / "tokenizer.json")
 
 
-def save(model: LlamaForCausalLM, vocabulary: Tokenizer, folder: Path = WEIGHTS) -> None:
+def save(model: Any, vocabulary: "Tokenizer", folder: Path = WEIGHTS) -> None:
     """Writes what `load_huggingface` reads; weights are rounded to float16."""
+    from transformers import LlamaForCausalLM
+
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.save(str(folder / "tokenizer.json"))
     rounded = LlamaForCausalLM(model.config).half()
@@ -74,7 +84,7 @@ def save(model: LlamaForCausalLM, vocabulary: Tokenizer, folder: Path = WEIGHTS)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _hooked_options(model: LlamaForCausalLM) -> dict[str, Any]:
+def _hooked_options(model: Any) -> dict[str, Any]:
     config = model.config
     head = config.hidden_size // config.num_attention_heads
     return {
@@ -94,6 +104,6 @@ def _hooked_options(model: LlamaForCausalLM) -> dict[str, Any]:
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": head,
-        "rotary_base": cast(Any, config.rope_parameters)["rope_theta"],
+        "rotary_base": config.rope_parameters["rope_theta"],
         "rotary_adjacent_pairs": False,
     }
