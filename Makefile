@@ -28,7 +28,7 @@ check: $(VENV)/installed-dev
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
 	$(VENV)/bin/python -P -m pytest -m documents
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/attribution.py

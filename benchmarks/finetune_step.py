@@ -23,7 +23,7 @@ from mechunlearn.training import Term, fit
 from mechunlearn.weights import read, select, write
 
 ROUNDS = 5
-MICRO_BATCHES = (4, 16, 64)
+MICRO_BATCHES = (4, 64)
 """Of the 64 prompts of a term; the paper's micro-batches have 4."""
 
 

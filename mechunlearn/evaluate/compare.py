@@ -60,7 +60,7 @@ class Report:
         first = next(iter(self.results.values()))
         chances = [result.chance for result in first.values()]
         rows.append(["*chance*", *("" if chance is None else f"{chance:.3f}" for chance in chances), ""])
-        senses = dict.fromkeys(f"{r.sense} ({r.unit}): {self._columns(r.sense)}" for r in first.values())
+        senses = dict.fromkeys(f"{_meaning(r)}: {self._columns(r.sense)}" for r in first.values())
         return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(f"- {s}" for s in senses)
 
     def against(self, row: str) -> "DataFrame":
@@ -91,7 +91,9 @@ class Report:
             figure.add_bar(name=row, x=shown, y=values, error_y=bars)
         marker = {"symbol": "line-ew", "size": 40, "color": "black", "line": {"width": 1.5, "color": "black"}}
         figure.add_scatter(name="chance", x=shown, y=[first[n].chance for n in shown], mode="markers", marker=marker)
-        return figure.update_layout(barmode="group", template="plotly_white", yaxis={"range": [0, 1.05]})
+        return figure.update_layout(
+            barmode="group", template="plotly_white", yaxis={"range": [0, 1.05], "title": "share"}
+        )
 
     def _columns(self, sense: str) -> str:
         first = next(iter(self.results.values()))
@@ -129,6 +131,10 @@ def compare(
         with edits[row].applied(model) if row in edits else nullcontext():
             results[row] = {name: _run(test, name, model, task) for name, test in metrics.items()}
     return Report(results, {"original": 0} | {name: edit.n_parameters for name, edit in edits.items()})
+
+
+def _meaning(result: Result) -> str:
+    return result.sense if result.unit in ("", "share") else f"{result.sense}, {result.unit}"
 
 
 def _run(test: Test, name: str, model: Model, task: Task) -> Result:
