@@ -7,13 +7,17 @@ from mechunlearn.model.kinds import Model, device_of, shape
 from mechunlearn.model.preserve import differentiable, preserved
 from mechunlearn.model.run import logits_at, residual_before, running_from
 from mechunlearn.model.slots import Slot, slots
+from mechunlearn.model.suffix import Run, base_run, continued
 
 __all__ = [
     "Hook",
     "Model",
+    "Run",
     "Slot",
+    "base_run",
     "check_editable",
     "check_model",
+    "continued",
     "device_of",
     "differentiable",
     "fingerprint",

@@ -1,6 +1,6 @@
 """Forward passes: with an attention mask always, logits only where they are read, from any layer on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -33,44 +33,51 @@ def residual_before(
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream that enters `layer`, after hooks of yours that change it; later layers are not run."""
     name = f"blocks.{layer}.hook_resid_pre"
+    later = list(model.blocks)[layer + 1 :]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    with recording(model, [name]) as recorded, _skipped(list(model.blocks)[layer + 1 :]), torch.no_grad():
+    with recording(model, [name]) as recorded, replaced(dict.fromkeys(later, passed_on)), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded[name].detach()
 
 
 @contextmanager
 def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
-    """Inside, a forward pass starts at `layer` with `residual` as its input; earlier layers do not run.
+    """Inside, a forward pass starts at `layer` (`n_layers`: the final norm) with `residual` as its input.
 
-    Tokens of the same shape still have to be passed (they give positions and mask).
+    Earlier layers do not run. Tokens of the same shape still have to be passed (they give positions and mask).
     """
+    skipped = list(model.blocks)[:layer]
 
-    def enter(value: Tensor, hook: object) -> Tensor:
+    def enter(*arguments: Any, **options: Any) -> Tensor:
         return residual
 
-    with _skipped(list(model.blocks)[:layer]), model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", enter)]):
-        yield
+    if skipped:
+        with replaced(dict.fromkeys(skipped, passed_on) | {skipped[-1]: enter}):
+            yield
+    else:
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: residual)]):
+            yield
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks that hand their input on unchanged (`start_at_layer` of a bridge still runs them)."""
-
-    def identity(residual: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return residual
-
-    own = [block.__dict__.get("forward") for block in blocks]
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have another forward (`start_at_layer` of a bridge still runs the layers below)."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
     try:
-        for block in blocks:
-            block.__dict__["forward"] = identity
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for module, forward in own.items():
             if forward is None:
-                block.__dict__.pop("forward", None)
+                module.__dict__.pop("forward", None)
             else:
-                block.__dict__["forward"] = forward
+                module.__dict__["forward"] = forward
+
+
+def passed_on(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """A forward that hands its input on."""
+    return value
 
 
 @contextmanager
