@@ -147,7 +147,7 @@ def _at_answers(
 def attending(model: Model, outputs: dict[int, Float[Tensor, "row pos d_model"]]) -> Iterator[None]:
     """Inside, the attention of these layers gives `outputs` (before a post-norm) without running."""
 
-    def given(module: nn.Module, value: Tensor) -> Callable[..., Any]:
+    def given(module: Any, value: Tensor) -> Callable[..., Any]:
         def forward(*arguments: Any, **options: Any) -> Any:
             return (module.hook_out(value), None) if is_bridge(model) else value
 

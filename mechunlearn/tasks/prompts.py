@@ -108,6 +108,10 @@ class Prompts:
             )
         return replace(self, tokens=self.corrupt, corrupt=None, texts=())
 
+    def exchanged(self) -> "Prompts":
+        """The corrupted tokens in place of the clean ones, and the clean ones as their counterpart."""
+        return replace(self.corrupted(), corrupt=self.tokens)
+
     def logits(self, model: Model, *, hooks: Sequence[Hook] = ()) -> Float[Tensor, "batch answer d_vocab"]:
         """What a metric takes: the logits that predict the answer tokens. One forward, answers teacher-forced.
 

@@ -1,0 +1,204 @@
+"""Activation patching: the effect of replacing one component's output, measured by running the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mechunlearn.components import (
+    Component,
+    Components,
+    ComponentScores,
+    ModelShape,
+    PositionScores,
+    heads_and_mlps,
+    resolve,
+)
+from mechunlearn.localize.positions import Groups, Where, everywhere, roles
+from mechunlearn.localize.replacement import Replacement, resample
+from mechunlearn.localize.sites import Direction, Places, check, places_of
+from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.tasks.prompts import Prompts
+
+
+def activation_patching(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    components: Components = heads_and_mlps,
+    replacement: Replacement = resample,
+    where: Where = everywhere,
+    batch_size: int = 64,
+) -> ComponentScores:
+    r"""The exact effect of patching each component alone.
+
+        score = mean over prompts of metric(x with a replaced by a') - metric(x)
+
+    in the metric's unit, where a is the component's output in the run x that is patched.
+
+    - `"noising"`: x is clean, a' corrupt. A component that the answer needs scores *negative*.
+    - `"denoising"`: x is corrupt, a' clean. A component that carries the answer scores *positive*.
+
+    `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)` or
+    `gaussian(std=...)`, or your own; with the last three x is clean and `direction` stays `"noising"`.
+    `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
+    `components` and what their outputs are: as for `attribution_patching`. `batch_size` counts rows of one pass:
+    several components share it.
+
+    Cost: 2F, and for each component of layer l the part of F that comes after it: no layer below l, no attention
+    of layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
+
+    Vig et al. 2020, https://arxiv.org/abs/2004.12265; Zhang & Nanda 2023, https://arxiv.org/abs/2309.16042.
+    ValueError without corrupted prompts where the replacement or the direction needs them.
+    """
+
+    def positions(batch: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
+        return {"": where(batch)}
+
+    sizes = shape(model)
+    chosen = resolve(components, sizes)
+    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)[:, :, 0]
+    settings = _settings(prompts, direction, replacement, batch_size) | {"where": name_of(where)}
+    name = name_of(metric)
+    return ComponentScores(chosen, effects.mean(0), sizes, "activation_patching", name, settings, effects.contiguous())
+
+
+def activation_patching_by_position(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    components: Components = heads_and_mlps,
+    replacement: Replacement = resample,
+    positions: Groups = roles,
+    batch_size: int = 64,
+) -> PositionScores:
+    """`activation_patching` of each component at each group of tokens alone.
+
+    `positions` divides each prompt's tokens into named groups, the same names for all prompts: `roles` (default)
+    by where they stand to the subject. All tokens of a group are patched together.
+    Cost: as `activation_patching`, for every component and group.
+    """
+    sizes = shape(model)
+    chosen = resolve(components, sizes)
+    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)
+    settings = _settings(prompts, direction, replacement, batch_size) | {"positions": name_of(positions)}
+    labels, name = tuple(positions(prompts[:1])), name_of(metric)
+    return PositionScores(chosen, labels, effects, sizes, "activation_patching_by_position", name, settings)
+
+
+def _effects(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    direction: Direction,
+    components: tuple[Component, ...],
+    sizes: ModelShape,
+    replacement: Replacement,
+    positions: Groups,
+    batch_size: int,
+) -> Float[Tensor, "prompt component group"]:
+    check(direction, batch_size)
+    given = prompts.to(device_of(model))
+    patched = given if direction == "noising" else given.exchanged()
+    places = places_of(components, sizes)
+    found = []
+    with preserved(model), torch.no_grad():
+        for batch in patched.batches(batch_size):
+            found.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
+    return torch.cat(found).cpu()
+
+
+def _batch_effects(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    places: Places,
+    replacement: Replacement,
+    positions: Groups,
+    rows: int,
+) -> Float[Tensor, "prompt component group"]:
+    run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=places)
+    source = replacement(model, prompts, run.values)
+    where = torch.stack(list(positions(prompts).values()), 1) & prompts.attention_mask[:, None]
+    unpatched = checked(metric, run.logits, prompts).double()
+    count = sum(len(units) for units in places.values())
+    effects = unpatched.new_zeros(len(prompts), count, where.shape[1])
+    for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
+        columns = torch.tensor(list(units), device=where.device)
+        index = _every(len(units), where.shape[1], len(prompts), device=where.device)
+        for column, group, row in (part.unbind(1) for part in index.split(rows)):
+            unit = _units(units, column)
+            logits = _patched(model, run, source[name], name, row, unit, where[row, group])
+            values = checked(metric, logits, prompts.rows(row)).double()
+            effects[row, columns[column], group] = values - unpatched[row]
+    return effects
+
+
+def _every(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
+    """All combinations of numbers below the counts, the last one fastest."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
+
+
+def _units(units: Mapping[int, int | None], column: Int[Tensor, "row"]) -> Int[Tensor, "row"] | None:
+    """The head or neuron of each row; None where the site is patched as a whole."""
+    listed = list(units.values())
+    if listed[0] is None:
+        return None
+    return torch.tensor(listed, device=column.device)[column]
+
+
+def _patched(
+    model: Model,
+    run: Run,
+    source: Tensor,
+    name: str,
+    row: Int[Tensor, "row"],
+    unit: Int[Tensor, "row"] | None,
+    where: Bool[Tensor, "row pos"],
+) -> Float[Tensor, "row answer d_vocab"]:
+    """Logits of copies of the run's prompts, each with one unit of the site replaced at some tokens."""
+    layer = int(name.split(".")[1])
+    base = run.values[name]
+    if name.endswith("hook_mlp_out"):
+        change = (source[row] - base[row]) * where[..., None]
+        return continued(model, run, row, layer + 1, residual=run.residuals[layer + 1][row] + change)
+    if name.endswith("hook_z") and unit is not None:
+        change = (source[row, :, unit] - base[row, :, unit]) * where[..., None]
+        w_o = slots(model)[layer, "W_O"]
+        added = change.to(w_o.parameter.dtype) @ w_o.view(w_o.parameter)[unit]
+        return continued(model, run, row, layer, attention=run.attention[layer][row] + added)
+    attention = None if name.endswith(("hook_q", "hook_k", "hook_v")) else run.attention[layer][row]
+
+    def put(value: Tensor, hook: object) -> Tensor:
+        return _with(value, source, row, unit, where)
+
+    return continued(model, run, row, layer, attention=attention, hooks=[(name, put)])
+
+
+def _with(
+    value: Tensor,
+    source: Tensor,
+    row: Int[Tensor, "row"],
+    unit: Int[Tensor, "row"] | None,
+    where: Bool[Tensor, "row pos"],
+) -> Tensor:
+    if unit is None:
+        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
+    copies = torch.arange(len(row), device=row.device)
+    patched = value.clone()
+    chosen = where.view(*where.shape, *[1] * (value.ndim - 3))
+    patched[copies, :, unit] = torch.where(chosen, source[row, :, unit], value[copies, :, unit])
+    return patched
+
+
+def _settings(prompts: Prompts, direction: str, replacement: Replacement, batch_size: int) -> dict[str, Any]:
+    given = {"direction": direction, "replacement": name_of(replacement)}
+    return given | {"prompts": len(prompts), "batch_size": batch_size}

@@ -1,0 +1,75 @@
+"""What a patch puts in place of an activation: functions of (model, prompts, values at the sites of their own run)."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mechunlearn.model import Model, device_of, recording
+from mechunlearn.tasks.prompts import Prompts
+
+Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
+"""(model, prompts, hook point -> value in the prompts' own run [batch, pos, ...]) -> hook point -> what replaces it."""
+
+
+@torch.no_grad()
+def resample(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the counterpart of each prompt has there. Cost: 1F. ValueError without corrupted prompts."""
+    return _recorded(model, prompts.corrupted(), values)
+
+
+def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros. Cost: none. Takes the model off the distribution that it was trained on."""
+    return {name: torch.zeros_like(value) for name, value in values.items()}
+
+
+def mean_over(reference: Prompts, *, positional: bool = False) -> Replacement:
+    """The mean over a reference set: over all its real tokens, or at each position (rows of one length).
+
+    Cost: 1F of the reference for each batch of prompts.
+    """
+
+    @torch.no_grad()
+    def mean(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = reference.to(device_of(model))
+        recorded = _recorded(model, given, values)
+        if positional:
+            _check_aligned(given, prompts)
+            return {name: value.mean(0).expand_as(values[name]) for name, value in recorded.items()}
+        means = {name: value[given.attention_mask].mean(0) for name, value in recorded.items()}
+        return {name: value.expand_as(values[name]) for name, value in means.items()}
+
+    return mean
+
+
+def gaussian(*, std: float, seed: int = 0) -> Replacement:
+    """The prompt's own value plus noise N(0, std**2), the same for every prompt at its i-th real token. Cost: none."""
+
+    def noisy(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        place = (prompts.attention_mask.cumsum(1) - 1).clamp(min=0)
+        longest = int(place.max()) + 1
+        found = {}
+        for name, value in values.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            drawn = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(longest)])
+            found[name] = value + std * drawn.to(value)[place]
+        return found
+
+    return noisy
+
+
+def _recorded(model: Model, prompts: Prompts, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with recording(model, names) as recorded:
+        prompts.logits(model)
+    return dict(recorded)
+
+
+def _check_aligned(reference: Prompts, prompts: Prompts) -> None:
+    lengths = sorted({int(n) for p in (reference, prompts) for n in p.attention_mask.sum(1)})
+    if len(lengths) > 1 or reference.tokens.shape[1] != prompts.tokens.shape[1]:
+        raise ValueError(
+            f"expected a reference set and prompts that all have one length for positional means, got lengths "
+            f"{lengths}: pad nothing, choose prompts of one length, or leave out positional=True."
+        )

@@ -1,0 +1,183 @@
+"""The slow, obvious reference: for every component one full forward pass with one hook."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+from mechunlearn.components import Component
+from mechunlearn.localize import activation_patching, activation_patching_by_position
+from mechunlearn.localize.positions import ROLES, answer, everywhere, roles, subject, subject_last
+from mechunlearn.localize.replacement import gaussian, mean_over, resample, zero
+from mechunlearn.metrics import answer_log_probability, logit_difference
+from mechunlearn.model import preserved, recording, shape, site
+
+KINDS = ("L1H2", "L1H2.W_Q", "L0H3.W_K", "L2H0.W_V", "L2H1.W_O", "L2H3.W_Q", "L1ATTN", "L2ATTN", "L0MLP", "L2MLP")
+NEURONS = ("L1MLP.W_in", "L2MLP.W_out", "L1N7", "L2N5")
+
+
+def kinds(model):
+    gate = ("L1MLP.W_gate",) if shape(model).gated else ()
+    return [Component.parse(label) for label in KINDS + NEURONS + gate]
+
+
+def unit_of(component, sizes):
+    if component.part == "H":
+        return component.index * sizes.units(component.matrix or "W_O") // sizes.n_heads
+    return component.index
+
+
+@torch.no_grad()
+def reference(model, prompts, component, metric, replacement=resample, where=everywhere):
+    """Effect of the component for each prompt: everything is run."""
+    sizes = shape(model)
+    name, unit = site(component, sizes), unit_of(component, sizes)
+    with preserved(model):
+        with recording(model, [name]) as own:
+            before = metric(prompts.logits(model), prompts)
+        new = replacement(model, prompts, own)[name]
+        rows, tokens = (where(prompts) & prompts.attention_mask).nonzero(as_tuple=True)
+
+        def put(value, hook):
+            patched = value.clone()
+            if unit is None:
+                patched[rows, tokens] = new[rows, tokens]
+            else:
+                patched[rows, tokens, unit] = new[rows, tokens, unit]
+            return patched
+
+        return (metric(prompts.logits(model, hooks=[(name, put)]), prompts) - before).double()
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_every_kind_of_component_has_the_effect_of_a_full_pass(model, direction):
+    prompts = tiny.prompts(model, n=3)
+    patched = prompts if direction == "noising" else prompts.exchanged()
+    with left_as_it_was(model):
+        scores = activation_patching(model, prompts, components=kinds(model), direction=direction)
+    for place, component in enumerate(scores.components):
+        expected = reference(model, patched, component, logit_difference)
+        assert torch.allclose(scores.per_prompt[:, place], expected, atol=2e-5), component
+        assert expected.abs().max() > 1e-3, component
+
+
+def test_answers_of_several_tokens_and_left_padding(model):
+    prompts = tiny.prompts(model, n=4, answer=3, padding="left")
+    chosen = ["L0H1", "L1MLP", "L2H2", "L2MLP", "L2ATTN", "L2N3"]
+    scores = activation_patching(model, prompts, components=chosen, metric=answer_log_probability)
+    for place, component in enumerate(scores.components):
+        expected = reference(model, prompts, component, answer_log_probability)
+        assert torch.allclose(scores.per_prompt[:, place], expected, atol=2e-5), component
+
+
+@pytest.mark.parametrize("replacement", [zero, "mean", gaussian(std=0.5)], ids=["zero", "mean", "noise"])
+def test_other_replacements(llama, replacement):
+    prompts = tiny.prompts(llama)
+    given = mean_over(tiny.prompts(llama, seed=9)) if replacement == "mean" else replacement
+    chosen = ["L0H1", "L1MLP", "L1ATTN", "L2N3", "L0H0.W_K"]
+    scores = activation_patching(llama, prompts, components=chosen, replacement=given)
+    for place, component in enumerate(scores.components):
+        expected = reference(llama, prompts, component, logit_difference, given)
+        assert torch.allclose(scores.per_prompt[:, place], expected, atol=2e-5), component
+        assert expected.abs().max() > 1e-3
+
+
+def test_a_positional_mean_is_that_of_each_position(llama):
+    prompts = tiny.prompts(llama, n=12)[[0, 6]]  # of one length
+    name = "blocks.1.hook_mlp_out"
+    values = {name: torch.zeros(2, prompts.tokens.shape[1], 32)}
+    found = mean_over(prompts, positional=True)(llama, prompts, values)[name]
+    with recording(llama, [name]) as own, torch.no_grad():
+        prompts.logits(llama)
+    assert torch.allclose(found[1], own[name].mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match=r"expected a reference set and prompts that all have one length"):
+        mean_over(tiny.prompts(llama), positional=True)(llama, prompts, values)
+
+
+@pytest.mark.parametrize("where", [subject, subject_last, answer])
+def test_a_patch_at_some_tokens(llama, where):
+    prompts = tiny.prompts(llama)
+    chosen = ["L0H1", "L1MLP", "L1ATTN", "L1N3", "L0H0.W_K"]
+    scores = activation_patching(llama, prompts, components=chosen, where=where)
+    for place, component in enumerate(scores.components):
+        expected = reference(llama, prompts, component, logit_difference, where=where)
+        assert torch.allclose(scores.per_prompt[:, place], expected, atol=2e-5), component
+
+
+def test_positions_are_patched_one_group_at_a_time(model):
+    prompts = tiny.prompts(model, n=3)
+    chosen = ["L0H1", "L1MLP", "L1H0.W_V"]
+    with left_as_it_was(model):
+        scores = activation_patching_by_position(model, prompts, components=chosen)
+    assert scores.positions == ROLES
+    for role in ROLES:
+        for place, component in enumerate(scores.components):
+            expected = reference(model, prompts, component, logit_difference, where=lambda p, role=role: roles(p)[role])
+            assert torch.allclose(scores.at(role).per_prompt[:, place], expected, atol=2e-5), (component, role)
+
+
+def test_a_patch_before_the_first_difference_has_no_effect(llama):
+    scores = activation_patching_by_position(llama, tiny.prompts(llama), components=["L0MLP", "L1H1"])
+    assert torch.equal(scores.at("before the subject").tensor, torch.zeros(2).double())
+
+
+def test_roles_divide_the_prompt(llama):
+    for padding in ("left", "right"):
+        prompts = tiny.prompts(llama, padding=padding)
+        masks = torch.stack(list(roles(prompts).values()))
+        assert torch.equal(masks.sum(0).bool(), prompts.attention_mask)
+        assert masks.sum(0).max() == 1
+        assert torch.equal((roles(prompts)["last of the subject"]).sum(1), torch.ones(len(prompts)).long())
+        assert torch.equal(roles(prompts)["last"], answer(prompts))
+
+
+def test_batch_size_padding_and_order_do_not_matter(model):
+    chosen = ["L0H1", "L1MLP", "L2H3", "L1H0.W_K", "L2MLP"]
+    prompts = tiny.prompts(model)
+    scores = activation_patching(model, prompts, components=chosen).per_prompt
+    small = activation_patching(model, prompts, components=chosen, batch_size=2).per_prompt
+    left = activation_patching(model, tiny.prompts(model, padding="left"), components=chosen).per_prompt
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = activation_patching(model, prompts[order], components=chosen).per_prompt
+    assert torch.allclose(scores, small, atol=1e-5)
+    assert torch.allclose(scores, left, atol=1e-5)
+    assert torch.allclose(scores[order], shuffled, atol=1e-5)
+
+
+def test_noise_does_not_depend_on_batches_or_padding(llama):
+    options = {"components": ["L0H1", "L1MLP"], "replacement": gaussian(std=1.0, seed=3)}
+    one = activation_patching(llama, tiny.prompts(llama), **options).per_prompt
+    two = activation_patching(llama, tiny.prompts(llama, padding="left"), batch_size=2, **options).per_prompt
+    other = activation_patching(llama, tiny.prompts(llama), components=["L0H1", "L1MLP"], replacement=gaussian(std=1.0))
+    assert torch.allclose(one, two, atol=1e-5)
+    assert not torch.allclose(one, other.per_prompt, atol=1e-3)
+
+
+def test_position_scores_survive_saving(llama, tmp_path):
+    scores = activation_patching_by_position(llama, tiny.prompts(llama), components=["L0H1", "L1MLP"])
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = mu.components.PositionScores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(loaded.per_prompt, scores.per_prompt)
+    assert (loaded.components, loaded.positions, loaded.shape) == (scores.components, scores.positions, scores.shape)
+    assert loaded.to_frame().equals(scores.to_frame())
+    assert scores.plot().data[0].z is not None
+
+
+def test_bad_input(llama, unchecked):
+    prompts = tiny.prompts(llama)
+    plain = mu.Prompts.of(prompts.tokens, prompts.answers[:, 0], attention_mask=prompts.attention_mask)
+    with pytest.raises(ValueError, match=r"expected prompts with a corrupted counterpart"):
+        activation_patching(llama, plain, metric=answer_log_probability)
+    with pytest.raises(ValueError, match=r"expected prompts that say where their subject is, got none for all"):
+        activation_patching(llama, replace(prompts, subject=None), where=subject)
+    with pytest.raises(ValueError, match=r"expected direction .* got 'both'"):
+        activation_patching(llama, prompts, direction="both")
+    with pytest.raises(ValueError, match=r"expected a batch_size of at least 1, got 0"):
+        activation_patching(llama, prompts, batch_size=0)
+    with pytest.raises(ValueError, match=r"expected one of the positions .*, got 'first'"):
+        activation_patching_by_position(llama, prompts, components=["L0MLP"]).at("first")
+    with pytest.raises(ValueError, match=r"expected .* to give one value per prompt"):
+        activation_patching(llama, prompts, metric=lambda logits, p: logits.mean())
