@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mechunlearn"
 LAYERS = (
-    {"files"},
+    {"files", "intervals"},
     {"components"},
     {"model"},
     {"tasks"},

@@ -5,7 +5,7 @@ from mechunlearn.model.fingerprint import fingerprint
 from mechunlearn.model.hooks import Hook, recording, site
 from mechunlearn.model.kinds import Model, device_of, shape
 from mechunlearn.model.preserve import differentiable, preserved
-from mechunlearn.model.run import logits_at, residual_before, running_from
+from mechunlearn.model.run import embeddings, logits_at, residual_before, running_from
 from mechunlearn.model.slots import Slot, slots
 from mechunlearn.model.suffix import Run, base_run, continued
 
@@ -20,6 +20,7 @@ __all__ = [
     "continued",
     "device_of",
     "differentiable",
+    "embeddings",
     "fingerprint",
     "logits_at",
     "preserved",

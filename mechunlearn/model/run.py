@@ -40,6 +40,20 @@ def residual_before(
     return recorded[name].detach()
 
 
+def embeddings(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The token embeddings, without positions; no layer is run."""
+    last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+    with (
+        recording(model, ["hook_embed"]) as recorded,
+        replaced(dict.fromkeys(model.blocks, passed_on)),
+        torch.no_grad(),
+    ):
+        logits_at(model, tokens, mask, last)
+    return recorded["hook_embed"]
+
+
 @contextmanager
 def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
     """Inside, a forward pass starts at `layer` (`n_layers`: the final norm) with `residual` as its input.

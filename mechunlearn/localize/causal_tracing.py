@@ -1,0 +1,206 @@
+"""Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mechunlearn.localize.causal_trace import KINDS, CausalTrace
+from mechunlearn.localize.positions import roles, subject
+from mechunlearn.metrics import Metric, answer_probability, checked, name_of
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, embeddings, preserved, shape
+from mechunlearn.tasks.prompts import Prompts
+
+Kind: TypeAlias = Literal["residual", "MLP", "ATTN"]
+
+
+def causal_tracing(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = answer_probability,
+    noise: float = 3.0,
+    draws: int = 10,
+    window: int = 10,
+    kinds: tuple[Kind, ...] = KINDS,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> CausalTrace:
+    r"""Indirect effects of every (token, layer) for the residual stream, MLPs and attention.
+
+    The corrupted run adds noise N(0, (noise * s)**2) to the embeddings of the subject's tokens, s the standard
+    deviation of all entries of the embeddings of these prompts' subject tokens. The same `draws` draws serve every
+    prompt, layer and token: the i-th token of a subject always gets the same noise. Then, for one token t at a time,
+
+        indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
+        total effect    = metric of the clean run - mean over draws of metric of the corrupted run
+
+    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back.
+    Restored is, for `"residual"`, what enters layer l + 1; for `"MLP"` and `"ATTN"`, the outputs of the layers
+    l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone moves little.
+
+    The trace plots the classic heat map (tokens by their role) and gives intervals over prompts.
+    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so each is of a layer's neighbourhood.
+
+    Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
+    layer restored. Tokens before the subject have no effect, exactly, and are not run.
+
+    Meng et al. 2022, https://arxiv.org/abs/2202.05262 (restoring a window: their section 2). ValueError for prompts
+    without a subject, a window or number of draws below 1, a window larger than the model, or negative noise.
+    """
+    sizes = shape(model)
+    _check(noise, draws, window, kinds, sizes.n_layers, batch_size)
+    given = prompts.to(device_of(model))
+    pieces: list[dict[str, Tensor]] = []
+    with preserved(model), torch.no_grad():
+        drawn = _noise(model, given, noise, draws, seed, batch_size)
+        for batch in tqdm(given.batches(max(1, batch_size // draws)), desc="causal tracing", leave=False, disable=None):
+            pieces.append(_traced(model, batch, metric, drawn, window, kinds, batch_size))
+    width = max(piece["effects"].shape[-1] for piece in pieces)
+    settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
+    return CausalTrace(
+        torch.cat([piece["clean"] for piece in pieces]).cpu(),
+        torch.cat([piece["corrupt"] for piece in pieces]).cpu(),
+        torch.cat([_widened(piece["effects"], width) for piece in pieces]).cpu(),
+        torch.cat([_widened(piece["roles"], width) for piece in pieces]).cpu(),
+        kinds,
+        sizes,
+        name_of(metric),
+        settings,
+    )
+
+
+def _noise(
+    model: Model, prompts: Prompts, noise: float, draws: int, seed: int, batch_size: int
+) -> Float[Tensor, "draw token d_model"]:
+    """What is added to the i-th token of a subject in each draw."""
+    entries = []
+    for batch in prompts.batches(batch_size):
+        embedded = embeddings(model, batch.tokens, batch.attention_mask)
+        entries.append(embedded[subject(batch)].flatten().double())
+    std = float(torch.cat(entries).std(correction=0))
+    generator = torch.Generator().manual_seed(seed)
+    d_model = shape(model).d_model
+    tokens = [torch.randn(draws, d_model, generator=generator) for _ in range(int(subject(prompts).sum(1).max()))]
+    return (noise * std * torch.stack(tokens, 1)).to(prompts.tokens.device)
+
+
+def _traced(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    drawn: Float[Tensor, "draw token d_model"],
+    window: int,
+    kinds: tuple[Kind, ...],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    n_layers, draws = len(model.blocks), len(drawn)
+    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(n_layers) for part in ("mlp", "attn")]
+    clean = _run(model, prompts, names)
+    copies = prompts.rows(torch.arange(len(prompts), device=prompts.tokens.device).repeat_interleave(draws))
+    noisy = _run(model, copies, names, [_adding(copies, drawn)])
+    corrupt = checked(metric, noisy.logits, copies).double()
+    row, token = _sites(copies)
+    effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
+    for place, kind in enumerate(kinds):
+        for layer in range(n_layers):
+            for part in torch.arange(len(row), device=row.device).split(batch_size):
+                logits = _restored(model, noisy, clean, row[part], token[part], draws, kind, layer, window)
+                values = checked(metric, logits, copies.rows(row[part])).double()
+                effects[row[part], place, layer, token[part]] = values - corrupt[row[part]]
+    return {
+        "clean": checked(metric, clean.logits, prompts).double(),
+        "corrupt": corrupt.view(-1, draws).mean(1),
+        "effects": _left(effects.unflatten(0, (-1, draws)).mean(1), prompts),
+        "roles": _left(_roles(prompts), prompts),
+    }
+
+
+def _run(model: Model, prompts: Prompts, names: list[str], hooks: list[Hook] | None = None) -> Run:
+    given = (prompts.tokens, prompts.attention_mask, prompts.positions)
+    return base_run(model, *given, names=names, hooks=hooks or [])
+
+
+def _adding(copies: Prompts, drawn: Float[Tensor, "draw token d_model"]) -> Hook:
+    """The noise of each copy's draw, on its subject: where the embeddings enter the first layer."""
+    is_subject = subject(copies)
+    order = (is_subject.cumsum(1) - 1).clamp(min=0)
+    draw = torch.arange(len(copies), device=order.device)[:, None] % len(drawn)
+    added = drawn[draw, order] * is_subject[..., None]
+    return "blocks.0.hook_resid_pre", lambda value, hook: value + added.to(value.dtype)
+
+
+def _sites(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
+    """Rows and columns of the tokens from the subject's first to the one that predicts the answer."""
+    order = torch.arange(copies.tokens.shape[1], device=copies.tokens.device)
+    first = subject(copies).int().argmax(1, keepdim=True)
+    row, token = ((order >= first) & (order <= copies.positions[:, :1])).nonzero(as_tuple=True)
+    return row, token
+
+
+def _restored(
+    model: Model,
+    noisy: Run,
+    clean: Run,
+    row: Int[Tensor, "site"],
+    token: Int[Tensor, "site"],
+    draws: int,
+    kind: Kind,
+    layer: int,
+    window: int,
+) -> Float[Tensor, "site answer d_vocab"]:
+    """Logits of copies of the noisy run, each with one token restored."""
+    copies, prompt = torch.arange(len(row), device=row.device), row // draws
+
+    def with_clean(value: Tensor, source: Tensor) -> Tensor:
+        restored = value.clone()
+        restored[copies, token] = source[prompt, token]
+        return restored
+
+    def hooks(part: str, layers: range) -> list[Hook]:
+        names = [f"blocks.{i}.hook_{part}_out" for i in layers]
+        return [(name, lambda value, hook, name=name: with_clean(value, clean.values[name])) for name in names]
+
+    if kind == "residual":
+        residual = with_clean(noisy.residuals[layer + 1][row], clean.residuals[layer + 1])
+        return continued(model, noisy, row, layer + 1, residual=residual)
+    first, end = max(0, layer - window // 2), min(len(model.blocks), layer + (window + 1) // 2)
+    if kind == "ATTN":
+        attention = noisy.attention[first][row]
+        return continued(model, noisy, row, first, attention=attention, hooks=hooks("attn", range(first, end)))
+    name = f"blocks.{first}.hook_mlp_out"
+    residual = noisy.residuals[first + 1][row]
+    change = clean.values[name][prompt, token] - noisy.values[name][row, token]
+    residual[copies, token] += change
+    return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks("mlp", range(first + 1, end)))
+
+
+def _roles(prompts: Prompts) -> Int[Tensor, "prompt pos"]:
+    masks = torch.stack(list(roles(prompts).values()), -1)
+    return torch.where(masks.any(-1), masks.int().argmax(-1), -1)
+
+
+def _left(values: Tensor, prompts: Prompts) -> Tensor:
+    """The last axis counted from each prompt's first real token, whatever side the padding is on."""
+    order = prompts.attention_mask.int().argsort(dim=1, descending=True, stable=True)
+    index = order.view(len(order), *[1] * (values.ndim - 2), -1).expand_as(values)
+    return values.gather(-1, index)
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    filling = 0 if values.is_floating_point() else -1
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=filling)
+
+
+def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_layers: int, batch_size: int) -> None:
+    if noise < 0 or draws < 1 or batch_size < 1:
+        raise ValueError(
+            f"expected noise of at least 0 standard deviations, and draws and a batch_size of at least 1, got "
+            f"{noise}, {draws} and {batch_size}."
+        )
+    if not 1 <= window <= n_layers:
+        raise ValueError(f"window must lie in 1..{n_layers} (the number of layers), got {window}: pass window=... .")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"expected kinds among {', '.join(KINDS)}, got {kinds}.")

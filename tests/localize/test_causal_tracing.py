@@ -1,0 +1,151 @@
+"""The slow, obvious reference: one prompt, one draw, one token, one layer, one full forward pass."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+
+from mechunlearn.localize import CausalTrace, causal_tracing
+from mechunlearn.localize.positions import ROLES, roles, subject
+from mechunlearn.metrics import answer_log_probability, answer_probability
+from mechunlearn.model import embeddings, preserved, recording
+
+WINDOW, DRAWS, NOISE = 2, 2, 1.5
+
+
+def drawn(model, prompts):
+    """The noise of each draw on the i-th token of a subject."""
+    with preserved(model):
+        entries = embeddings(model, prompts.tokens, prompts.attention_mask)[subject(prompts)]
+    generator = torch.Generator().manual_seed(0)
+    longest = int(subject(prompts).sum(1).max())
+    tokens = [torch.randn(DRAWS, entries.shape[-1], generator=generator) for _ in range(longest)]
+    return NOISE * entries.std(correction=0) * torch.stack(tokens, 1)
+
+
+@torch.no_grad()
+def reference(model, one, noise, kind, layer, token, metric=answer_log_probability):
+    """What restoring adds for one prompt and one draw."""
+    n_layers = len(model.blocks)
+    part = {"MLP": "hook_mlp_out", "ATTN": "hook_attn_out"}.get(kind, "hook_resid_post")
+    window = range(max(0, layer - WINDOW // 2), min(n_layers, layer + (WINDOW + 1) // 2))
+    names = [f"blocks.{i}.{part}" for i in ([layer] if kind == "residual" else window)]
+    places = subject(one)[0].nonzero()[:, 0]
+
+    def corrupt(value, hook):
+        noisy = value.clone()
+        noisy[0, places] += noise[: len(places)]
+        return noisy
+
+    def restore(value, hook, name):
+        restored = value.clone()
+        restored[0, token] = clean[name][0, token]
+        return restored
+
+    with preserved(model):
+        with recording(model, names) as clean:
+            one.logits(model)
+        noisy = [("blocks.0.hook_resid_pre", corrupt)]
+        hooks = [(name, lambda value, hook, name=name: restore(value, hook, name)) for name in names]
+        return metric(one.logits(model, hooks=noisy + hooks), one) - metric(one.logits(model, hooks=noisy), one)
+
+
+@pytest.mark.parametrize("kind", ["residual", "MLP", "ATTN"])
+def test_effects_are_those_of_full_passes(model, kind):
+    prompts = tiny.prompts(model, n=2)
+    options = {"metric": answer_log_probability, "noise": NOISE, "draws": DRAWS, "window": WINDOW}
+    with left_as_it_was(model):
+        trace = causal_tracing(model, prompts, kinds=(kind,), batch_size=5, **options)
+    noise = drawn(model, prompts)
+    for i in range(2):
+        one = prompts[[i]]
+        first, last = int(subject(one)[0].int().argmax()), int(one.positions[0, 0])
+        for layer in (0, 2):
+            for token in range(first, last + 1, 2):
+                expected = sum(reference(model, one, noise[d], kind, layer, token) for d in range(DRAWS)) / DRAWS
+                assert torch.allclose(trace.effects[i, 0, layer, token], expected[0].double(), atol=2e-5), (
+                    layer,
+                    token,
+                )
+    assert trace.effects.abs().max() > 1e-2
+
+
+def test_without_noise_nothing_is_lost_or_restored(model):
+    trace = causal_tracing(model, tiny.prompts(model), noise=0.0, draws=1, window=1)
+    assert trace.total_effect.abs().max() < 1e-7
+    assert trace.effects.abs().max() < 1e-7
+
+
+def test_restoring_the_last_layer_at_the_last_token_restores_everything(model):
+    trace = causal_tracing(model, tiny.prompts(model), window=1, draws=2, metric=answer_log_probability)
+    last = trace.by_role[:, 0, -1, ROLES.index("last")]
+    assert torch.allclose(last, trace.total_effect, atol=1e-5)
+    assert trace.total_effect.abs().max() > 0.1
+
+
+def test_tokens_before_the_subject_have_no_effect(llama):
+    trace = causal_tracing(llama, tiny.prompts(llama), window=2, draws=2)
+    assert torch.equal(trace.by_role[..., ROLES.index("before the subject")], torch.zeros(6, 3, 3).double())
+
+
+def test_batch_size_padding_and_order_do_not_matter(model):
+    options = {"metric": answer_log_probability, "window": 2, "draws": 2}
+    prompts = tiny.prompts(model, n=3)
+    trace = causal_tracing(model, prompts, **options)
+    small = causal_tracing(model, prompts, batch_size=5, **options)
+    left = causal_tracing(model, tiny.prompts(model, n=3, padding="left"), **options)
+    order = [2, 0, 1]
+    shuffled = causal_tracing(model, prompts[order], **options)
+    for other in (small, left):
+        assert torch.allclose(trace.effects, other.effects, atol=2e-5)
+        assert torch.allclose(trace.total_effect, other.total_effect, atol=2e-5)
+        assert torch.equal(trace.roles, other.roles)
+    assert torch.allclose(trace.effects[order], shuffled.effects, atol=2e-5)
+
+
+def test_each_prompt_has_its_own_answer(llama):
+    """The paper's code summed the probabilities of everybody's answers."""
+    prompts = tiny.prompts(llama)
+    trace = causal_tracing(llama, prompts, window=2, draws=1)
+    for i in range(len(prompts)):
+        alone = prompts[[i]]
+        with preserved(llama), torch.no_grad():
+            assert trace.clean[i] == pytest.approx(float(answer_probability(alone.logits(llama), alone)), abs=1e-6)
+
+
+def test_scores_frame_and_plot(llama, tmp_path):
+    prompts = tiny.prompts(llama)
+    trace = causal_tracing(llama, prompts, window=2, draws=2)
+    scores = trace.scores("MLP")
+    place = roles(prompts)["last of the subject"].int().argmax(1)
+    assert scores["L1MLP"] == pytest.approx(float(trace.effects[range(6), 1, 1, place].mean()), abs=1e-9)
+    assert len(scores.top(k=1)) == 1
+    frame = trace.to_frame()
+    row = frame.loc[("MLP", 1, "last of the subject")]
+    assert row["low"] <= row["effect"] <= row["high"]
+    assert row["prompts"] == 6
+    assert len(trace.plot("MLP").data[0].z) == len(ROLES)
+    trace.save(tmp_path / "trace.safetensors")
+    loaded = CausalTrace.load(tmp_path / "trace.safetensors")
+    assert torch.equal(loaded.effects, trace.effects)
+    assert loaded.to_frame().equals(frame)
+    assert repr(loaded) == repr(trace)
+
+
+def test_bad_input(llama, unchecked):
+    prompts = tiny.prompts(llama)
+    with pytest.raises(ValueError, match=r"window must lie in 1..3 \(the number of layers\), got 10"):
+        causal_tracing(llama, prompts)
+    with pytest.raises(ValueError, match=r"expected prompts that say where their subject is"):
+        causal_tracing(llama, replace(prompts, subject=None), window=1)
+    with pytest.raises(ValueError, match=r"expected noise of at least 0"):
+        causal_tracing(llama, prompts, window=1, draws=0)
+    with pytest.raises(ValueError, match=r"expected kinds among residual, MLP, ATTN, got \('head',\)"):
+        causal_tracing(llama, prompts, window=1, kinds=("head",))
+    trace = causal_tracing(llama, prompts, window=1, draws=1)
+    with pytest.raises(ValueError, match=r"expected a kind that was traced and is a component .*'residual'"):
+        trace.scores("residual")
+    with pytest.raises(ValueError, match=r"expected prompts with a token inside the subject"):
+        trace.scores("MLP", role="inside the subject")
