@@ -15,6 +15,7 @@ from mechunlearn.components.component import Component, Cover, ModelShape, resol
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import heat_map
 from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import bootstrap
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -160,12 +161,7 @@ class ComponentScores(Mapping[Component, float]):
 
         if self.per_prompt is None:
             raise ValueError(f"expected scores with per-prompt values, got none: {self.method} does not give them.")
-        n = len(self.per_prompt)
-        generator = torch.Generator().manual_seed(seed)
-        counts = torch.multinomial(torch.ones(draws, n), n, replacement=True, generator=generator)
-        weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, counts, torch.ones(draws, n).double() / n)
-        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-        low, high = torch.quantile(weights @ self.per_prompt.double(), tails, dim=0)
+        low, high = bootstrap(self.per_prompt, confidence=confidence, draws=draws, seed=seed)
         columns = {"score": self.tensor.tolist(), "low": low.tolist(), "high": high.tolist()}
         return pd.DataFrame(columns, index=pd.Index([str(c) for c in self.components], name="component"))
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mechunlearn.intervals import bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Result:
         n = len(self.per_example)
         if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
             return _wilson(self.value, n, confidence)
-        return _bootstrap(self.per_example, confidence, draws, seed)
+        low, high = bootstrap(self.per_example, confidence=confidence, draws=draws, seed=seed)
+        return float(low), float(high)
 
     def difference(
         self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
@@ -48,7 +50,8 @@ class Result:
         if len(self.per_example) != len(other.per_example) or self.names != other.names:
             raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
         values = self.per_example.double() - other.per_example.double()
-        return float(values.mean()), *_bootstrap(values, confidence, draws, seed)
+        low, high = bootstrap(values, confidence=confidence, draws=draws, seed=seed)
+        return float(values.mean()), float(low), float(high)
 
     def __repr__(self) -> str:
         low, high = self.interval()
@@ -64,12 +67,3 @@ def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
     return max(0.0, center - half), min(1.0, center + half)
-
-
-def _bootstrap(values: Float[Tensor, "example"], confidence: float, draws: int, seed: int) -> tuple[float, float]:
-    n = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(n, (draws, n), generator=generator)].double().mean(1)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.quantile(means, tails).tolist()
-    return low, high
