@@ -10,7 +10,7 @@ mu.evaluate.compare(model, task, {"attribution": edit}).table
 """
 
 from mechunlearn import components, edit, evaluate, localize, losses, metrics, model, tasks, testbed
-from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape
+from mechunlearn.components import Component, ComponentMask, ComponentScores, EdgeMask, EdgeScores, ModelShape
 from mechunlearn.model import fingerprint, shape
 from mechunlearn.tasks import Prompts, Task
 from mechunlearn.weights import Edit
@@ -21,6 +21,8 @@ __all__ = [
     "Component",
     "ComponentMask",
     "ComponentScores",
+    "EdgeMask",
+    "EdgeScores",
     "Edit",
     "ModelShape",
     "Prompts",

@@ -12,7 +12,11 @@ from mechunlearn.components.component import (
     neurons,
     resolve,
 )
+from mechunlearn.components.edge import Edge, destinations, edges, sources
+from mechunlearn.components.edge_mask import EdgeMask
+from mechunlearn.components.edge_scores import EdgeScores
 from mechunlearn.components.mask import ComponentMask
+from mechunlearn.components.position_scores import PositionScores
 from mechunlearn.components.scores import ComponentScores
 
 __all__ = [
@@ -20,7 +24,13 @@ __all__ = [
     "ComponentMask",
     "ComponentScores",
     "Components",
+    "Edge",
+    "EdgeMask",
+    "EdgeScores",
     "ModelShape",
+    "PositionScores",
+    "destinations",
+    "edges",
     "heads",
     "heads_and_mlps",
     "layers",
@@ -28,4 +38,5 @@ __all__ = [
     "mlps",
     "neurons",
     "resolve",
+    "sources",
 ]

@@ -106,7 +106,9 @@ def given(name: str, value: Tensor) -> Hook:
 
 
 def effects_at(
-    change: Float[Tensor, "batch pos *unit"], gradient: Float[Tensor, "batch pos *unit"], real: Bool[Tensor, "batch pos"]
+    change: Float[Tensor, "batch pos *unit"],
+    gradient: Float[Tensor, "batch pos *unit"],
+    real: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch _"]:
     """Gradient times change, summed over the real positions and, for heads, over d_head."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)

@@ -7,7 +7,7 @@ from mechunlearn.model.kinds import Model, device_of, shape
 from mechunlearn.model.preserve import differentiable, preserved
 from mechunlearn.model.run import embeddings, logits_at, residual_before, running_from
 from mechunlearn.model.slots import Slot, slots
-from mechunlearn.model.suffix import Run, base_run, continued
+from mechunlearn.model.suffix import Run, base_run, continued, through_layer
 
 __all__ = [
     "Hook",
@@ -30,4 +30,5 @@ __all__ = [
     "shape",
     "site",
     "slots",
+    "through_layer",
 ]

@@ -92,6 +92,37 @@ def continued(
     return _at_answers(model, run.tokens[rows][:, : places.shape[1]], layer, residual[index, places], chosen)
 
 
+def through_layer(
+    model: Model,
+    run: Run,
+    rows: Int[Tensor, "row"],
+    layer: int,
+    *,
+    residual: Float[Tensor, "row pos d_model"] | None = None,
+    attention: Float[Tensor, "row pos d_model"] | None = None,
+    hooks: Sequence[Hook] = (),
+    names: Iterable[str] = (),
+    with_mlp: bool = True,
+) -> tuple[Float[Tensor, "row pos d_model"], dict[str, Tensor]]:
+    """Copies of the run's prompts through one layer alone: what leaves it, and the values at the hook points `names`.
+
+    Without its MLP what leaves the layer means nothing, and only the values are of use.
+    """
+    found: list[Tensor] = []
+    residual = run.residuals[layer][rows] if residual is None else residual
+    idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
+    idle += [] if with_mlp else [model.blocks[layer].mlp]
+    with ExitStack() as stack:
+        stack.enter_context(running_from(model, layer, residual))
+        stack.enter_context(attending(model, {} if attention is None else {layer: attention}))
+        stack.callback(model.ln_final.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])).remove)
+        stack.enter_context(replaced(dict.fromkeys(idle, passed_on)))
+        stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
+        recorded = stack.enter_context(recording(model, names))
+        logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
+    return found[0], dict(recorded)
+
+
 def _whole(
     model: Model,
     run: Run,

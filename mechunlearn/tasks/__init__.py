@@ -1,10 +1,11 @@
 """What to forget and what to keep, in every format: prompts, tasks and their builders."""
 
 from mechunlearn.tasks.build import build
+from mechunlearn.tasks.joined import joined
 from mechunlearn.tasks.knowledge import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.sports import sports_facts
 from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import as_prompts, pack
 
-__all__ = ["Format", "Prompts", "Task", "as_prompts", "build", "general_knowledge", "pack", "sports_facts"]
+__all__ = ["Format", "Prompts", "Task", "as_prompts", "build", "general_knowledge", "joined", "pack", "sports_facts"]

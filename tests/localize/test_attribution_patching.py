@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from linearised import linear_after_last_attention
 from state import left_as_it_was
 
 import mechunlearn as mu
@@ -78,15 +79,40 @@ def test_attribution_is_the_derivative_of_patching(model, direction):
         assert scores[component] == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-5)
 
 
-def test_attribution_is_the_slope_of_exact_patching():
-    """Finite differences in float64 (GPT-2's norms stay in it; RMS norms compute in float32)."""
-    double = tiny.bridge("gpt2").to(torch.float64)
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Norms, rotary embeddings and softmaxes that ask for float32 get float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_attribution_is_the_slope_of_exact_patching(architecture, in_float64, direction):
+    """Finite differences in float64, for every kind of component."""
+    double = tiny.bridge(architecture).to(torch.float64)
     prompts = tiny.prompts(double, n=4)
-    for component in kinds(double):
-        score = attribution_patching(double, prompts, components=[component]).per_prompt[:, 0]
+    scores = attribution_patching(double, prompts, components=kinds(double), direction=direction)
+    for column, component in enumerate(scores):
         with preserved(double), torch.no_grad():
-            ends = [patched_a_little(double, prompts, component, logit_difference, "noising", a) for a in (1e-4, -1e-4)]
-        assert torch.allclose(score, (ends[0] - ends[1]) / 2e-4, rtol=1e-4, atol=1e-7), component
+            ends = [
+                patched_a_little(double, prompts, component, logit_difference, direction, amount)
+                for amount in (1e-4, -1e-4)
+            ]
+        slope = (ends[0] - ends[1]) / 2e-4
+        assert slope.dtype == torch.float64
+        assert torch.allclose(scores.per_prompt[:, column], slope, rtol=1e-4, atol=1e-7), component
+
+
+def test_where_the_rest_is_linear_attribution_is_exact_patching(model):
+    """The last attention layer, its heads and values, with the last MLP and the final norm taken out."""
+    prompts = tiny.prompts(model, n=4)
+    linear = [Component.parse(label) for label in ("L2ATTN", "L2H0", "L2H3", "L2H2.W_V", "L2H1.W_O")]
+    with linear_after_last_attention(model) as metric:
+        scores = attribution_patching(model, prompts, components=linear, metric=metric)
+        for column, component in enumerate(scores):
+            with torch.no_grad():
+                ends = [patched_a_little(model, prompts, component, metric, "noising", amount) for amount in (1.0, 0.0)]
+            assert torch.allclose(scores.per_prompt[:, column], (ends[0] - ends[1]).double(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_scores_what_its_output_and_its_w_o_score(model):

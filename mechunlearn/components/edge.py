@@ -1,0 +1,179 @@
+"""An edge: one component reads what another added to the residual stream; the shape of a model says which there are."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, total_ordering
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechunlearn.components.component import Component, ModelShape
+
+Source: TypeAlias = Component | Literal["embed"]
+"""What writes to the residual stream: a head, an MLP, or the embedding (the residual that enters layer 0)."""
+Destination: TypeAlias = Component | Literal["logits"]
+"""What reads it: a head's `W_Q`, `W_K` or `W_V`, an MLP, or the final norm and unembedding."""
+
+_KV = ("W_K", "W_V")
+_READS = ("W_Q", *_KV)
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Edge:
+    """The direct path from one source to one destination: through the residual stream and nothing else.
+
+    | label | what it is |
+    |---|---|
+    | `L1H2->L3H0.W_Q` | what head L1H2 adds, as L3H0 reads it for its queries |
+    | `L1H2->L3H0.W_K` | ... for the keys of the KV head that L3H0 reads |
+    | `embed->L0MLP` | the embedding, as the MLP of layer 0 reads it |
+    | `L4MLP->logits` | what the MLP adds, as the final norm and the unembedding read it |
+
+    `str(edge)` and `Edge.parse` are inverses. Where query heads share a KV head, `edges(shape)` lists the KV
+    head's `W_K` and `W_V` once, under the lowest query head that reads them, as `matrices(shape)` does.
+    """
+
+    source: Source
+    destination: Destination
+
+    def __post_init__(self) -> None:
+        if not (_is_source(self.source) and _is_destination(self.destination)):
+            raise ValueError(f"{_EXPECTED}, got {self}: heads and MLPs write, W_Q, W_K, W_V, MLPs and logits read.")
+        if _stage(self.source) >= _stage(self.destination):
+            raise ValueError(
+                f"expected an edge that goes forward in the model, got {self}: a destination reads what earlier layers "
+                f"wrote (and an MLP the heads of its own layer)."
+            )
+
+    @classmethod
+    def parse(cls, label: str) -> "Edge":
+        """The edge of that label; ValueError for anything else."""
+        parts = re.fullmatch(r"([^>]+)->([^>]+)", label)
+        if parts is None:
+            raise ValueError(f"{_EXPECTED}, got {label!r}: write source->destination.")
+        source, destination = parts.groups()
+        return cls(
+            "embed" if source == "embed" else Component.parse(source),
+            "logits" if destination == "logits" else Component.parse(destination),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.source}->{self.destination}"
+
+    __repr__ = __str__
+
+    def __lt__(self, other: "Edge") -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[bool, Source, bool, Destination]:
+        """By source, then destination, in model order: embed comes first, logits last."""
+        return self.source != "embed", self.source, self.destination == "logits", self.destination
+
+
+_EXPECTED = "expected an edge with a label such as L1H2->L3H0.W_Q, embed->L0MLP or L4MLP->logits"
+
+
+def edges(shape: ModelShape, *, parallel: bool = False) -> list[Edge]:
+    """Every edge of a model of that shape, in model order.
+
+    `parallel`: attention and MLP of a layer read the same input (GPT-NeoX), so that a layer's heads do not feed
+    its MLP. `model.edge_mask(model)` finds out.
+    """
+    return list(edges_where(edge_mask(shape, parallel=parallel), shape))
+
+
+@cache
+def sources(shape: ModelShape) -> tuple[Source, ...]:
+    """Everything that writes to the residual stream, in model order: the rows of `EdgeScores.tensor`."""
+    found: list[Source] = ["embed"]
+    for layer in range(shape.n_layers):
+        found += [Component(layer, "H", head) for head in range(shape.n_heads)]
+        found.append(Component(layer, "MLP"))
+    return tuple(found)
+
+
+@cache
+def destinations(shape: ModelShape) -> tuple[Destination, ...]:
+    """Everything that reads the residual stream, in model order: the columns of `EdgeScores.tensor`."""
+    group = shape.n_heads // shape.n_kv_heads
+    found: list[Destination] = []
+    for layer in range(shape.n_layers):
+        for head in range(shape.n_heads):
+            read = _READS if head % group == 0 else ("W_Q",)
+            found += [Component(layer, "H", head, matrix) for matrix in read]
+        found.append(Component(layer, "MLP"))
+    return (*found, "logits")
+
+
+def edge_mask(shape: ModelShape, *, parallel: bool = False) -> Bool[Tensor, "source destination"]:
+    """True where the destination really reads what the source writes."""
+    writes = torch.tensor([_stage(source) for source in sources(shape)])
+    reads = torch.tensor([_stage(d, parallel=parallel) for d in destinations(shape)])
+    return writes[:, None] < reads[None, :]
+
+
+def edges_where(chosen: Bool[Tensor, "source destination"], shape: ModelShape) -> Iterator[Edge]:
+    """The edges at the True entries, in model order."""
+    rows, columns = sources(shape), destinations(shape)
+    for row, column in chosen.nonzero().tolist():
+        yield Edge(rows[row], columns[column])
+
+
+def place_of(edge: Edge | str, shape: ModelShape) -> tuple[int, int]:
+    """Row and column of an edge (or its label) in `EdgeScores.tensor`; ValueError for one outside the shape.
+
+    `L3H1.W_K` is found at `L3H0.W_K` where both heads read the same KV head.
+    """
+    wanted = Edge.parse(edge) if isinstance(edge, str) else edge
+    for end in (wanted.source, wanted.destination):
+        if isinstance(end, Component):
+            shape.units_of(end)
+    return _row_of(shape)[wanted.source], _column_of(shape)[_shared(wanted.destination, shape)]
+
+
+def mask_of(chosen: Iterable[Edge | str], shape: ModelShape) -> Bool[Tensor, "source destination"]:
+    """True at the given edges or labels; ValueError for one outside the shape."""
+    mask = torch.zeros(len(sources(shape)), len(destinations(shape)), dtype=torch.bool)
+    for edge in chosen:
+        mask[place_of(edge, shape)] = True
+    return mask
+
+
+@cache
+def _row_of(shape: ModelShape) -> dict[Source, int]:
+    return {source: row for row, source in enumerate(sources(shape))}
+
+
+@cache
+def _column_of(shape: ModelShape) -> dict[Destination, int]:
+    return {destination: column for column, destination in enumerate(destinations(shape))}
+
+
+def _shared(destination: Destination, shape: ModelShape) -> Destination:
+    """A KV head's matrix under the lowest query head that reads it."""
+    if not isinstance(destination, Component) or destination.matrix not in _KV:
+        return destination
+    group = shape.n_heads // shape.n_kv_heads
+    assert destination.index is not None  # a head has one
+    return Component(destination.layer, "H", destination.index // group * group, destination.matrix)
+
+
+def _is_source(end: object) -> bool:
+    return end == "embed" or (isinstance(end, Component) and end.kind in (("H", None), ("MLP", None)))
+
+
+def _is_destination(end: object) -> bool:
+    kinds = [("MLP", None), *(("H", matrix) for matrix in _READS)]
+    return end == "logits" or (isinstance(end, Component) and end.kind in kinds)
+
+
+def _stage(end: Source | Destination, *, parallel: bool = False) -> float:
+    """When it reads or writes: a source is read by the destinations of a later stage."""
+    if not isinstance(end, Component):
+        return -1.0 if end == "embed" else torch.inf
+    return float(2 * end.layer + (end.part == "MLP" and not parallel))

@@ -1,0 +1,256 @@
+"""What every edge method returns: one number per edge, and how it was obtained."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechunlearn.components.component import Component, ModelShape
+from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
+from mechunlearn.components.edge_mask import EdgeMask
+from mechunlearn.components.edge_plot import edge_graph, edge_heat_map
+from mechunlearn.components.scores import ComponentScores
+from mechunlearn.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from networkx import DiGraph
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores(Mapping[Edge, float]):
+    """A score for every edge: a mapping from edges (or their labels, `"L1H2->L3H0.W_Q"`) to floats."""
+
+    tensor: Float[Tensor, "source destination"]
+    """The scores; rows are `sources(shape)`, columns `destinations(shape)`. 0 where there is none."""
+    scored: Bool[Tensor, "source destination"]
+    """True at the edges that have a score: at most the real ones."""
+    shape: ModelShape
+    """Of the model that they were computed on."""
+    method: str
+    """The function that made it."""
+    metric: str = ""
+    """The metric whose change the scores are; their unit is the metric's."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The method's arguments, direction and number of steps among them."""
+    per_prompt: Float[Tensor, "prompt source destination"] | None = None
+    """Each prompt's own scores, where they were kept; the scores are their mean. They are the largest part by far:
+    280 kB per prompt for GPT-2 small, so methods have an argument to leave them out."""
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[Edge, float] | Mapping[str, float],
+        shape: ModelShape,
+        *,
+        method: str = "by hand",
+        metric: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> "EdgeScores":
+        """Your own scores: `EdgeScores.of({"L2MLP->logits": 0.8}, mu.shape(model))`."""
+        scored = mask_of(values, shape)
+        tensor = torch.zeros(scored.shape, dtype=torch.float64)
+        for edge, value in values.items():
+            tensor[place_of(edge, shape)] = value
+        return cls(tensor, scored, shape, method, metric, settings or {})
+
+    def __post_init__(self) -> None:
+        expected = len(sources(self.shape)), len(destinations(self.shape))
+        if self.tensor.shape != expected or self.scored.shape != expected or not bool(self.scored.any()):
+            raise ValueError(
+                f"expected scores of shape {expected} (sources, destinations) with at least one edge scored, got "
+                f"{tuple(self.tensor.shape)} and {int(self.scored.sum())} edges."
+            )
+        if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
+            raise ValueError(
+                f"expected per-prompt values of shape (prompts, *{expected}), got {tuple(self.per_prompt.shape)}."
+            )
+        if bool((self.scored & ~edge_mask(self.shape)).any()):
+            raise ValueError("expected scores of real edges, got some that go backwards in the model: check the mask.")
+        if not bool(torch.isfinite(self.tensor[self.scored]).all()):
+            bad = [str(e) for e in edges_where(self.scored & ~torch.isfinite(self.tensor), self.shape)][:5]
+            raise ValueError(f"expected finite scores, got NaN or infinity at {', '.join(bad)}: check the metric.")
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """What is scored, in model order: by source, then destination."""
+        return tuple(edges_where(self.scored, self.shape))
+
+    @cached_property
+    def values_in_order(self) -> Float[Tensor, "edge"]:
+        """The scores of `edges`."""
+        return self.tensor[self.scored]
+
+    @property
+    def n_prompts(self) -> int | None:
+        """How many prompts the scores are means over, where that is known."""
+        return None if self.per_prompt is None else len(self.per_prompt)
+
+    def top(
+        self,
+        *,
+        k: int | None = None,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        by: Callable[[Tensor], Tensor] = torch.abs,
+    ) -> EdgeMask:
+        """The edges that score highest, by exactly one of three rules.
+
+        `by` turns scores into ranks (default: their size, whatever the sign; `torch.neg` ranks the most negative
+        first). Ties go to the edge that comes first in the model: lower source, then lower destination.
+
+        - `k`: that many edges.
+        - `fraction` in (0, 1]: that share of the edges, rounded up.
+        - `threshold`: all with `by(score) >= threshold`.
+
+        Edges are taken one by one: some may not lie on a path from the embedding to the logits. Raises ValueError
+        for a value out of range and for a rule that selects nothing.
+        """
+        rules = {"k": k, "fraction": fraction, "threshold": threshold}
+        given = {name: value for name, value in rules.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of k, fraction and threshold, got {given or 'none'}.")
+        ranks = by(self.values_in_order)
+        order = torch.sort(ranks, descending=True, stable=True).indices[: self._count(ranks, **rules)]
+        if not len(order):
+            raise ValueError(
+                f"expected a rule that selects at least one edge, got {given}, which selects none: the highest rank "
+                f"is {float(ranks.max()):.4g}."
+            )
+        chosen = torch.zeros_like(self.scored)
+        chosen[tuple(self.scored.nonzero()[order].T)] = True
+        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": given}
+        return EdgeMask(frozenset(edges_where(chosen, self.shape)), self.shape, provenance)
+
+    def _count(
+        self, ranks: Float[Tensor, "edge"], k: int | None, fraction: float | None, threshold: float | None
+    ) -> int:
+        n = len(ranks)
+        if k is not None:
+            if not 1 <= k <= n or k != int(k):
+                raise ValueError(f"k must lie in 1..{n} (the number of edges), got {k}.")
+            return int(k)
+        if fraction is not None:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"fraction must lie in (0, 1], a share of the {n} edges, got {fraction}.")
+            return math.ceil(fraction * n - 1e-9)
+        assert threshold is not None
+        return int((ranks >= threshold).sum())
+
+    def nodes(self) -> ComponentScores:
+        """Each head's and MLP's score: the signed sum over the destinations of its edges (the embedding is left out).
+
+        Of edge attribution over all edges this is the node's attribution.
+        """
+        rows = [
+            row
+            for row, source in enumerate(sources(self.shape))
+            if isinstance(source, Component) and bool(self.scored[row].any())
+        ]
+        if not rows:
+            raise ValueError("expected an edge from a head or an MLP, got edges from the embedding only: score others.")
+        chosen = tuple(end for end in (sources(self.shape)[row] for row in rows) if isinstance(end, Component))
+        per_prompt = None if self.per_prompt is None else self.per_prompt.sum(-1)[:, rows]
+        settings = dict(self.settings) | {"summed over": f"{int(self.scored.sum())} edges"}
+        total = self.tensor.sum(-1)[rows]
+        return ComponentScores(chosen, total, self.shape, self.method, self.metric, settings, per_prompt)
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """Bootstrap interval over prompts for each edge: columns score, low, high.
+
+        Percentile bootstrap; prompts are the resampled unit. ValueError without per-prompt values.
+        """
+        import pandas as pd
+
+        if self.per_prompt is None:
+            raise ValueError("expected scores with per-prompt values, got none: let the method keep them.")
+        n = len(self.per_prompt)
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.multinomial(torch.ones(draws, n), n, replacement=True, generator=generator)
+        weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, counts, torch.ones(draws, n).double() / n)
+        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+        values = self.per_prompt[:, self.scored]
+        ends = [torch.quantile(weights @ some.double(), tails, dim=0) for some in values.split(1000, dim=1)]
+        low, high = torch.cat(ends, dim=1)
+        columns = {"score": self.values_in_order.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return pd.DataFrame(columns, index=pd.Index([str(edge) for edge in self.edges], name="edge"))
+
+    def to_frame(self) -> "DataFrame":
+        """One row per edge: source, destination, score; highest size first."""
+        import pandas as pd
+
+        rows = [(str(e), str(e.source), str(e.destination)) for e in self.edges]
+        frame = pd.DataFrame(rows, columns=["edge", "source", "destination"]).set_index("edge")
+        frame["score"] = self.values_in_order.tolist()
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable")
+
+    def to_graph(self, edges: EdgeMask | None = None) -> "DiGraph":
+        """A networkx graph of the scored edges, or of those of a circuit (`scores.to_graph(scores.top(k=20))`).
+
+        Nodes are labels. A head is entered through `L3H0.W_Q`, `L3H0.W_K`, `L3H0.W_V`, each with an edge of no score
+        to every head that reads it, so that paths from "embed" to "logits" are the model's. The other edges have an
+        attribute `score`.
+        """
+        chosen = self.scored if edges is None else self.scored & edges.tensor
+        return edge_graph({edge: self[edge] for edge in edges_where(chosen, self.shape)}, self.shape)
+
+    def plot(self) -> "Figure":
+        """Source x destination heat map; red is negative, blue positive, grey no edge."""
+        title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
+        names = [str(end) for end in sources(self.shape)], [str(end) for end in destinations(self.shape)]
+        return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        tensors = {"values": self.tensor, "scored": self.scored}
+        if self.per_prompt is not None:
+            tensors["per_prompt"] = self.per_prompt
+        content = {
+            "shape": asdict(self.shape),
+            "method": self.method,
+            "metric": self.metric,
+            "settings": dict(self.settings),
+        }
+        write_tensors(path, "EdgeScores", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EdgeScores":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "EdgeScores")
+        return cls(
+            tensors["values"],
+            tensors["scored"],
+            ModelShape(**content["shape"]),
+            content["method"],
+            content["metric"],
+            content["settings"],
+            tensors.get("per_prompt"),
+        )
+
+    def __getitem__(self, edge: Edge | str) -> float:
+        place = place_of(edge, self.shape)
+        if not bool(self.scored[place]):
+            raise KeyError(str(edge))
+        return float(self.tensor[place])
+
+    def __contains__(self, edge: object) -> bool:
+        return isinstance(edge, (Edge, str)) and bool(self.scored[place_of(edge, self.shape)])
+
+    def __iter__(self) -> Iterator[Edge]:
+        return iter(self.edges)
+
+    def __len__(self) -> int:
+        return int(self.scored.sum())
+
+    def __repr__(self) -> str:
+        order = torch.sort(self.values_in_order.abs(), descending=True, stable=True).indices[:5].tolist()
+        shown = ", ".join(f"{self.edges[i]}: {float(self.values_in_order[i]):+.3g}" for i in order)
+        more = ", ..." if len(self) > len(order) else ""
+        return f"EdgeScores({self.method}, {self.metric}; {len(self)} edges; {shown}{more})"

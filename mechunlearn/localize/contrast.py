@@ -1,0 +1,145 @@
+"""Combinations of scores: forget against retain, sizes instead of signs, per weight, means of several.
+
+Each is a plain function of scores over the same components (in any order; the first one's is kept) and gives new
+scores. Those have no per-prompt values (but of `mean_absolute`): forget and retain are different prompts. ValueError
+for scores over other components or of a model of another shape.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.components import ComponentScores
+
+
+def contrast(forget: ComponentScores, retain: ComponentScores, *, weight: float = 1.0) -> ComponentScores:
+    """forget - weight * retain, for components that matter to one task and not to the other.
+
+    Signs are kept: take `mean_absolute` or `absolute` of both first to contrast sizes.
+    """
+    values = forget.tensor - weight * _aligned(forget, retain)
+    return _made("contrast", values, {"forget": forget, "retain": retain}, weight=weight)
+
+
+def ratio(forget: ComponentScores, retain: ComponentScores, *, damping: float = 0.0) -> ComponentScores:
+    """|forget| / (|retain| + damping), as selective synaptic dampening ranks weights by their Fisher information.
+
+    High = matters much more to forget than to retain; 1 = as much to both (without damping). ValueError where a retain
+    score is 0 without damping. Foster et al. 2024, https://arxiv.org/abs/2308.07707.
+    """
+    if damping < 0:
+        raise ValueError(f"expected a damping of at least 0, got {damping}.")
+    below = _aligned(forget, retain).abs() + damping
+    if bool((below == 0).any()):
+        zero = [str(c) for c, value in zip(forget.components, below.tolist(), strict=True) if value == 0]
+        raise ValueError(
+            f"expected retain scores other than 0, got 0 at {', '.join(zero[:5])}: pass damping=..., or use contrast."
+        )
+    return _made("ratio", forget.tensor.abs() / below, {"forget": forget, "retain": retain}, damping=damping)
+
+
+def standardised_difference(forget: ComponentScores, retain: ComponentScores) -> ComponentScores:
+    """Difference of z-scores over the components: forget's scale and retain's need not be the same.
+
+    In standard deviations; adding a constant to either side's scores, or a positive factor, changes nothing. ValueError
+    for scores that are all the same.
+    """
+    values = _standardised(forget.tensor, "forget") - _standardised(_aligned(forget, retain), "retain")
+    return _made("standardised_difference", values, {"forget": forget, "retain": retain})
+
+
+def rank_difference(forget: ComponentScores, retain: ComponentScores) -> ComponentScores:
+    """Difference of the ranks of |score|, as shares: (rank in forget - rank in retain) / (components - 1), in [-1, 1].
+
+    1 = the largest of forget's scores and the smallest of retain's. Equal scores share their mean rank.
+    """
+    if len(forget) < 2:
+        raise ValueError("expected at least two components to rank, got one.")
+    difference = _ranks(forget.tensor.abs()) - _ranks(_aligned(forget, retain).abs())
+    return _made("rank_difference", difference / (len(forget) - 1), {"forget": forget, "retain": retain})
+
+
+def absolute(scores: ComponentScores) -> ComponentScores:
+    """|score|: effects of opposite sign on different prompts have cancelled before; see `mean_absolute`."""
+    return _made("absolute", scores.tensor.abs(), {"of": scores})
+
+
+def mean_absolute(scores: ComponentScores) -> ComponentScores:
+    """The mean over prompts of |effect|: what the AtP papers rank by, from any method with per-prompt values.
+
+    Keeps per-prompt values (the sizes), so it has intervals. Kramár et al. 2024, https://arxiv.org/abs/2403.00745.
+    ValueError for scores without per-prompt values.
+    """
+    if scores.per_prompt is None:
+        raise ValueError(
+            f"expected scores with per-prompt values, got none: {scores.method} does not give them; use absolute, "
+            f"which takes the size of the mean."
+        )
+    sizes = scores.per_prompt.abs()
+    return _made("mean_absolute", sizes.mean(0), {"of": scores}, per_prompt=sizes)
+
+
+def per_weight(scores: ComponentScores) -> ComponentScores:
+    """Score divided by the component's number of weights: sums over weights favour large components."""
+    counts = torch.tensor([scores.shape.n_parameters([component]) for component in scores], dtype=torch.float64)
+    return _made("per_weight", scores.tensor.double().cpu() / counts, {"of": scores})
+
+
+def mean_over(*scores: ComponentScores) -> ComponentScores:
+    """The mean of several scores: of seeds, of prompt formats, of tasks. All count the same."""
+    if not scores:
+        raise ValueError("expected at least one ComponentScores, got none.")
+    values = torch.stack([_aligned(scores[0], other) for other in scores]).mean(0)
+    return _made("mean_over", values, {str(place): given for place, given in enumerate(scores)})
+
+
+def _aligned(first: ComponentScores, second: ComponentScores) -> Float[Tensor, "component"]:
+    """The second's values in the first's order."""
+    if first.shape != second.shape:
+        raise ValueError(
+            f"expected scores of models of the same shape, got {first.shape} and {second.shape}: "
+            f"compute both on one model."
+        )
+    missing = sorted(set(first.components) ^ set(second.components))
+    if missing:
+        shown = ", ".join(str(component) for component in missing[:5])
+        raise ValueError(
+            f"expected scores over the same components, got {len(missing)} that only one of them has ({shown}): "
+            f"compute both with the same components=..."
+        )
+    return torch.tensor([second[component] for component in first.components], dtype=torch.float64)
+
+
+def _standardised(values: Float[Tensor, "component"], name: str) -> Float[Tensor, "component"]:
+    spread = float(values.double().std()) if len(values) > 1 else 0.0
+    if spread == 0:
+        raise ValueError(f"expected {name} scores that differ between components, got the same everywhere.")
+    return (values.double() - values.double().mean()) / spread
+
+
+def _ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
+    """0 for the smallest; equal values share the mean of their ranks."""
+    _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    return (first + (counts - 1) / 2)[group]
+
+
+def _made(
+    method: str,
+    values: Tensor,
+    given: Mapping[str, ComponentScores],
+    *,
+    per_prompt: Tensor | None = None,
+    **options: Any,
+) -> ComponentScores:
+    first = next(iter(given.values()))
+    metrics = list(dict.fromkeys(scores.metric for scores in given.values()))
+    sources = {
+        name: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for name, s in given.items()
+    }
+    label = metrics[0] if len(metrics) == 1 else ", ".join(metrics)
+    values = values.double().cpu()
+    return ComponentScores(first.components, values, first.shape, method, label, {**options, **sources}, per_prompt)

@@ -1,0 +1,69 @@
+"""A quantity along the layers, with one value per prompt: what lenses and probes return, and evidence is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve:
+    """One value per prompt at each point; the curve is their mean."""
+
+    points: tuple[str, ...]
+    """Where: "3" is the residual stream that enters layer 3; the last number is the final residual stream."""
+    per_prompt: Float[Tensor, "prompt point"]
+    unit: str
+    """What is measured, such as "accuracy"."""
+    chance: float | None = None
+    """What guessing would give."""
+
+    @property
+    def mean(self) -> Float[Tensor, "point"]:
+        return self.per_prompt.mean(0)
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """Percentile bootstrap over prompts: columns value, low, high.
+
+        Where every prompt has the same value, as at an accuracy of 1, the interval has no width.
+        """
+        import pandas as pd
+
+        n = len(self.per_prompt)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(n, (draws, n), generator=generator)
+        counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(draws, n).double() / n)
+        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+        low, high = torch.quantile(counts @ self.per_prompt.double(), tails, dim=0)
+        columns = {"value": self.mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return pd.DataFrame(columns, index=pd.Index(self.points, name="point"))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{point}: {value:.3g}" for point, value in zip(self.points, self.mean.tolist(), strict=True))
+        chance = "" if self.chance is None else f"; chance {self.chance:.3g}"
+        return f"Curve({self.unit}, {len(self.per_prompt)} prompts; {shown}{chance})"
+
+
+def lines(curves: Mapping[str, Curve], *, title: str = "") -> "Figure":
+    """One line per curve, all of one unit, with bands of 95 % and chance dotted."""
+    import plotly.graph_objects as go
+    from plotly.colors import qualitative
+
+    figure = go.Figure()
+    for (name, curve), color in zip(curves.items(), qualitative.Plotly * len(curves), strict=False):
+        ends, x = curve.interval(), list(curve.points)
+        band = {"x": x + x[::-1], "y": [*ends["high"], *ends["low"][::-1]], "line": {"width": 0}}
+        figure.add_scatter(**band, fill="toself", fillcolor=color, opacity=0.2, hoverinfo="skip", showlegend=False)
+        figure.add_scatter(x=x, y=ends["value"], name=name, mode="lines+markers", line={"color": color})
+        if curve.chance is not None:
+            figure.add_hline(y=curve.chance, line_dash="dot", line_color=color)
+    unit = next(iter(curves.values())).unit
+    figure.update_layout(title=title, template="plotly_white", showlegend=True, yaxis_title=unit)
+    return figure.update_xaxes(title="residual stream that enters layer", type="category")

@@ -1,0 +1,116 @@
+"""Faithfulness of circuits of edges: every reader gets what its edges carry, and along all others the corrupt run."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
+from mechunlearn.components.edge import edges_where, mask_of
+from mechunlearn.localize.circuit_curves import Faithfulness
+from mechunlearn.localize.circuit_cuts import MIB_SIZES, Given, check_sizes, curve, measured, named
+from mechunlearn.localize.edge_gradients import written
+from mechunlearn.localize.sites import check
+from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.model import Model, device_of, preserved, shape
+from mechunlearn.model.edge_checks import edges_of
+from mechunlearn.model.edge_circuits import EdgeCircuits
+from mechunlearn.model.residual_sources import contributions
+from mechunlearn.tasks.prompts import Prompts
+
+EdgeCircuit: TypeAlias = EdgeScores | EdgeMask | Sequence[EdgeMask]
+"""Scores, whose ranking is cut at several sizes; or a circuit, or several nested ones."""
+
+
+def edge_faithfulness(
+    model: Model,
+    prompts: Prompts,
+    circuits: EdgeCircuit | Mapping[str, EdgeCircuit],
+    *,
+    metric: Metric = logit_difference,
+    sizes: Sequence[float] = MIB_SIZES,
+    by: Callable[[Tensor], Tensor] = torch.abs,
+    random_circuits: int = 3,
+    batch_size: int = 16,
+) -> Faithfulness:
+    r"""`faithfulness` of circuits of edges: of what is in m(C), an edge outside C carries the corrupt run.
+
+    A destination v reads r + sum over edges u -> v outside C of (a_u(x') - a_u), where r is the residual stream of the
+    circuit's own run, a_u what the source u adds to it there and a_u(x') what it adds in the corrupt run. m(nothing)
+    is the corrupt run's metric. Edges and what a head adds in Gemma 2: as for `edge_attribution_patching`; `sizes` are
+    shares of the number of edges scored (of all edges, where only circuits are given), and edges without a score
+    always carry the circuit's own run.
+
+    Edges that lie on no path from the embedding to the logits carry what they would without being in the circuit:
+    nothing needs to be pruned, but they count in its size.
+
+    Cost: 2F, and for each circuit two forwards in which every reader's input is made anew. `batch_size` counts rows;
+    memory: what the sources add to the residual stream in each row. ValueError as for `faithfulness`, and for edges
+    that the model does not have.
+
+    Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
+    """
+    check_sizes(sizes, random_circuits)
+    check("noising", batch_size)
+    given = named(circuits)
+    level = _level(model, given)
+    shape_ = shape(model)
+    for seed in range(random_circuits):
+        values = torch.rand(level.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        given[f"random {seed}"] = EdgeScores(values * level, level, shape_, "random", "", {"seed": seed})
+    ends = EdgeMask.of([], shape_), EdgeMask(frozenset(edges_where(level, shape_)), shape_)
+    curves = {name: curve(one, *ends, sizes, len, by) for name, one in given.items()}
+    settings = {"replacement": "resample", "size": "edges", "edges": int(level.sum())}
+    settings |= {"prompts": len(prompts), "batch_size": batch_size}
+    values_without = partial(_values_without, model, prompts, metric, batch_size)
+    return measured(curves, len, values_without, name_of(metric), settings)
+
+
+def _level(model: Model, curves: Mapping[str, Given]) -> Bool[Tensor, "source destination"]:
+    """The edges that carry the corrupt run when they are outside the circuit."""
+    sizes, real = shape(model), edges_of(model)
+    scored = [one.scored for one in curves.values() if isinstance(one, EdgeScores)]
+    level = scored[0] if scored else real
+    for name, one in curves.items():
+        for given in [one] if isinstance(one, Mapping) else one:
+            if isinstance(given, ComponentMask | ComponentScores):
+                raise ValueError(f"expected edges, got components in {name!r}: use faithfulness.")
+            if given.shape != sizes:
+                raise ValueError(
+                    f"expected circuits of this model ({sizes}), got {name!r} of another one ({given.shape}): "
+                    f"localize on the model that you test."
+                )
+            other = given.scored ^ level if isinstance(given, EdgeScores) else given.tensor & ~level
+            if bool((other | (level & ~real)).any()):
+                raise ValueError(
+                    f"expected circuits and scores of the same {int((level & real).sum())} edges of this model, got "
+                    f"{name!r}, which differs in {int(other.sum())} of them or has edges that parallel blocks lack: "
+                    f"score the same edges of this model."
+                )
+    return level
+
+
+def _values_without(
+    model: Model, prompts: Prompts, metric: Metric, rows: int, removed: list[Set[Any]]
+) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
+    """The metric of the whole model, and of the model with each of these sets of edges corrupt."""
+    masks = torch.stack([mask_of(edges, shape(model)) for edges in removed]).to(device_of(model))
+    whole, values = [], []
+    with preserved(model), torch.no_grad():
+        circuits = EdgeCircuits(model)
+        for batch in tqdm(prompts.to(device_of(model)).batches(rows), "edge circuits", leave=False, disable=None):
+            whole.append(checked(metric, batch.logits(model), batch).double())
+            other = contributions(model, written(model, batch.corrupted()))
+            found = whole[-1].new_zeros(len(batch), len(masks))
+            every = torch.cartesian_prod(*(torch.arange(n, device=found.device) for n in (len(masks), len(batch))))
+            for circuit, row in (part.unbind(1) for part in every.split(rows)):
+                copies = batch.rows(row)
+                inputs = copies.tokens, copies.attention_mask, copies.positions
+                logits = circuits.logits(*inputs, other[:, row], masks[circuit])
+                found[row, circuit] = checked(metric, logits, copies).double()
+            values.append(found)
+    return torch.cat(whole).cpu(), torch.cat(values).cpu()

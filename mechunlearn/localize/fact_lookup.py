@@ -1,0 +1,221 @@
+"""The paper's mechanistic localization: which MLPs look a fact up, step by step, each step open to correction."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps, resolve
+from mechunlearn.localize.lookup import FactLookup
+from mechunlearn.localize.path_patching import Receivers, path_patching
+from mechunlearn.localize.positions import Where, subject_last
+from mechunlearn.localize.probes import probes
+from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.model import Hook, Model, device_of, preserved, shape
+from mechunlearn.model.ablation import constant, mean_activations
+from mechunlearn.tasks.prompts import Prompts
+
+
+def fact_lookup_by_probes(
+    model: Model,
+    prompts: Prompts,
+    labels: Sequence[Any] | Tensor | None = None,
+    *,
+    text: Int[Tensor, "row pos"],
+    rise: float = 0.2,
+    saturation: float = 0.95,
+    tolerance: float = 0.05,
+    layers: Iterable[int] | None = None,
+    at: Where = subject_last,
+    seeds: int = 5,
+    folds: int = 5,
+    penalty: float = 10.0,
+    batch_size: int = 64,
+) -> FactLookup:
+    """The MLPs under which an attribute becomes linearly readable at the subject (the paper's way for Sports Facts).
+
+    1. `probes` give the accuracy for each layer at the subject's last token, on held-out facts.
+    2. The lookup begins with the first layer whose output is read better than chance + `rise`, and ends with the
+       first whose output has `saturation` of the whole rise above chance. The MLPs from first to last are the mask.
+    3. Attention outputs of all layers after the last are replaced, at every token, by their mean over `text`
+       (such as `task.text`), and new probes are fitted. If no later accuracy falls by more than `tolerance`, the
+       representation does not depend on later heads: `findings["holds_without_later_attention"]`.
+
+    `layers`: your own reading of the curves, instead of step 2. The prompts need several answers: for a sport to
+    forget, `tasks.joined(task.forget, task.retain)`. Curves: `"accuracy"`, `"control"`, and `"later attention
+    ablated"`. What the MLPs at the subject's last token hold is not proof that the answer needs it: compare with
+    `activation_patching`.
+
+    Cost: 2 forwards of the prompts, 1 of the text, and the fits of two calls of `probes`.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949; Nanda et al. 2023 (Fact Finding). ValueErrors as for `probes`.
+    """
+    _check_shares(rise=rise, saturation=saturation, tolerance=tolerance)
+    sizes = shape(model)
+    given = None if layers is None else _chosen_layers(layers, sizes)
+    options: dict[str, Any] = {"at": at, "seeds": seeds, "folds": folds, "penalty": penalty, "batch_size": batch_size}
+    found = probes(model, prompts, labels, **options)
+    chosen = given if given is not None else _between(found.accuracy, found.chance, rise, saturation)
+    curves = found.curves()
+    thresholds = {"rise": rise, "saturation": saturation, "tolerance": tolerance}
+    overruled = [] if given is None else ["layers"]
+    findings: dict[str, Any] = {"layers": chosen, "chance": found.chance, **thresholds, "overruled": overruled}
+    later = list(range(chosen[-1] + 1, sizes.n_layers)) if chosen else []
+    if later:
+        ablated = probes(model, prompts, labels, **options, hooks=_without_attention(model, text, later, batch_size))
+        curves["later attention ablated"] = ablated.curves()["accuracy"]
+        fall = float((found.accuracy - ablated.accuracy)[chosen[-1] + 2 :].max())
+        findings["attention_ablated_in_layers"] = later
+        findings["largest_fall_without_later_attention"] = max(0.0, fall)
+        findings["holds_without_later_attention"] = fall <= tolerance
+    mask = _mask(chosen, sizes, "fact_lookup_by_probes", findings)
+    return FactLookup(mask, "fact_lookup_by_probes", findings, curves)
+
+
+def lowest_layer(extraction_heads: Sequence[Component]) -> Receivers:
+    """The residual stream that enters the lowest extraction head's layer, as in the paper: all above it recomputes."""
+    return min(head.layer for head in extraction_heads)
+
+
+def all_inputs(extraction_heads: Sequence[Component]) -> Receivers:
+    """The queries, keys and values of the extraction heads alone."""
+    return list(extraction_heads)
+
+
+def fact_lookup_by_paths(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    n_heads: int = 10,
+    extraction_heads: Iterable[Component | str] | None = None,
+    receivers: Callable[[Sequence[Component]], Receivers] = lowest_layer,
+    threshold: float = 0.02,
+    layers: Iterable[int] | None = None,
+    batch_size: int = 64,
+) -> FactLookup:
+    """The MLPs whose output the heads that extract facts read (the paper's way for CounterFact).
+
+    1. Denoising `path_patching` of every head to the final residual stream, MLPs on the way responding: the `n_heads`
+       heads with the largest |effect| are the extraction heads.
+    2. Denoising `path_patching` of every MLP, not through other MLPs, to what `receivers` makes of these heads:
+       `lowest_layer` (default, the paper's: the residual stream that enters the lowest one's layer), `all_inputs`
+       (their queries, keys and values), or a function of yours.
+    3. The MLPs with |effect| > `threshold` are the mask.
+
+    Effects are shares of the mean difference of the metric between clean and corrupt prompts. The paper subtracts the
+    last layer's effect, as a baseline, which is 0 here: nothing above a receiver has a path to it.
+
+    `extraction_heads` replaces step 1, `layers` step 3. Scores: `"heads"` (without step 1: none) and `"mlps"`.
+    Cost: 4F + 2F for the metric's ends, for each head the MLPs above it, for each MLP the layers from the receivers on.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError without corrupted prompts, if these do not lower the
+    metric, and if no MLP is below the receivers because extraction heads are in layer 0.
+    """
+    sizes = shape(model)
+    given = None if layers is None else _chosen_layers(layers, sizes)
+    gap = _gap(model, prompts, metric, batch_size)
+    options: dict[str, Any] = {"metric": metric, "direction": "denoising", "batch_size": batch_size}
+    scores = {}
+    if extraction_heads is None:
+        found = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, **options)
+        scores["heads"] = _share(found, gap)
+        chosen_heads = tuple(scores["heads"].top(k=n_heads))
+    else:
+        chosen_heads = _heads(extraction_heads, sizes)
+    receiving = receivers(chosen_heads)
+    _check_above_first_layer(chosen_heads, receiving)
+    scores["mlps"] = _share(path_patching(model, prompts, senders=mlps, receivers=receiving, **options), gap)
+    crossed = [component.layer for component, effect in scores["mlps"].items() if abs(effect) > threshold]
+    chosen = crossed if given is None else given
+    findings = {
+        "layers": chosen,
+        "extraction_heads": [str(head) for head in chosen_heads],
+        "receivers": scores["mlps"].settings["receivers"],
+        "threshold": threshold,
+        "n_heads": n_heads,
+        "metric": name_of(metric),
+        "clean_minus_corrupt": gap,
+        "overruled": [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None],
+    }
+    mask = _mask(chosen, sizes, "fact_lookup_by_paths", findings)
+    return FactLookup(mask, "fact_lookup_by_paths", findings, {}, scores)
+
+
+def _between(accuracy: Tensor, chance: float, rise: float, saturation: float) -> list[int]:
+    """Layers from where the accuracy after them is above chance + rise to where it saturates; none if it never is."""
+    after = (accuracy[1:] - chance).tolist()
+    highest = max((accuracy - chance).tolist())
+    above = [layer for layer, value in enumerate(after) if value > rise]
+    if not above:
+        return []
+    last = next(layer for layer, value in enumerate([*after[:-1], highest]) if value >= saturation * highest)
+    return list(range(above[0], max(above[0], last) + 1))
+
+
+@torch.no_grad()
+def _without_attention(
+    model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
+) -> list[Hook]:
+    names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
+    with preserved(model):
+        return constant(mean_activations(model, text, names, batch_size=batch_size).items())
+
+
+def _mask(layers: Sequence[int], sizes: ModelShape, method: str, findings: dict[str, Any]) -> ComponentMask:
+    members = frozenset(Component(layer, "MLP") for layer in layers)
+    return ComponentMask(members, sizes, {"method": method, "findings": dict(findings)})
+
+
+def _share(scores: ComponentScores, gap: float) -> ComponentScores:
+    assert scores.per_prompt is not None  # path patching always has them
+    per_prompt = scores.per_prompt / gap
+    settings = {**scores.settings, "divided_by_clean_minus_corrupt": gap}
+    return replace(scores, tensor=per_prompt.mean(0), per_prompt=per_prompt, settings=settings)
+
+
+def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> float:
+    """Mean of the metric on clean prompts minus that on corrupt ones."""
+    clean = prompts.to(device_of(model))
+    means = []
+    with preserved(model), torch.no_grad():
+        for side in (clean, clean.corrupted()):
+            values = [checked(metric, batch.logits(model), batch) for batch in side.batches(batch_size)]
+            means.append(float(torch.cat(values).double().mean()))
+    if means[0] - means[1] <= 0:
+        raise ValueError(
+            f"expected corrupt prompts that lower {name_of(metric)}, got means of {means[0]:.4g} (clean) and "
+            f"{means[1]:.4g} (corrupt): effects are shares of the difference; use prompts whose answer the model knows."
+        )
+    return means[0] - means[1]
+
+
+def _heads(given: Iterable[Component | str], sizes: ModelShape) -> tuple[Component, ...]:
+    found = resolve(given, sizes)
+    wrong = [head for head in found if head.kind != ("H", None)]
+    if wrong or not found:
+        raise ValueError(f"expected heads such as L5H3 as extraction heads, got {wrong[0] if wrong else 'none'}.")
+    return found
+
+
+def _check_above_first_layer(chosen: Sequence[Component], receiving: Receivers) -> None:
+    if receiving == 0 or all(head.layer == 0 for head in chosen):
+        first = [str(head) for head in chosen if head.layer == 0]
+        raise ValueError(
+            f"expected extraction heads above layer 0, got {', '.join(first)}: no MLP is below them; pass another "
+            f"n_heads, extraction_heads=... or receivers=all_inputs."
+        )
+
+
+def _chosen_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
+    found = sorted(set(layers))
+    if not found or found[0] < 0 or found[-1] >= sizes.n_layers:
+        raise ValueError(f"expected layers in 0..{sizes.n_layers - 1}, got {found or 'none'}.")
+    return found
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}.")

@@ -1,0 +1,209 @@
+"""Weight saliency: how much a loss depends on each weight, summed over a component's weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps, resolve
+from mechunlearn.losses import Loss, cross_entropy
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Model, Slot, check_editable, device_of, differentiable, shape, slots
+from mechunlearn.tasks.prompts import Prompts
+
+Key: TypeAlias = tuple[int, str]
+"""A layer and one of its matrices."""
+
+
+def gradient_times_weight(
+    model: Model, prompts: Prompts, *, loss: Loss = cross_entropy, components: Components = heads_and_mlps
+) -> ComponentScores:
+    """Sum over a component's weights of d loss / d w * w, averaged over prompts.
+
+    In nats: minus what the loss would rise by, to first order, if the weights were scaled to zero. Negative = the
+    component's weights keep the loss low, positive = the loss would fall without them. The loss of a prompt is the
+    mean over its answer tokens.
+
+    Cost: 1F + 1B (of weights) per prompt, one prompt at a time. Weights that KV heads share count in every query
+    head that reads them, once each. ValueError for processed or quantised weights.
+    """
+
+    def signed(slot: Slot, gradient: Tensor) -> Tensor:
+        return gradient * _weight(slot)
+
+    return _per_prompt(gradient_times_weight, model, prompts, loss, components, signed)
+
+
+def fisher(
+    model: Model, prompts: Prompts, *, loss: Loss = cross_entropy, components: Components = heads_and_mlps
+) -> ComponentScores:
+    """Sum over a component's weights of (d loss / d w)^2, averaged over prompts: the empirical Fisher diagonal.
+
+    Never negative, in nats^2; high = the component's weights matter for these answers. The square is taken of each
+    prompt's own gradient (the square of a batch's gradient would be another, smaller number).
+
+    Cost: 1F + 1B (of weights) per prompt. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Shared KV
+    weights and errors: as `gradient_times_weight`.
+    """
+
+    def squared(slot: Slot, gradient: Tensor) -> Tensor:
+        return gradient**2
+
+    return _per_prompt(fisher, model, prompts, loss, components, squared)
+
+
+def snip(
+    model: Model,
+    prompts: Prompts,
+    *,
+    loss: Loss = cross_entropy,
+    components: Components = heads_and_mlps,
+    batch_size: int = 16,
+) -> ComponentScores:
+    """Sum over a component's weights of |d mean loss / d w * w|: the connection sensitivity, unnormalised.
+
+    Never negative, in nats; high = scaling the component's weights, one by one, would change the loss. Sizes
+    are taken after averaging the gradient over all prompts, so there are no per-prompt values.
+
+    Cost: 1F + 1B (of weights) per batch. Lee et al. 2019, https://arxiv.org/abs/1810.02340 (who divide by
+    the sum over all weights: the same ranking). Shared KV weights and errors: as `gradient_times_weight`.
+    """
+    with _weights(model, components) as (found, chosen, sizes):
+        mean = _mean_gradients(model, prompts, loss, found, batch_size)
+        sums = {key: _unit_sums(slot, (mean[key] * _weight(slot)).abs()) for key, slot in found.items()}
+    settings = {"loss": name_of(loss), "prompts": len(prompts), "batch_size": batch_size}
+    return ComponentScores(chosen, _summed(sums, chosen, sizes), sizes, "snip", name_of(loss), settings)
+
+
+def wagle(
+    model: Model,
+    forget: Prompts,
+    retain: Prompts,
+    *,
+    forget_loss: Loss = cross_entropy,
+    retain_loss: Loss = cross_entropy,
+    gamma: float = 1e-6,
+    components: Components = heads_and_mlps,
+    batch_size: int = 16,
+) -> ComponentScores:
+    r"""WAGLE's attribution of weights to unlearning, as sizes summed over a component's weights.
+
+    With g_f and g_r the gradients of the mean forget and retain losses, weight i of value w scores
+
+        S_i = w_i * g_f,i - g_r,i * g_f,i / gamma = (w_i - g_r,i / gamma) * g_f,i
+
+    (removing the weight raises the forget loss, less what following the retain gradient undoes; gamma stands for the
+    retain loss's curvature, a multiple of the identity). A component scores the sum of |S_i|: never negative, high =
+    the weights that WAGLE would let an unlearning step change. It does not matter whether `forget_loss` is to
+    rise or to fall. The default gamma is that of the released TOFU configuration: so small that the second term
+    decides.
+
+    Cost: 1F + 1B (of weights) per batch of either side. Jia et al. 2024, https://arxiv.org/abs/2410.17509. Shared KV
+    weights, losses and errors: as `gradient_times_weight`; ValueError for gamma <= 0. No per-prompt values.
+    """
+    if not gamma > 0:
+        raise ValueError(f"expected a positive gamma (a curvature of the retain loss), got {gamma}.")
+    sums = {}
+    with _weights(model, components) as (found, chosen, sizes):
+        forgetting = _mean_gradients(model, forget, forget_loss, found, batch_size)
+        retaining = _mean_gradients(model, retain, retain_loss, found, batch_size)
+        for key, slot in found.items():
+            sums[key] = _unit_sums(slot, ((_weight(slot) - retaining[key] / gamma) * forgetting[key]).abs())
+    settings = {"forget_loss": name_of(forget_loss), "retain_loss": name_of(retain_loss), "gamma": gamma}
+    settings |= {"forget_prompts": len(forget), "retain_prompts": len(retain), "batch_size": batch_size}
+    return ComponentScores(chosen, _summed(sums, chosen, sizes), sizes, "wagle", name_of(forget_loss), settings)
+
+
+@contextmanager
+def _weights(
+    model: Model, components: Components
+) -> Iterator[tuple[dict[Key, Slot], tuple[Component, ...], ModelShape]]:
+    """The parameters that the components cover, differentiable; the components; the model's shape."""
+    check_editable(model)
+    sizes = shape(model)
+    chosen = resolve(components, sizes)
+    covered = sizes.entries(chosen)
+    found = {key: slot for key, slot in slots(model).items() if key in covered}
+    with differentiable(model):
+        for slot in found.values():
+            slot.parameter.requires_grad_(True)
+        yield found, chosen, sizes
+
+
+def _per_prompt(
+    method: Callable[..., ComponentScores],
+    model: Model,
+    prompts: Prompts,
+    loss: Loss,
+    components: Components,
+    score: Callable[[Slot, Tensor], Tensor],
+) -> ComponentScores:
+    """`score(slot, gradient of one prompt)` summed over each component's weights; the mean over prompts."""
+    rows = []
+    with _weights(model, components) as (found, chosen, sizes):
+        for prompt in prompts.to(device_of(model)).batches(1):
+            gradients = _gradients(model, prompt, loss, found)
+            sums = {key: _unit_sums(slot, score(slot, gradients[key])) for key, slot in found.items()}
+            rows.append(_summed(sums, chosen, sizes))
+    per_prompt = torch.stack(rows)
+    settings = {"loss": name_of(loss), "prompts": len(prompts)}
+    name = name_of(method)
+    return ComponentScores(chosen, per_prompt.mean(0), sizes, name, name_of(loss), settings, per_prompt)
+
+
+def _mean_gradients(
+    model: Model, prompts: Prompts, loss: Loss, found: dict[Key, Slot], batch_size: int
+) -> dict[Key, Tensor]:
+    """The gradient of the loss averaged over prompts."""
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}.")
+    total: dict[Key, Tensor] = {}
+    for batch in prompts.to(device_of(model)).batches(batch_size):
+        for key, gradient in _gradients(model, batch, loss, found).items():
+            total[key] = total[key] + gradient / len(prompts) if key in total else gradient / len(prompts)
+    return total
+
+
+def _gradients(model: Model, prompts: Prompts, loss: Loss, found: dict[Key, Slot]) -> dict[Key, Tensor]:
+    """The gradient of the sum over prompts of the mean over each one's answer tokens."""
+    real = prompts.answer_mask
+    losses = loss(prompts.logits(model)[real], prompts.answers[real])
+    if not losses.requires_grad:
+        raise ValueError(
+            f"expected a loss with a gradient, got one without from {name_of(loss)}: an argmax or a detached tensor "
+            f"has none; use losses.cross_entropy."
+        )
+    share = (1 / real.sum(1, keepdim=True)).expand(real.shape)[real]
+    parameters = [slot.parameter for slot in found.values()]
+    gradients = torch.autograd.grad((losses * share).sum(), parameters, allow_unused=True)
+    for (layer, matrix), gradient in zip(found, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"expected a loss that depends on L{layer} {matrix}, but {name_of(loss)} has no gradient there: it "
+                f"must be computed from the logits that it is given."
+            )
+    precise = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    return dict(zip(found, precise, strict=True))
+
+
+def _weight(slot: Slot) -> Tensor:
+    return slot.parameter.detach()
+
+
+def _unit_sums(slot: Slot, values: Tensor) -> Float[Tensor, "unit"]:
+    """Values, shaped like the slot's parameter, summed over each head or neuron."""
+    return slot.view(values).double().sum((1, 2)).cpu()
+
+
+def _summed(
+    sums: Mapping[Key, Float[Tensor, "unit"]], components: Iterable[Component], sizes: ModelShape
+) -> Float[Tensor, "component"]:
+    """Sums over the units that each component covers."""
+    columns = []
+    for component in components:
+        parts = [sums[component.layer, matrix][units].sum() for matrix, units in sizes.units_of(component).items()]
+        columns.append(torch.stack(parts).sum())
+    return torch.stack(columns)

@@ -1,0 +1,110 @@
+"""Gradients by the rules of layer-wise relevance propagation: the values of a forward pass stay what they are."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechunlearn.model.hooks import Hook
+from mechunlearn.model.kinds import Model, is_bridge, unchecked_shape
+
+
+@contextmanager
+def relevance_rules(model: Model) -> Iterator[list[Hook]]:
+    """Inside, forward passes with the yielded hooks have the same values, and backward passes follow the rules of LRP.
+
+    | rule | what is held fixed |
+    |---|---|
+    | LN | the scale that a norm (also a post-norm, a QK norm, the final norm) divides by |
+    | AH | the attention pattern |
+    | identity | activation(x) / x |
+    | half | in a gated MLP, one factor and then the other: each gets half of the gradient |
+
+    The hooks have to be the last ones at their hook points (`recording` comes first). A soft cap of the logits
+    keeps its own gradient.
+    """
+    layers = range(len(model.blocks))
+    hooks: list[Hook] = [(f"blocks.{layer}.attn.hook_pattern", _detached) for layer in layers]
+    for layer in layers:
+        hooks += _activation_hooks(f"blocks.{layer}.mlp.", gated=unchecked_shape(model).gated)
+    with ExitStack() as stack:
+        for name in _norms(model):
+            norm: Any = model.get_submodule(name)
+            if is_bridge(model) and (norm.use_native_layernorm_autograd or norm.config.layer_norm_folding):
+                # A Hugging Face module computes it, past the hook points.
+                offset = float(norm.uses_rms_norm and norm.config.rmsnorm_uses_offset)
+                follow = partial(_fixed_scale, offset=offset, name=name)
+                stack.callback(norm.original_component.register_forward_hook(follow).remove)
+            else:
+                hooks.append((f"{name}.hook_scale", _detached))
+        yield hooks
+
+
+def _norms(model: Model) -> list[str]:
+    """Norms of the residual stream; those of queries and keys are behind the fixed pattern."""
+    names = [name.removesuffix(".hook_scale") for name in model.hook_dict if name.endswith(".hook_scale")]
+    return [name for name in names if ".attn." not in name]
+
+
+def _detached(value: Tensor, hook: object) -> Tensor:
+    return value.detach()
+
+
+def _activation_hooks(prefix: str, *, gated: bool) -> list[Hook]:
+    factors: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: object, *, name: str) -> None:
+        factors[name] = value
+
+    def follow(value: Tensor, hook: object) -> Tensor:
+        parts = [_proportional(value, factor) for factor in factors.values()]
+        factors.clear()
+        return _with_gradient_of(value, sum(parts[1:], parts[0]) / len(parts))
+
+    names = ["hook_pre", "hook_pre_linear"] if gated else ["hook_pre"]
+    return [*((prefix + name, partial(keep, name=name)) for name in names), (prefix + "hook_post", follow)]
+
+
+def _proportional(
+    product: Float[Tensor, "batch pos d_mlp"], factor: Float[Tensor, "batch pos d_mlp"]
+) -> Float[Tensor, "batch pos d_mlp"]:
+    """`product`, as `factor` times a constant.
+
+    Where the factor is 0, the constant is the limit of their quotient: there it is their ordinary derivative.
+    """
+    zero = factor.detach() == 0
+    quotient = (product.detach() / factor.detach().masked_fill(zero, 1)).masked_fill(zero, 0)
+    return factor * quotient + product * zero
+
+
+def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """Exactly `value`, differentiated as `other`."""
+    return value.detach() + (other - other.detach())
+
+
+def _fixed_scale(module: Any, inputs: tuple[Tensor, ...], output: Tensor, *, offset: float, name: str) -> Tensor | None:
+    """The norm's output, differentiated as if the scale that it divides by were a constant."""
+    if not torch.is_grad_enabled():
+        return None
+    precise = torch.promote_types(inputs[0].dtype, torch.float32)
+    value = inputs[0].to(precise)
+    if isinstance(module, nn.LayerNorm):
+        value = value - value.mean(-1, keepdim=True)
+    scale = (value.detach().pow(2).mean(-1, keepdim=True) + _epsilon(module)).sqrt()
+    linear = value / scale * (offset + module.weight.detach())
+    bias = getattr(module, "bias", None)
+    computed, expected = output.detach().to(precise), linear.detach() + (0 if bias is None else bias.detach())
+    if not torch.allclose(computed, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+        raise ValueError(
+            f"expected {name} to be a LayerNorm or an RMSNorm, got {type(module).__name__}, which computes something "
+            f"else: its scale cannot be held fixed; use attribution_patching or integrated_gradients."
+        )
+    return _with_gradient_of(output, linear.to(output.dtype))
+
+
+def _epsilon(module: Any) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps

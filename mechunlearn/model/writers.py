@@ -1,0 +1,100 @@
+"""What components add to the residual stream."""
+
+from collections.abc import Iterable
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechunlearn.components import Component
+from mechunlearn.model.kinds import Model
+from mechunlearn.model.norms import FrozenNorm, frozen_norm, post_norm
+from mechunlearn.model.slots import slots
+from mechunlearn.model.suffix import Run
+
+_SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N": "mlp.hook_post"}
+
+
+def writing_sites(components: Iterable[Component]) -> list[str]:
+    """The hook points that `written_along` reads; ValueError for a component that writes nothing itself."""
+    found = {}
+    for component in components:
+        if component.matrix in ("W_Q", "W_K", "W_V", "W_in", "W_gate"):
+            raise ValueError(
+                f"expected components that write to the residual stream, got {component}: use the head or MLP that "
+                f"it belongs to, or its W_O or W_out."
+            )
+        found[f"blocks.{component.layer}.{_SITES[component.part]}"] = None
+    return list(found)
+
+
+def written_along(
+    model: Model,
+    run: Run,
+    component: Component,
+    places: Int[Tensor, "batch"],
+    direction: Float[Tensor, "batch d_model"],
+) -> Float[Tensor, "batch unit"]:
+    """Dot products of `direction` with what components of this kind and layer add to the residual stream at `places`.
+
+    One unit for an attention layer or an MLP (output bias included); for a head or a neuron, every one of the
+    layer (without the output bias, which belongs to none of them). The scale of a post-norm is the run's.
+    """
+    if component.part in ("ATTN", "MLP"):
+        return (_at(run, component, places).to(direction.dtype) * direction).sum(-1, keepdim=True)
+    inner, weight, norm = _factors(model, run, component, places, direction.dtype)
+    before = direction if norm is None else norm.transposed(direction[:, None])[:, 0]
+    read = einsum(weight, before, "unit width model, batch model -> batch unit width")
+    return (inner * read).sum(-1)
+
+
+def written(
+    model: Model, run: Run, component: Component, places: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch d_model"]:
+    """What one component adds to the residual stream at `places`, as in `written_along`."""
+    if component.part in ("ATTN", "MLP"):
+        return _at(run, component, places)
+    inner, weight, norm = _factors(model, run, component, places, run.residuals[0].dtype)
+    assert component.index is not None  # checked on construction
+    output = inner[:, component.index] @ weight[component.index]
+    return output if norm is None else norm(output[:, None])[:, 0]
+
+
+def _factors(
+    model: Model, run: Run, component: Component, places: Int[Tensor, "batch"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "batch unit width"], Float[Tensor, "unit width d_model"], FrozenNorm | None]:
+    """Activations and weights whose product is what the layer's heads or neurons give, and the post-norm after it."""
+    inner = _at(run, component, places).to(dtype)
+    inner = inner if component.part == "H" else inner[..., None]
+    slot = slots(model)[component.layer, "W_O" if component.part == "H" else "W_out"]
+    weight = slot.view(slot.parameter.detach()).to(dtype)
+    norm = post_norm(model, component.layer, component.part)
+    if norm is None:
+        return inner, weight, None
+    whole = einsum(inner, weight, "batch unit width, unit width model -> batch model")
+    return inner, weight, frozen_norm(norm, whole[:, None].to(run.residuals[0].dtype))
+
+
+def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
+    """The component's activation at one place of each row."""
+    name = f"blocks.{component.layer}.{_SITES[component.part]}"
+    return run.values[name][torch.arange(len(places), device=places.device), places]
+
+
+def final_norm(model: Model, run: Run, places: Int[Tensor, "batch"]) -> FrozenNorm:
+    """The norm before the unembedding, with its scale at `places` (slope of shape [batch, 1, d_model])."""
+    rows = torch.arange(len(places), device=places.device)
+    return frozen_norm(model.ln_final, run.residuals[-1][rows, places][:, None])
+
+
+def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
+    """What turns the normalized residual stream into logits, before a soft-cap and without a bias."""
+    return model.unembed.W_U.detach()
+
+
+def unembedding_bias(model: Model) -> Float[Tensor, "d_vocab"]:
+    """The bias of the logits; zero in most models."""
+    zeros = torch.zeros_like(unembedding(model)[0])
+    bias = getattr(model.unembed, "b_U", None)
+    return zeros if bias is None else zeros + bias.detach()

@@ -1,0 +1,219 @@
+"""The references: exact edge patching for single edges; for circuits, the model written out reader by reader."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+from torch.nn.functional import rms_norm, silu
+
+import mechunlearn as mu
+from mechunlearn.components import Component, ComponentMask, EdgeMask, EdgeScores, destinations, edges, sources
+from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
+from mechunlearn.localize.circuit_curves import Faithfulness
+from mechunlearn.metrics import answer_log_probability, logit_difference
+from mechunlearn.model import shape, slots
+from mechunlearn.model.edge_checks import edges_of, is_parallel
+
+
+def everything(model):
+    return edges(shape(model), parallel=is_parallel(model))
+
+
+def random_circuit(model, share, seed=0):
+    chosen = everything(model)
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+    return EdgeMask.of([chosen[i] for i in order[: int(share * len(chosen))]], shape(model))
+
+
+@torch.no_grad()
+def test_without_any_edge_it_is_the_corrupt_run(model):
+    prompts = tiny.prompts(model)
+    found = edge_faithfulness(model, prompts, random_circuit(model, 0.5), random_circuits=0)
+    corrupt = logit_difference(prompts.corrupted().logits(model), prompts).double()
+    assert torch.allclose(found.nothing, corrupt, atol=1e-5)
+    assert torch.allclose(found.whole, logit_difference(prompts.logits(model), prompts).double(), atol=1e-6)
+    assert found.to_frame().loc[[0, 2], "faithfulness"].tolist() == [0, 1]
+
+
+def test_without_one_edge_it_has_the_effect_of_exact_edge_patching(model):
+    prompts = tiny.prompts(model, n=3, padding="left")
+    chosen = everything(model)[:: 7 if model.cfg.n_layers == 3 else 1]
+    exact = edge_patching(model, prompts, edges=chosen)
+    singles = [EdgeMask.of([edge], shape(model)) for edge in chosen]
+    found = edge_faithfulness(model, prompts, singles, random_circuits=0)
+    for place, circuit in enumerate(found.circuits[1:-1], 1):
+        (edge,) = circuit
+        row, column = sources(exact.shape).index(edge.source), destinations(exact.shape).index(edge.destination)
+        effect = found.without[:, place] - found.whole
+        assert torch.allclose(effect, exact.per_prompt[:, row, column].double(), atol=2e-5), edge
+    assert exact.tensor.abs().max() > 1e-2
+
+
+class ByHand:
+    """A tiny Llama, one reader after the other, on one unpadded prompt; heads read and write one by one."""
+
+    def __init__(self, model):
+        self.sizes, self.slots, self.model = shape(model), slots(model), model
+
+    def weight(self, layer, matrix, unit):
+        slot = self.slots[layer, matrix]
+        return slot.view(slot.parameter.detach())[unit]
+
+    def norm(self, module, x):
+        return rms_norm(x, x.shape[-1:], next(module.parameters()).detach(), self.model.cfg.eps)
+
+    def rotated(self, x):
+        half = x.shape[-1] // 2
+        angles = torch.arange(len(x))[:, None] / 10000 ** (torch.arange(half) / half)[None]
+        cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
+        return x * cos + torch.cat([-x[:, half:], x[:, :half]], 1) * sin
+
+    def run(self, tokens, kept=None, other=None):
+        """What every source adds, and what the final norm reads."""
+        added = {"embed": self.model.embed(tokens[None])[0].detach()}
+
+        def read(destination, before):
+            carried = [
+                added[u] if kept is None or f"{u}->{destination}" in kept else other[u] for u in before
+            ]  # no biases in this model
+            return torch.stack(carried).sum(0)
+
+        for layer, block in enumerate(self.model.blocks):
+            before = list(added)
+            for head in range(self.sizes.n_heads):
+                kv = head * self.sizes.n_kv_heads // self.sizes.n_heads
+                first = kv * self.sizes.n_heads // self.sizes.n_kv_heads
+                q, k, v = (
+                    self.norm(block.ln1, read(f"L{layer}H{h}.{m}", before)) @ self.weight(layer, m, unit).T
+                    for m, h, unit in (("W_Q", head, head), ("W_K", first, kv), ("W_V", first, kv))
+                )
+                scores = self.rotated(q) @ self.rotated(k).T / q.shape[1] ** 0.5
+                pattern = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(1)
+                added[f"L{layer}H{head}"] = pattern @ v @ self.weight(layer, "W_O", head)
+            x = self.norm(block.ln2, read(f"L{layer}MLP", list(added)))
+            gate, up = (x @ self.weight(layer, m, slice(None))[:, 0].T for m in ("W_gate", "W_in"))
+            added[f"L{layer}MLP"] = (silu(gate) * up) @ self.weight(layer, "W_out", slice(None))[:, 0]
+        return added, self.model.unembed(self.norm(self.model.ln_final, read("logits", list(added)))[None])[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
+def test_a_circuit_is_the_model_in_which_every_reader_gets_its_own_input(llama, share):
+    prompts, hand, circuit = tiny.prompts(llama)[[1]], ByHand(llama), random_circuit(llama, share)
+    assert torch.allclose(hand.run(prompts.tokens[0])[1][-1], prompts.logits(llama)[0, 0], atol=1e-5)
+    other, _ = hand.run(prompts.corrupt[0])
+    kept = set(map(str, circuit))
+    _, logits = hand.run(prompts.tokens[0], kept, other)
+    found = edge_faithfulness(llama, prompts, circuit, random_circuits=0)
+    alone = logit_difference(logits[-1][None, None], prompts)
+    _, rest = hand.run(prompts.tokens[0], set(map(str, everything(llama))) - kept, other)
+    without = logit_difference(rest[-1][None, None], prompts)
+    assert found.alone[0, 1] == pytest.approx(float(alone), abs=2e-5)
+    assert found.without[0, 1] == pytest.approx(float(without), abs=2e-5)
+    assert abs(float(alone - without)) > 1e-3
+
+
+def test_an_edge_that_lies_on_no_path_changes_nothing(llama):
+    """L1H2 reads nothing of the clean run, so that it writes what it wrote in the corrupt one."""
+    circuit = random_circuit(llama, 0.5)
+    dead = EdgeMask.of([e for e in circuit if str(e.destination).split(".")[0] != "L1H2"], shape(llama))
+    dead -= {e for e in dead if str(e.destination) in ("L1H2.W_K", "L1H2.W_V")}
+    kv = {f"L1H2.{m}" for m in ("W_K", "W_V")}
+    assert not [e for e in dead if str(e.destination) in kv]
+    more = dead | {"L1H2->logits", "L1H2->L2MLP"}
+    less = dead - {"L1H2->logits", "L1H2->L2MLP"}
+    found = edge_faithfulness(llama, tiny.prompts(llama), [less, more], random_circuits=0)
+    assert torch.allclose(found.alone[:, 1], found.alone[:, 2], atol=1e-5)
+
+
+def test_answers_of_several_tokens(model):
+    """Of a circuit with all edges but those of one MLP: what replacing the MLP does to the metric."""
+    prompts = tiny.prompts(model, n=4, answer=3)
+    circuit = EdgeMask.of([e for e in everything(model) if str(e.source) != "L1MLP"], shape(model))
+    found = edge_faithfulness(model, prompts, circuit, metric=answer_log_probability, random_circuits=0)
+    exact = mu.localize.activation_patching(model, prompts, metric=answer_log_probability, components=["L1MLP"])
+    assert torch.allclose(found.alone[:, 1] - found.whole, exact.per_prompt[:, 0], atol=2e-5)
+
+
+def test_batch_size_padding_and_order_do_not_matter(model):
+    prompts, circuit = tiny.prompts(model), random_circuit(model, 0.6)
+    found = edge_faithfulness(model, prompts, circuit, random_circuits=1, sizes=[0.3])
+    order = [3, 0, 5, 1, 4, 2]
+    for other, rows in (
+        (edge_faithfulness(model, prompts, circuit, random_circuits=1, sizes=[0.3], batch_size=4), slice(None)),
+        (edge_faithfulness(model, tiny.prompts(model, padding="left"), circuit, random_circuits=0), slice(None)),
+        (edge_faithfulness(model, prompts[order], circuit, random_circuits=0), order),
+    ):
+        assert torch.allclose(found.alone[rows, 1], other.alone[:, 1], atol=1e-5)
+        assert torch.allclose(found.without[rows, 1], other.without[:, 1], atol=1e-5)
+
+
+def test_scores_are_cut_at_shares_of_edges_beside_random_ones(llama):
+    scores = edge_attribution_patching(llama, tiny.prompts(llama))
+    found = edge_faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.1, 0.4], random_circuits=2)
+    assert list(dict.fromkeys(found.names)) == ["edge_attribution_patching", "random 0", "random 1"]
+    assert [len(circuit) for circuit in found.circuits] == [0, 19, 76, 190] * 3
+    assert found.circuits[2] == scores.top(k=76)
+    assert found.circuits[5] != found.circuits[9]
+    assert found.to_frame()["edges"].tolist() == [0, 19, 76, 190] * 3
+
+
+def test_edges_without_a_score_are_never_replaced(llama):
+    level = [e for e in everything(llama) if str(e.destination) == "L2MLP"]
+    scores = EdgeScores.of({str(e): float(i) for i, e in enumerate(level)}, shape(llama))
+    found = edge_faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.5], random_circuits=0)
+    rest = EdgeMask.of([e for e in everything(llama) if e not in level], shape(llama))
+    whole = edge_faithfulness(llama, tiny.prompts(llama), rest, random_circuits=0)
+    assert torch.allclose(found.nothing, whole.alone[:, 1], atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(model):
+    def failing(logits, prompts):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("stop")
+        return logit_difference(logits, prompts)
+
+    calls: list[int] = []
+    circuit = random_circuit(model, 0.5)
+    edges_of(model)  # TransformerLens' own first run
+    with left_as_it_was(model):
+        edge_faithfulness(model, tiny.prompts(model, n=2), circuit, random_circuits=0)
+    with left_as_it_was(model), pytest.raises(RuntimeError, match="stop"):
+        edge_faithfulness(model, tiny.prompts(model), circuit, metric=failing)
+
+
+def test_save_and_load_are_inverses(llama, tmp_path):
+    found = edge_faithfulness(llama, tiny.prompts(llama), random_circuit(llama, 0.5), random_circuits=0)
+    found.save(tmp_path / "curves.safetensors")
+    loaded = Faithfulness.load(tmp_path / "curves.safetensors")
+    assert loaded.circuits == found.circuits
+    assert loaded.to_frame().equals(found.to_frame())
+    assert "share of all edges" in str(found.plot().layout.xaxis.title.text)
+
+
+def test_bad_input(llama):
+    prompts, circuit = tiny.prompts(llama), random_circuit(llama, 0.5)
+    with pytest.raises(ValueError, match="expected edges, got components in 'circuit': use faithfulness"):
+        edge_faithfulness(llama, prompts, ComponentMask.of(["L1MLP"], shape(llama)))
+    with pytest.raises(ValueError, match="expected components, got edges in 'circuit': use edge_faithfulness"):
+        mu.localize.faithfulness(llama, prompts, circuit)
+    with pytest.raises(ValueError, match="expected edges, got components in 'attribution_patching'"):
+        edge_faithfulness(llama, prompts, attribution_patching(llama, prompts))
+    with pytest.raises(ValueError, match="expected circuits of this model .* localize on the model"):
+        edge_faithfulness(llama, prompts, EdgeMask.of(["L0H0->L1MLP"], replace(shape(llama), n_layers=7)))
+    with pytest.raises(ValueError, match="expected prompts with a corrupted counterpart"):
+        edge_faithfulness(llama, replace(prompts, corrupt=None), circuit)
+    with pytest.raises(ValueError, match="faithfulness is undefined"):
+        edge_faithfulness(llama, replace(prompts, corrupt=prompts.tokens), circuit)
+    with pytest.raises(ValueError, match=r"expected sizes in \[0, 1\]"):
+        edge_faithfulness(llama, prompts, circuit, sizes=[5.0])
+
+
+def test_edges_that_parallel_blocks_lack_are_refused():
+    model = tiny.bridge("neox")
+    with pytest.raises(ValueError, match="expected circuits and scores of the same 250 edges .* parallel blocks lack"):
+        edge_faithfulness(model, tiny.prompts(model), EdgeMask.of(["L1H2->L1MLP"], shape(model)))
+    assert Component.parse("L1MLP") in {e.destination for e in everything(model)}

@@ -1,0 +1,207 @@
+"""The evidence must be what the methods give, and the mask what the thresholds make of it."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+from mechunlearn.components import Component, heads, mlps
+from mechunlearn.localize import (
+    FactLookup,
+    all_inputs,
+    fact_lookup_by_paths,
+    fact_lookup_by_probes,
+    paper_fact_lookup,
+    path_patching,
+    probes,
+)
+from mechunlearn.localize.fact_lookup import _between
+from mechunlearn.localize.paper_layers import PAPER_LAYERS, PAPER_SHAPES
+from mechunlearn.metrics import logit_difference
+from mechunlearn.model.ablation import constant, mean_activations
+
+SMALL = {"seeds": 1, "folds": 3}
+
+
+def labelled(model, n=30):
+    prompts = tiny.prompts(model, n=n)
+    return prompts, torch.arange(n).remainder(3)
+
+
+def text():
+    return torch.randint(4, 100, (5, 9), generator=torch.Generator().manual_seed(0))
+
+
+def known(model, n=6):
+    """Prompts whose clean side the model answers better than the corrupt one."""
+    prompts = tiny.prompts(model, n=4 * n)
+    with torch.no_grad():
+        sides = [logit_difference(p.logits(model), p) for p in (prompts, prompts.corrupted())]
+    return prompts[(sides[0] - sides[1]).argsort(descending=True)[:n].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "expected"),
+    [
+        ([0.4, 0.44, 0.48, 0.63, 0.85, 0.97, 0.97, 1.0], [2, 3, 4, 5, 6]),
+        ([0.4, 0.5, 0.8, 0.8, 0.8], [1]),
+        ([0.4, 0.41, 0.42, 0.40, 0.43], []),
+        ([0.9, 0.91, 0.92, 0.9, 0.9], [0]),
+    ],
+)
+def test_layers_run_from_the_rise_to_the_saturation(accuracy, expected):
+    assert _between(torch.tensor(accuracy), 0.37, 0.2, 0.98) == expected
+
+
+def test_probes_give_the_mask_and_its_evidence(model):
+    prompts, labels = labelled(model, n=18)
+    with left_as_it_was(model):
+        found = fact_lookup_by_probes(model, prompts, labels, text=text(), layers=[0], **SMALL)
+    alone = probes(model, prompts, labels, **SMALL)
+    assert torch.equal(found.curves["accuracy"].per_prompt, alone.correct)
+    assert [str(component) for component in found.mask] == ["L0MLP"]
+    assert found.findings["attention_ablated_in_layers"] == [1, 2]
+    ablated = found.curves["later attention ablated"]
+    assert torch.equal(ablated.per_prompt[:, :2], alone.correct[:, :2]), "below the ablation nothing changes"
+
+
+def test_without_later_attention_the_final_representation_needs_the_earlier_one_only(llama):
+    """Ablating attention of all later layers equals running them by hand with the mean in its place."""
+    prompts, labels = labelled(llama)
+    found = fact_lookup_by_probes(llama, prompts, labels, text=text(), layers=[1], **SMALL)
+    hooks = constant(mean_activations(llama, text(), ["blocks.2.hook_attn_out"]).items())
+    expected = probes(llama, prompts, labels, hooks=hooks, **SMALL)
+    assert torch.equal(found.curves["later attention ablated"].per_prompt, expected.correct)
+    fall = float((probes(llama, prompts, labels, **SMALL).accuracy - expected.accuracy)[3])
+    assert found.findings["largest_fall_without_later_attention"] == pytest.approx(max(0.0, fall))
+
+
+def test_nothing_readable_gives_an_empty_mask_with_the_evidence(llama):
+    prompts, labels = labelled(llama)
+    found = fact_lookup_by_probes(llama, prompts, labels, text=text(), rise=0.66, **SMALL)
+    assert len(found.mask) == 0
+    assert "accuracy" in found.curves
+    assert "layers: []" in repr(found)
+
+
+def test_paths_give_extraction_heads_and_the_mlps_below_them(model):
+    prompts = known(model)
+    with left_as_it_was(model):
+        found = fact_lookup_by_paths(model, prompts, n_heads=1, extraction_heads=["L2H1", "L2H3"])
+        free = fact_lookup_by_paths(model, prompts, n_heads=6, receivers=all_inputs, threshold=0.0)
+    with torch.no_grad():
+        ends = [logit_difference(p.logits(model), p).mean() for p in (prompts, prompts.corrupted())]
+    gap = float(ends[0] - ends[1])
+    assert found.findings["clean_minus_corrupt"] == pytest.approx(gap, rel=1e-4)
+    expected = path_patching(model, prompts, senders=mlps, receivers=2, direction="denoising")
+    assert torch.allclose(found.scores["mlps"].tensor, expected.tensor / gap, rtol=1e-3, atol=1e-6)
+    assert {c.layer for c in found.mask} == {c.layer for c in expected if abs(expected[c] / gap) > 0.02} <= {0, 1}
+    every = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, direction="denoising")
+    assert free.findings["extraction_heads"] == sorted(map(str, every.top(k=6)))
+
+
+def test_steps_can_be_overruled_by_hand(llama):
+    prompts = known(llama)
+    found = fact_lookup_by_paths(llama, prompts, extraction_heads=["L2H1"], layers=[0], threshold=9.0)
+    assert list(found.mask) == [Component.parse("L0MLP")]
+    assert "heads" not in found.scores
+    assert found.findings["overruled"] == ["extraction_heads", "layers"]
+    nothing = fact_lookup_by_paths(llama, prompts, extraction_heads=["L2H1"], threshold=9.0)
+    assert len(nothing.mask) == 0
+    assert len(nothing.scores["mlps"]) == 3
+
+
+def test_evidence_prints_plots_and_survives_saving(llama, tmp_path):
+    prompts, labels = labelled(llama)
+    by_probes = fact_lookup_by_probes(llama, prompts, labels, text=text(), layers=[0, 1], **SMALL)
+    by_paths = fact_lookup_by_paths(llama, known(llama), n_heads=6, receivers=all_inputs)
+    for found in (by_probes, by_paths):
+        found.save(tmp_path / "lookup")
+        again = FactLookup.load(tmp_path / "lookup")
+        assert (again.mask, again.mask.provenance) == (found.mask, found.mask.provenance)
+        assert (again.findings, repr(again)) == (found.findings, repr(found))
+        for name, curve in found.curves.items():
+            assert torch.equal(again.curves[name].per_prompt, curve.per_prompt)
+            assert (again.curves[name].points, again.curves[name].chance) == (curve.points, curve.chance)
+        for name, scores in found.scores.items():
+            assert dict(again.scores[name]) == dict(scores)
+            assert again.scores[name].settings == scores.settings
+        assert len(found.plot().data) >= 2
+        assert "threshold" in repr(found) or "saturation" in repr(found)
+    path = tmp_path / "lookup"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="expected an intact file with a FactLookup"):
+        FactLookup.load(path)
+
+
+def test_lookup_does_not_depend_on_batches_or_order(llama):
+    prompts = known(llama)
+    whole = fact_lookup_by_paths(llama, prompts, n_heads=6, receivers=all_inputs)
+    other = fact_lookup_by_paths(llama, prompts[[3, 1, 5, 0, 2, 4]], n_heads=6, receivers=all_inputs, batch_size=4)
+    assert whole.mask == other.mask
+    for name, scores in whole.scores.items():
+        assert torch.allclose(scores.tensor, other.scores[name].tensor, atol=1e-5)
+
+
+def test_bad_input_is_refused(llama, unchecked):
+    prompts, labels = labelled(llama)
+    with pytest.raises(ValueError, match=r"rise must lie in \[0, 1\], got 2"):
+        fact_lookup_by_probes(llama, prompts, labels, text=text(), rise=2.0)
+    with pytest.raises(ValueError, match=r"expected layers in 0..2, got \[5\]"):
+        fact_lookup_by_probes(llama, prompts, labels, text=text(), layers=[5])
+    prompts = known(llama)
+    with pytest.raises(ValueError, match=r"expected extraction heads above layer 0, got L0H1: .* another n_heads"):
+        fact_lookup_by_paths(llama, prompts, extraction_heads=["L0H1", "L2H0"])
+    with pytest.raises(ValueError, match="expected heads such as L5H3 as extraction heads, got L1MLP"):
+        fact_lookup_by_paths(llama, prompts, extraction_heads=["L1MLP"])
+    with pytest.raises(ValueError, match="expected corrupt prompts that lower logit_difference, got means of"):
+        fact_lookup_by_paths(llama, replace(prompts, tokens=prompts.corrupt, corrupt=prompts.tokens))
+    with pytest.raises(ValueError, match="corrupted counterpart"):
+        fact_lookup_by_paths(llama, replace(prompts, corrupt=None))
+    with pytest.raises(ValueError, match=r"k must lie in 1..12"):
+        fact_lookup_by_paths(llama, prompts, n_heads=13)
+
+
+def test_the_papers_layers_have_the_papers_parameter_counts(monkeypatch):
+    """The budgets that the authors' scripts match other localizations to."""
+    budgets = {
+        ("gemma-7b", "sports"): 1_358_954_496,
+        ("gemma-2-9b", "sports"): 770_703_360,
+        ("llama-3-8b", "sports"): 704_643_072,
+        ("gemma-7b", "counterfact 0:64"): 1_132_462_080,
+        ("gemma-2-9b", "counterfact 0:64"): 1_233_125_376,
+        ("llama-3-8b", "counterfact 0:64"): 704_643_072,
+    }
+    for (name, task), weights in budgets.items():
+        monkeypatch.setattr("mechunlearn.localize.paper_layers.shape", lambda model, name=name: PAPER_SHAPES[name])
+        mask = paper_fact_lookup(None, name, task=task)
+        assert mask.n_parameters == weights
+        assert "arxiv.org/abs/2410.12949" in mask.provenance["source"]
+    assert [c.layer for c in mask] == [4, 5, 6, 7]
+
+
+def test_the_papers_layers_are_refused_on_another_model(llama):
+    with pytest.raises(ValueError, match=r"expected gemma-7b, .*n_layers=28.*, got a model of .*n_layers=3"):
+        paper_fact_lookup(llama, "gemma-7b")
+    with pytest.raises(ValueError, match="expected one of gemma-7b, gemma-2-9b, llama-3-8b, got 'gpt2'"):
+        paper_fact_lookup(llama, "gpt2")
+    with pytest.raises(ValueError, match=r"expected one of the tasks sports, .* got 'zsre'"):
+        paper_fact_lookup(llama, "gemma-7b", task="zsre")
+    assert all(max(layers) < PAPER_SHAPES[n].n_layers for n, tasks in PAPER_LAYERS.items() for layers in tasks.values())
+
+
+def test_the_shipped_model_looks_sports_up_in_its_lower_half(shipped):
+    """As its card says: MLP 0 is necessary, the attribute is readable before the upper half, upper heads extract."""
+    task = mu.tasks.sports_facts(shipped, forget="basketball")
+    everyone = mu.tasks.joined(task.forget, task.retain)
+    by_probes = fact_lookup_by_probes(shipped, everyone, text=task.text, seeds=1, folds=3)
+    assert Component.parse("L0MLP") in by_probes.mask
+    assert max(component.layer for component in by_probes.mask) < 5
+    assert by_probes.findings["holds_without_later_attention"]
+    by_paths = fact_lookup_by_paths(shipped, task.forget[:24])
+    assert by_paths.scores["mlps"]["L0MLP"] > 0.5
+    assert Component.parse("L0MLP") in by_paths.mask
+    assert all(Component.parse(head).layer >= 5 for head in by_paths.findings["extraction_heads"])
