@@ -1,7 +1,6 @@
 """Circuits of growing size: rankings cut at several places, and what is measured of each."""
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +16,8 @@ Ranking: TypeAlias = ComponentScores | EdgeScores
 Circuit: TypeAlias = ComponentMask | EdgeMask
 Given: TypeAlias = Ranking | Sequence[Circuit]
 """One curve: scores whose ranking is to be cut, or circuits."""
+Size: TypeAlias = Callable[[Any], int]
+"""How large a circuit is."""
 
 
 def check_sizes(sizes: Sequence[float], random_circuits: int) -> None:
@@ -45,38 +46,15 @@ def named(circuits: Any) -> dict[str, Given]:
     return {name: [one] if isinstance(one, ComponentMask | EdgeMask) else one for name, one in circuits.items()}
 
 
-def curve(
-    given: Given,
-    nothing: Circuit,
-    everything: Circuit,
-    sizes: Sequence[float],
-    size: Callable[[Any], int],
-    by: Callable[[Tensor], Tensor],
-) -> list[Circuit]:
+def curve(circuits: Iterable[Circuit], nothing: Circuit, everything: Circuit, size: Size) -> list[Circuit]:
     """Circuits in order of size, nothing and everything among them."""
-    circuits = cut(given, sizes, size, by) if isinstance(given, ComponentScores | EdgeScores) else given
     return sorted(dict.fromkeys([nothing, *circuits, everything]), key=lambda circuit: (size(circuit), len(circuit)))
 
 
-def cut(
-    scores: Ranking, sizes: Sequence[float], size: Callable[[Any], int], by: Callable[[Tensor], Tensor]
-) -> Iterable[Circuit]:
-    """The longest starts of the ranking that are not larger than the shares say."""
-
-    def size_of(k: int) -> int:
-        return size(scores.top(k=k, by=by)) if k else 0
-
-    n = len(scores)
-    for share in sizes:
-        k = bisect_right(range(n + 1), share * size_of(n) * (1 + 1e-9), key=size_of) - 1
-        if k:
-            yield scores.top(k=k, by=by)
-
-
 def measured(
-    curves: Mapping[str, Sequence[Circuit]],
-    size: Callable[[Any], int],
-    values_without: Callable[[list[Set[Any]]], tuple[Tensor, Tensor]],
+    curves: Mapping[str, Sequence[Any]],
+    size: Size,
+    values_without: Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]],
     metric: str,
     settings: Mapping[str, Any],
 ) -> Faithfulness:
@@ -86,7 +64,7 @@ def measured(
     """
     names = tuple(name for name, circuits in curves.items() for _ in circuits)
     circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
-    inside = [frozenset(circuit) for circuit in circuits]
+    inside = [_members(circuit) for circuit in circuits]
     everything = inside[-1]
     outside = [everything - circuit for circuit in inside]
     replaced = [chosen for chosen in dict.fromkeys([everything, *outside, *inside]) if chosen]
@@ -96,3 +74,7 @@ def measured(
     share = torch.tensor([size(circuit) / size(circuits[-1]) for circuit in circuits], dtype=torch.float64)
     alone, without = (values[:, [column[chosen] for chosen in each]] for each in (outside, inside))
     return Faithfulness(names, circuits, share, alone, without, whole, values[:, 0], metric, settings)
+
+
+def _members(circuit: Any) -> frozenset[Any]:
+    return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components

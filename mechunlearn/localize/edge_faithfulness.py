@@ -1,6 +1,6 @@
 """Faithfulness of circuits of edges: every reader gets what its edges carry, and along all others the corrupt run."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
 from mechunlearn.components.edge import edges_where, mask_of
 from mechunlearn.localize.circuit_curves import Faithfulness
-from mechunlearn.localize.circuit_cuts import MIB_SIZES, Given, check_sizes, curve, measured, named
+from mechunlearn.localize.circuit_cuts import MIB_SIZES, Circuit, Given, check_sizes, curve, measured, named
 from mechunlearn.localize.edge_gradients import written
 from mechunlearn.localize.sites import check
 from mechunlearn.metrics import Metric, checked, logit_difference, name_of
@@ -63,7 +63,7 @@ def edge_faithfulness(
         values = torch.rand(level.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         given[f"random {seed}"] = EdgeScores(values * level, level, shape_, "random", "", {"seed": seed})
     ends = EdgeMask.of([], shape_), EdgeMask(frozenset(edges_where(level, shape_)), shape_)
-    curves = {name: curve(one, *ends, sizes, len, by) for name, one in given.items()}
+    curves = {name: curve(_cut(one, sizes, by), *ends, len) for name, one in given.items()}
     settings = {"replacement": "resample", "size": "edges", "edges": int(level.sum())}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
     values_without = partial(_values_without, model, prompts, metric, batch_size)
@@ -94,8 +94,17 @@ def _level(model: Model, curves: Mapping[str, Given]) -> Bool[Tensor, "source de
     return level
 
 
+def _cut(given: Given, sizes: Sequence[float], by: Callable[[Tensor], Tensor]) -> Iterable[Circuit]:
+    """Starts of a ranking that are not longer than the shares say; circuits as they are."""
+    assert not isinstance(given, ComponentScores)  # _level refuses them
+    if not isinstance(given, EdgeScores):
+        return given
+    counts = [int(share * len(given) * (1 + 1e-9)) for share in sizes]
+    return [given.top(k=k, by=by) for k in counts if k]
+
+
 def _values_without(
-    model: Model, prompts: Prompts, metric: Metric, rows: int, removed: list[Set[Any]]
+    model: Model, prompts: Prompts, metric: Metric, rows: int, removed: list[frozenset[Any]]
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """The metric of the whole model, and of the model with each of these sets of edges corrupt."""
     masks = torch.stack([mask_of(edges, shape(model)) for edges in removed]).to(device_of(model))

@@ -25,7 +25,7 @@ _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""
 
 _ACTIVATIONS = 600_000
-"""Entries of all layers' residual streams in a batch: about 40 times as many activations are kept for a backward pass."""
+"""Entries of all layers' residual streams in a batch; a backward pass keeps about 40 times as many activations."""
 
 
 def edge_scores(

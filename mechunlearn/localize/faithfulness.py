@@ -1,6 +1,7 @@
 """Faithfulness: does a circuit alone do what the model does?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -19,7 +20,7 @@ from mechunlearn.components import (
     resolve,
 )
 from mechunlearn.localize.circuit_curves import Faithfulness
-from mechunlearn.localize.circuit_cuts import MIB_SIZES, Given, check_sizes, curve, measured, named
+from mechunlearn.localize.circuit_cuts import MIB_SIZES, Circuit, Given, Size, check_sizes, curve, measured, named
 from mechunlearn.localize.circuit_runs import circuit_values
 from mechunlearn.localize.random import random
 from mechunlearn.localize.replacement import Replacement, resample
@@ -48,7 +49,7 @@ def faithfulness(
     *,
     metric: Metric = logit_difference,
     sizes: Sequence[float] = MIB_SIZES,
-    size: Callable[[ComponentMask], int] = n_components,
+    size: Size = n_components,
     by: Callable[[Tensor], Tensor] = torch.abs,
     components: Components | None = None,
     replacement: Replacement = resample,
@@ -88,7 +89,7 @@ def faithfulness(
     for seed in range(random_circuits):
         given[f"random {seed}"] = random(model, seed=seed, components=level)
     ends = ComponentMask.of([], sizes_of), ComponentMask.of(level, sizes_of)
-    curves = {name: curve(one, *ends, sizes, size, by) for name, one in given.items()}
+    curves = {name: curve(_cut(one, sizes, size, by), *ends, size) for name, one in given.items()}
     options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
     settings = {"replacement": name_of(replacement), "size": name_of(size), "components": len(level)}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
@@ -119,3 +120,18 @@ def _level(curves: Mapping[str, Given], components: Components | None, sizes: Mo
                     f"components.layers), or score the same components."
                 )
     return level
+
+
+def _cut(given: Given, sizes: Sequence[float], size: Size, by: Callable[[Tensor], Tensor]) -> Iterable[Circuit]:
+    """The longest starts of a ranking that are not larger than the shares say; circuits as they are."""
+    assert not isinstance(given, EdgeScores)  # _level refuses them
+    if not isinstance(given, ComponentScores):
+        return given
+
+    def size_of(k: int) -> int:
+        return size(given.top(k=k, by=by)) if k else 0
+
+    n = len(given)
+    limits = [share * size_of(n) * (1 + 1e-9) for share in sizes]
+    counts = [bisect_right(range(n + 1), limit, key=size_of) - 1 for limit in limits]
+    return [given.top(k=k, by=by) for k in counts if k]

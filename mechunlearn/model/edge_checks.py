@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mechunlearn.components.component import ModelShape
 from mechunlearn.components.edge import Edge, edge_mask, mask_of
+from mechunlearn.components.edge_mask import EdgeMask
 from mechunlearn.model.kinds import Model, architecture, device_of, shape
 from mechunlearn.model.norm_parts import norm_of
 from mechunlearn.model.preserve import preserved
@@ -34,6 +35,11 @@ def edges_of(model: Model, chosen: Iterable[Edge | str] | None = None) -> Bool[T
     if model not in _checked:
         _check_sums(model)
         _checked.add(model)
+    if isinstance(chosen, EdgeMask) and chosen.shape != sizes:
+        raise ValueError(
+            f"expected edges of this model ({sizes}), got a circuit of {chosen.shape}: it belongs to the model that it "
+            f"was found in."
+        )
     real = edge_mask(sizes, parallel=is_parallel(model))
     return real if chosen is None else _only_real(list(chosen), real, sizes)
 

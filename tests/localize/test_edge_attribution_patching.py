@@ -9,7 +9,7 @@ from one_edge import change_of, slope, some_edges
 from state import left_as_it_was
 
 import mechunlearn.localize.edge_gradients as shared
-from mechunlearn.components import Edge, edges, layers, sources
+from mechunlearn.components import Edge, EdgeMask, edges, layers, sources
 from mechunlearn.localize import attribution_patching, edge_attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape
@@ -74,6 +74,24 @@ def test_scores_do_not_depend_on_batch_size_or_order(model):
     order = [3, 1, 5, 0, 2, 4]
     assert torch.allclose(whole, edge_attribution_patching(model, prompts, batch_size=2).per_prompt, atol=1e-5)
     assert torch.allclose(whole[order], edge_attribution_patching(model, prompts[order]).per_prompt, atol=1e-5)
+
+
+def test_by_default_long_prompts_of_large_models_come_one_by_one(llama, monkeypatch):
+    prompts, passes = tiny.prompts(llama), []
+    whole = edge_attribution_patching(llama, prompts)
+    handle = llama.blocks[1].register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(shared, "_ACTIVATIONS", 2 * prompts.tokens.shape[1] * 3 * 32)
+    try:
+        two = edge_attribution_patching(llama, prompts)
+        monkeypatch.setattr(shared, "_ACTIVATIONS", 1)
+        one = edge_attribution_patching(llama, prompts)
+    finally:
+        handle.remove()
+    assert [scores.settings["batch_size"] for scores in (two, one)] == [2, 1]
+    assert len(passes) == 2 * 3 + 2 * 6
+    assert torch.allclose(one.per_prompt, whole.per_prompt, atol=1e-5)
+    with pytest.raises(ValueError, match="expected a batch_size of at least 1, got 0"):
+        edge_attribution_patching(llama, prompts, batch_size=0)
 
 
 @pytest.mark.parametrize("size", [1, 40_000, 120_000])
@@ -175,6 +193,12 @@ def test_an_edge_outside_the_model_is_refused(llama):
         edge_attribution_patching(llama, tiny.prompts(llama), edges=["embed->L7MLP"])
     with pytest.raises(ValueError, match="expected at least one edge, got none"):
         edge_attribution_patching(llama, tiny.prompts(llama), edges=[])
+
+
+def test_a_circuit_of_another_model_is_refused(llama):
+    other = EdgeMask.of(["embed->L0MLP"], replace(shape(llama), n_layers=7))
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"expected edges of this model.*n_layers=7"):
+        edge_attribution_patching(llama, tiny.prompts(llama), edges=other)
 
 
 def test_heads_do_not_feed_the_mlp_beside_them_in_parallel_blocks(model):
