@@ -61,11 +61,11 @@ def _contributions(
     run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=writing_sites(components))
     places = batch.positions[:, 0]
     norm = final_norm(model, run, places)
-    read = _difference(unembedding(model).T, batch).to(norm.slope.dtype)
+    read = _difference(unembedding(model).T, batch).to(norm.scale.dtype)
     direction = norm.transposed(read[:, None])[:, 0]
     scores = _gathered(model, run, components, places, direction)
     residual = run.residuals[-1][torch.arange(len(places), device=places.device), places]
-    bias = read @ norm.bias + _difference(unembedding_bias(model), batch).to(read.dtype)
+    bias = read @ norm.norm.bias + _difference(unembedding_bias(model), batch).to(read.dtype)
     return scores, (residual.to(read.dtype) * direction).sum(-1) + bias
 
 

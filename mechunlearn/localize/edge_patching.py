@@ -16,7 +16,7 @@ from mechunlearn.localize.sites import Direction, check
 from mechunlearn.metrics import Metric, checked, logit_difference, name_of
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots, through_layer
 from mechunlearn.model.edge_checks import edges_of
-from mechunlearn.model.norm_parts import norm_of
+from mechunlearn.model.norms import norm_of
 from mechunlearn.model.residual_sources import contributions
 from mechunlearn.tasks.prompts import Prompts
 
@@ -96,7 +96,7 @@ def _batch_effects(
     base = _Base(model, prompts, run, change, rows)
     unpatched = checked(metric, run.logits, prompts).double()
     effects = unpatched.new_zeros(len(prompts), *chosen.shape)
-    column = {destination: place for place, destination in enumerate(destinations(sizes))}
+    column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
     with tqdm(total=int(chosen.sum()), desc="edge patching", unit="edge", leave=False, disable=None) as bar:
         for source, destination, row, logits in _patched(base, chosen, sizes, column):
             values = checked(metric, logits, prompts.rows(row)).double()

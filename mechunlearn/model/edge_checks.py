@@ -11,7 +11,7 @@ from mechunlearn.components.component import ModelShape
 from mechunlearn.components.edge import Edge, edge_mask, mask_of
 from mechunlearn.components.edge_mask import EdgeMask
 from mechunlearn.model.kinds import Model, architecture, device_of, shape
-from mechunlearn.model.norm_parts import norm_of
+from mechunlearn.model.norms import norm_of
 from mechunlearn.model.preserve import preserved
 from mechunlearn.model.readers import READ, Reading, reading
 from mechunlearn.model.residual_sources import Written, contributions, writing

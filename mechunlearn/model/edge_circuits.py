@@ -13,8 +13,7 @@ from mechunlearn.components.component import Component
 from mechunlearn.components.edge import destinations
 from mechunlearn.model.hooks import Hook
 from mechunlearn.model.kinds import Model, unchecked_shape
-from mechunlearn.model.norm_parts import norm_of
-from mechunlearn.model.norms import post_norm
+from mechunlearn.model.norms import norm_of, post_norm
 from mechunlearn.model.readers import READ, head_readers, mlp_norm
 from mechunlearn.model.residual_sources import output_norm
 from mechunlearn.model.run import logits_at

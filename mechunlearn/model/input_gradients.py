@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.model.kinds import Model, unchecked_shape
-from mechunlearn.model.norm_parts import norm_of
+from mechunlearn.model.norms import norm_of
 from mechunlearn.model.readers import READ, Reading
 from mechunlearn.model.slots import slots
 

@@ -1,4 +1,4 @@
-"""Norms with their scale held fixed, which makes them linear: what each part of their input becomes."""
+"""What a normalisation does to a vector and, with its scale held, to a part of one; and how it turns gradients."""
 
 from dataclasses import dataclass
 
@@ -10,45 +10,84 @@ from mechunlearn.model.kinds import Model
 
 
 @dataclass(frozen=True, eq=False)
-class FrozenNorm:
-    """x -> slope * (x - mean of x, if it is a LayerNorm): the norm without its bias, at the scale of one input."""
+class Norm:
+    """A LayerNorm or RMSNorm: x -> weight * c(x) / s(x) + bias.
 
-    slope: Float[Tensor, "*batch d_model"]
-    """Gain over scale, at each place of that input."""
+    c takes the mean away (LayerNorm) or nothing (RMSNorm); s(x) is the root of the mean square of c(x), plus eps.
+    The derivative at x, transposed, takes a gradient g to
+
+        turned(g) / s(x) - u * (u . turned(g)) / (d_model * s(x)),    u = c(x) / s(x)
+    """
+
+    weight: Float[Tensor, "d_model"]
+    """The factor of each coordinate, an offset of 1 (Gemma) included."""
     bias: Float[Tensor, "d_model"]
-    """What the norm adds, whatever its input."""
+    """What is added, whatever the input; zero in an RMSNorm."""
     centred: bool
-    """Whether the mean is subtracted."""
+    """True for a LayerNorm."""
+    eps: float
 
-    def __call__(self, value: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        return self.slope * self._centre(value)
+    def part(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """weight * c(x): what becomes of a part of the input, up to the scale of the whole."""
+        return self._centre(x) * self.weight
+
+    def turned(self, gradient: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """c(weight * gradient): the transpose of `part`."""
+        return self._centre(gradient * self.weight)
+
+    def direction_and_scale(
+        self, x: Float[Tensor, "*rows d_model"]
+    ) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows 1"]]:
+        """c(x) / s(x) and s(x)."""
+        x = self._centre(x.to(self.weight.dtype))
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return x / scale, scale
+
+    def frozen(self, x: Float[Tensor, "*rows d_model"]) -> "FrozenNorm":
+        """The norm with its scale held at what it is for x, which makes it linear up to the bias."""
+        return FrozenNorm(self, self.direction_and_scale(x)[1])
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenNorm:
+    """What a norm does to parts of its input, without its bias, at the scale of the whole."""
+
+    norm: Norm
+    scale: Float[Tensor, "*rows 1"]
+
+    def __call__(self, part: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        return self.norm.part(part) / self.scale
 
     def transposed(self, direction: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """The direction before the norm that reads what `direction` reads after it."""
-        return self._centre(self.slope * direction)
-
-    def _centre(self, value: Tensor) -> Tensor:
-        return value - value.mean(-1, keepdim=True) if self.centred else value
+        return self.norm.turned(direction) / self.scale
 
 
 @torch.no_grad()
-def frozen_norm(norm: nn.Module, value: Float[Tensor, "batch pos d_model"]) -> FrozenNorm:
-    """`norm` (a LayerNorm or RMS norm of any class) with its scale held at what it is for `value`.
+def norm_of(module: nn.Module, d_model: int, eps: float) -> Norm:
+    """The `Norm` that a module computes, found by running it: classes and conventions differ between models.
 
-    Gain and bias are found by asking the norm for large vectors of alternating signs, whose scale is their size:
-    so it does not matter how an architecture stores them.
+    ValueError for a module that computes something else.
     """
-    d_model = value.shape[-1]
-    assert d_model % 2 == 0, "alternating signs have mean zero only over an even number of entries"
-    signs = torch.ones_like(value[:1, :1])
-    signs[..., 1::2] = -1.0
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    up, down, shifted = (norm(1024 * x)[0, 0].to(dtype) for x in (signs, -signs, signs + 1))
-    bias, gain = (up + down) / 2, (up - down) / 2 * signs[0, 0].to(dtype)
-    centred = bool((shifted - up).abs().max() < 0.1 * gain.abs().max())
-    product = gain * (value - value.mean(-1, keepdim=True) if centred else value).to(bias.dtype)
-    inverse = ((norm(value).to(dtype) - bias) * product).sum(-1, keepdim=True) / product.square().sum(-1, keepdim=True)
-    return FrozenNorm(gain * inverse, bias, centred)
+    parameter = next(module.parameters())
+    signs = torch.where(torch.arange(d_model) % 2 == 0, 1.0, -1.0)
+    probes = torch.stack([signs, -signs, signs + 1, 1e-2 * signs, torch.linspace(-2, 3, d_model)]).to(parameter)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    outputs = module(probes[None])[0].to(dtype)
+    probes, bias = probes.to(dtype), (outputs[0] + outputs[1]) / 2
+    weight = (outputs[0] - bias) * probes[0] * (1 + eps) ** 0.5
+    tolerance = 1e-3 if parameter.dtype == dtype else 3e-2
+    found = Norm(weight, bias, torch.allclose(outputs[2], outputs[0], rtol=tolerance, atol=tolerance), eps)
+    expected = found.direction_and_scale(probes)[0] * weight + bias
+    if not torch.allclose(expected, outputs, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"expected a LayerNorm or an RMSNorm with eps {eps}, got a {type(module).__name__} that computes something "
+            f"else: edges need to know how a normalisation treats the parts of its input; use a method for components."
+        )
+    return found
 
 
 def post_norm(model: Model, layer: int, part: str) -> nn.Module | None:

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechunlearn.model.kinds import Model, unchecked_shape
-from mechunlearn.model.norm_parts import Norm, norm_of
-from mechunlearn.model.norms import post_norm
+from mechunlearn.model.norms import Norm, norm_of, post_norm
 from mechunlearn.model.slots import slots
 
 

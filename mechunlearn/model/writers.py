@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.model.kinds import Model
-from mechunlearn.model.norms import FrozenNorm, frozen_norm, post_norm
+from mechunlearn.model.norms import FrozenNorm, norm_of, post_norm
 from mechunlearn.model.slots import slots
 from mechunlearn.model.suffix import Run
 
@@ -73,7 +73,7 @@ def _factors(
     if norm is None:
         return inner, weight, None
     whole = einsum(inner, weight, "batch unit width, unit width model -> batch model")
-    return inner, weight, frozen_norm(norm, whole[:, None].to(run.residuals[0].dtype))
+    return inner, weight, norm_of(norm, model.cfg.d_model, model.cfg.eps).frozen(whole[:, None])
 
 
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
@@ -83,9 +83,10 @@ def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
 
 
 def final_norm(model: Model, run: Run, places: Int[Tensor, "batch"]) -> FrozenNorm:
-    """The norm before the unembedding, with its scale at `places` (slope of shape [batch, 1, d_model])."""
+    """The norm before the unembedding, with its scale at `places` (of shape [batch, 1, 1])."""
     rows = torch.arange(len(places), device=places.device)
-    return frozen_norm(model.ln_final, run.residuals[-1][rows, places][:, None])
+    norm = norm_of(model.ln_final, model.cfg.d_model, model.cfg.eps)
+    return norm.frozen(run.residuals[-1][rows, places][:, None])
 
 
 def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:

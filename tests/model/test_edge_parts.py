@@ -15,7 +15,7 @@ from mechunlearn.model import differentiable, recording, shape
 from mechunlearn.model import edge_checks as checks
 from mechunlearn.model.edge_checks import edges_of, is_parallel
 from mechunlearn.model.input_gradients import InputGradients
-from mechunlearn.model.norm_parts import norm_of
+from mechunlearn.model.norms import norm_of
 from mechunlearn.model.readers import head_readers, reading
 from mechunlearn.model.residual_sources import contributions, writing
 
