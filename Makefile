@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PACKAGE ?= -e
+WORKERS ?= 2
 TORCH_INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo https://download.pytorch.org/whl/cpu)
 PIP = $(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS)
 export HF_HUB_OFFLINE = 1
@@ -17,7 +18,7 @@ demo: $(VENV)/installed
 
 # -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
-	$(VENV)/bin/python -P -m pytest
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS)
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -27,7 +28,7 @@ check: $(VENV)/installed-dev
 
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
-	$(VENV)/bin/python -P -m pytest -m documents
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 benchmarks: $(VENV)/installed

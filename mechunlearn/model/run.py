@@ -60,17 +60,18 @@ def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_
 
     Earlier layers do not run. Tokens of the same shape still have to be passed (they give positions and mask).
     """
-    skipped = list(model.blocks)[:layer]
+    blocks = list(model.blocks)
 
     def enter(*arguments: Any, **options: Any) -> Tensor:
         return residual
 
-    if skipped:
-        with replaced(dict.fromkeys(skipped, passed_on) | {skipped[-1]: enter}):
+    if layer == len(blocks):
+        with replaced(dict.fromkeys(blocks, passed_on) | {blocks[-1]: enter}):
             yield
-    else:
-        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: residual)]):
-            yield
+    else:  # by a hook: what hooks of yours changed there is in the residual already, and must not be changed twice
+        with replaced(dict.fromkeys(blocks[:layer], passed_on)):
+            with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", enter)]):
+                yield
 
 
 @contextmanager

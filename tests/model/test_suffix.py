@@ -99,3 +99,12 @@ def test_an_interrupt_leaves_the_model_as_it_was(model, run):
 
     with left_as_it_was(model), preserved(model), pytest.raises(KeyboardInterrupt):
         continued(model, run, ROWS, 1, hooks=[("blocks.2.attn.hook_q", interrupt)])
+
+
+def test_a_users_own_hook_counts_once(model):
+    """It changed the base run already; where a copy enters, it must not change it again."""
+    hook = ("blocks.1.hook_resid_pre", lambda value, hook: value * 1.5 + 0.1)
+    with preserved(model), torch.no_grad(), model.hooks(fwd_hooks=[hook]):
+        own = base_run(model, TOKENS, MASK, POSITIONS)
+        for layer in (1, 2, 3):
+            assert torch.allclose(continued(model, own, ROWS, layer), full(model), atol=1e-5)
