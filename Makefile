@@ -8,6 +8,8 @@ CONSTRAINTS ?= constraints.txt
 PACKAGE ?= -e
 WORKERS ?= 2
 TORCH_INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo https://download.pytorch.org/whl/cpu)
+# Each worker computes on one thread: more would wait for each other.
+ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP = $(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS)
 export HF_HUB_OFFLINE = 1
 
@@ -18,7 +20,7 @@ demo: $(VENV)/installed
 
 # -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
-	$(VENV)/bin/python -P -m pytest -n $(WORKERS)
+	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS)
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -28,12 +30,17 @@ check: $(VENV)/installed-dev
 
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
-	$(VENV)/bin/python -P -m pytest -n $(WORKERS) -m documents
+	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/attribution.py
 	$(VENV)/bin/python benchmarks/finetune_step.py
+	$(VENV)/bin/python benchmarks/edges.py
+	$(VENV)/bin/python benchmarks/exact_edges.py
+	$(VENV)/bin/python benchmarks/patching.py
+	$(VENV)/bin/python benchmarks/tracing.py
+	$(VENV)/bin/python benchmarks/edge_memory.py
 
 clean:
 	rm -rf $(VENV) site out

@@ -75,7 +75,7 @@ class EdgeMask(Set[Edge]):
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
 
     def __iter__(self) -> Iterator[Edge]:
-        return iter(sorted(self.edges))
+        return iter(sorted(self.edges, key=lambda edge: edge._order))
 
     def __len__(self) -> int:
         return len(self.edges)

@@ -9,9 +9,9 @@ from mechunlearn.localize.circuit_curves import Faithfulness
 from mechunlearn.localize.circuit_files import load_mib, save_mib
 from mechunlearn.localize.contrast import (
     absolute,
+    average,
     contrast,
     mean_absolute,
-    mean_over,
     per_weight,
     rank_difference,
     ratio,
@@ -57,6 +57,7 @@ __all__ = [
     "all_mlps",
     "atp_star",
     "attribution_patching",
+    "average",
     "causal_tracing",
     "contrast",
     "direct_logit_attribution",
@@ -78,7 +79,6 @@ __all__ = [
     "logit_lens",
     "lowest_layer",
     "mean_absolute",
-    "mean_over",
     "paper_fact_lookup",
     "path_effect",
     "path_patching",

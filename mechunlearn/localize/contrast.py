@@ -88,12 +88,12 @@ def per_weight(scores: ComponentScores) -> ComponentScores:
     return _made("per_weight", scores.tensor.double().cpu() / counts, {"of": scores})
 
 
-def mean_over(*scores: ComponentScores) -> ComponentScores:
+def average(*scores: ComponentScores) -> ComponentScores:
     """The mean of several scores: of seeds, of prompt formats, of tasks. All count the same."""
     if not scores:
         raise ValueError("expected at least one ComponentScores, got none.")
     values = torch.stack([_aligned(scores[0], other) for other in scores]).mean(0)
-    return _made("mean_over", values, {str(place): given for place, given in enumerate(scores)})
+    return _made("average", values, {str(place): given for place, given in enumerate(scores)})
 
 
 def _aligned(first: ComponentScores, second: ComponentScores) -> Float[Tensor, "component"]:

@@ -48,7 +48,7 @@ def edge_attribution_patching(
     Cost: 2F + 1B per batch and matrix products that grow as sources x destinations x d_model; no flag of
     TransformerLens is set. Memory: what the backward pass of `batch_size` prompts needs (about 40 floats per layer,
     position and d_model in GPT-2), 32 MiB of sources' contributions at a time, and the result. By default as many
-    prompts make a batch as need about 100 MB (3 of 20 tokens in GPT-2 small, always one); a GPU wants more. The
+    prompts make a batch as need about 65 MB (2 of 20 tokens in GPT-2 small, always one); a GPU wants more. The
     model is left as it was.
 
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts, for an edge that the

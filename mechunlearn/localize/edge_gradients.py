@@ -24,7 +24,7 @@ Parts: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[Written, InputGra
 _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""
 
-_ACTIVATIONS = 600_000
+_ACTIVATIONS = 400_000
 """Entries of all layers' residual streams in a batch; a backward pass keeps about 40 times as many activations."""
 
 

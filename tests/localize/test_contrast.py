@@ -8,9 +8,9 @@ import torch
 from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.localize import (
     absolute,
+    average,
     contrast,
     mean_absolute,
-    mean_over,
     per_weight,
     rank_difference,
     ratio,
@@ -91,12 +91,12 @@ def test_per_weight_divides_by_the_number_of_weights():
 
 
 def test_mean_over_weighs_all_the_same():
-    assert values(mean_over(scores(1, 2, 3), scores(3, 2, 1), scores(2, 5, 2))) == [2, 3, 2]
+    assert values(average(scores(1, 2, 3), scores(3, 2, 1), scores(2, 5, 2))) == [2, 3, 2]
     with pytest.raises(ValueError, match="expected at least one ComponentScores, got none"):
-        mean_over()
+        average()
 
 
-@pytest.mark.parametrize("combine", [contrast, ratio, standardised_difference, rank_difference, mean_over])
+@pytest.mark.parametrize("combine", [contrast, ratio, standardised_difference, rank_difference, average])
 def test_scores_over_other_components_are_refused(combine):
     with pytest.raises(ValueError, match=r"same components, got 2 that only one of them has \(L0H1, L1H1\)"):
         combine(scores(1, 2, 3), scores(1, 2, 4, labels=("L0H0", "L0MLP", "L0H1")))
