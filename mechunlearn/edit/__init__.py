@@ -1,7 +1,8 @@
 """Change it there. Each editor: (model, task, mask) -> `Edit`; the model is left as it was."""
 
+from mechunlearn.edit.arithmetic import combined, scaled, zeroed
 from mechunlearn.edit.finetune import finetune
 from mechunlearn.edit.gradient_mask import LocalizedTraining, gradient_mask
 from mechunlearn.weights import Edit
 
-__all__ = ["Edit", "LocalizedTraining", "finetune", "gradient_mask"]
+__all__ = ["Edit", "LocalizedTraining", "combined", "finetune", "gradient_mask", "scaled", "zeroed"]
