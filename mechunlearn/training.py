@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -44,11 +44,30 @@ class Term:
     batch_size: int
 
 
+@runtime_checkable
+class Moving(Protocol):
+    """What the optimizer moves for some entries."""
+
+    @property
+    def entries(self) -> Entries: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+    def collect(self) -> None:
+        """Add what one micro-batch left in the parameter's gradient to `tensor.grad`, and clear it."""
+
+    def publish(self) -> None:
+        """Show the model what the optimizer made of `tensor`, and clear its gradient."""
+
+
 def fit(
     model: Model,
-    entries: list[Entries],
+    entries: Sequence[Entries],
     terms: Sequence[Term],
     *,
+    moving: Sequence[Moving] | None = None,
+    penalty: Callable[[], float] | None = None,
     steps: int,
     learning_rate: float,
     optimizer: MakesOptimizer = adamw,
@@ -67,13 +86,15 @@ def fit(
 
     What must be computed: no gradient or optimizer state for frozen weights, no graph below the lowest
     trained layer, whose input is computed once per prompt; logits only at the answer tokens.
-    Weights below float32 have float32 masters. Call it inside `differentiable(model)`.
+    Weights below float32 have float32 masters. `moving` is what the optimizer moves instead of the weights
+    themselves; `penalty`, called after the terms, adds its gradient to them and gives its value.
+    Call it inside `differentiable(model)`.
     Raises FloatingPointError, naming the step, as soon as a loss or a gradient is not finite.
     """
     for name, value in (("steps", steps), ("micro_batch_size", micro_batch_size or 1)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}.")
-    masters = [_Master.of(e) for e in entries]
+    masters = [_Master.of(e) for e in entries] if moving is None else list(moving)
     parameters = [master.tensor for master in masters]
     steering = optimizer(parameters, lr=learning_rate)
     lowest = min(e.slot.layer for e in entries)
@@ -84,6 +105,8 @@ def fit(
         for group in steering.param_groups:
             group["lr"] = rate
         row = {source.term.name: source.backward(masters, micro_batch_size, step) for source in sources}
+        if penalty is not None:
+            row["penalty"] = penalty()
         norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -155,7 +178,7 @@ class _Source:
         size = min(self.term.batch_size, len(self.prompts))
         self.order = _shuffled(len(self.prompts), size, int.from_bytes(digest[:6], "big"))
 
-    def backward(self, masters: list[_Master], micro_batch_size: int | None, step: int) -> float:
+    def backward(self, masters: Sequence[Moving], micro_batch_size: int | None, step: int) -> float:
         """Gradient of the term on its next batch; gives its value without the coefficient, in nats per token."""
         rows = next(self.order)
         total = int(self.prompts.answer_mask[rows].sum())

@@ -3,6 +3,18 @@
 from mechunlearn.edit.arithmetic import combined, scaled, zeroed
 from mechunlearn.edit.finetune import finetune
 from mechunlearn.edit.gradient_mask import LocalizedTraining, gradient_mask
+from mechunlearn.edit.learned_mask import LearnedMask
+from mechunlearn.edit.weight_mask import learn_weight_mask
 from mechunlearn.weights import Edit
 
-__all__ = ["Edit", "LocalizedTraining", "combined", "finetune", "gradient_mask", "scaled", "zeroed"]
+__all__ = [
+    "Edit",
+    "LearnedMask",
+    "LocalizedTraining",
+    "combined",
+    "finetune",
+    "gradient_mask",
+    "learn_weight_mask",
+    "scaled",
+    "zeroed",
+]

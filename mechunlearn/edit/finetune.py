@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability
+from mechunlearn.edit.terms import described, task_terms
+from mechunlearn.losses import Loss, cross_entropy
 from mechunlearn.metrics import name_of
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.tasks.task import Task
-from mechunlearn.tasks.text import as_prompts
-from mechunlearn.training import MakesOptimizer, Term, adamw, fit
+from mechunlearn.training import MakesOptimizer, adamw, fit
 from mechunlearn.weights import Edit, exclusively, read, select, write
 
 
@@ -58,15 +58,13 @@ def finetune(
     FloatingPointError when a loss is not finite.
     """
     entries, original = select(model, mask), fingerprint(model)
-    if inject and task.injection is None:
-        raise ValueError("expected a task with prompts to inject, got none: replace(task, injection=...).")
-    forget_loss = forget_loss or (cross_entropy if inject else log_one_minus_probability)
-    target = task.injection if inject and task.injection is not None else task.forget
-    terms = [
-        Term("inject" if inject else "forget", target, forget_loss, forget_coefficient, batch_size),
-        Term("retain", task.retain, retain_loss, retain_coefficient, batch_size),
-        Term("text", as_prompts(task.text), text_loss, text_coefficient, text_batch_size),
-    ]
+    terms = task_terms(
+        task,
+        inject=inject,
+        losses=(forget_loss, retain_loss, text_loss),
+        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
+        batch_sizes=(batch_size, text_batch_size),
+    )
     settings = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -77,7 +75,7 @@ def finetune(
     provenance = {
         "editor": "finetune",
         "task": task.name,
-        "terms": {term.name: [term.coefficient, name_of(term.loss), term.batch_size] for term in terms},
+        "terms": described(terms),
         "optimizer": name_of(optimizer),
         **settings,
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},

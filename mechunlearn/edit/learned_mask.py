@@ -1,0 +1,110 @@
+"""What learning a weight mask gives: a number in [0, 1] for each weight, and edits made of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechunlearn.components import ComponentMask, ModelShape
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.weights import Edit, Values
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LearnedMask:
+    """Numbers in [0, 1] for localized weights: 1 keeps a weight, 0 removes it."""
+
+    mask: ComponentMask
+    """What was localized."""
+    numbers: Mapping[str, Tensor]
+    """Matrix label -> [unit, width, d_model], or [unit, 1, 1] where there is one number for each unit."""
+    original: Values
+    """The weights that they multiply."""
+    fingerprint: str
+    """Of the model that they were learned on."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, int | float], ...] = ()
+    """One row per step: each loss term, the penalty, gradient norm, learning rate."""
+
+    @property
+    def n_moved(self) -> int:
+        """How many numbers are below 1: the largest `k`."""
+        return int(sum((value < 1).sum() for value in self.numbers.values()))
+
+    def edit(self) -> Edit:
+        """The weights times their numbers, as they were learned."""
+        return self._edit(dict(self.numbers), {"kind": "as learned"})
+
+    def discretize(self, *, k: int | None = None, threshold: float | None = None) -> Edit:
+        """An edit that sets weights to zero and leaves the others as they were.
+
+        - `k`: those of the k smallest numbers; ties go to the one that comes first in the model.
+        - `threshold`: those whose number is below it.
+
+        Numbers that never moved are never taken: ValueError for a k above `n_moved`, and for a rule that takes none.
+        """
+        if (k is None) == (threshold is None):
+            raise ValueError(f"expected exactly one of k and threshold, got k={k}, threshold={threshold}.")
+        labels = list(self.numbers)
+        flat = torch.cat([self.numbers[label].flatten() for label in labels])
+        removed = torch.zeros_like(flat, dtype=torch.bool)
+        if k is not None:
+            if not 1 <= k <= self.n_moved:
+                raise ValueError(
+                    f"k must lie in 1..{self.n_moved} (the numbers that moved, of {len(flat)}), got {k}: train "
+                    f"for more steps or with a higher learning rate, or choose a smaller k."
+                )
+            removed[flat.argsort(stable=True)[:k]] = True
+        elif threshold is not None:
+            removed = (flat < threshold) & (flat < 1)
+            if not bool(removed.any()):
+                raise ValueError(
+                    f"expected a threshold above the smallest number, {float(flat.min()):.4g}, got {threshold}."
+                )
+        parts = removed.split([self.numbers[label].numel() for label in labels])
+        kept = {label: ~part.view_as(self.numbers[label]) for label, part in zip(labels, parts, strict=True)}
+        return self._edit(kept, {"kind": "discretized", "k": k, "threshold": threshold, "removed": int(removed.sum())})
+
+    def edit_sizes(self, sizes: Sequence[int]) -> dict[int, Edit]:
+        """`discretize(k=...)` for several k: a sweep over how many weights are removed."""
+        return {k: self.discretize(k=k) for k in sizes}
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with numbers and original weights."""
+        tensors = {f"numbers.{label}": value for label, value in self.numbers.items()}
+        tensors |= {f"original.{label}": value for label, value in self.original.items()}
+        content = {
+            "components": [str(component) for component in self.mask],
+            "shape": asdict(self.mask.shape),
+            "mask_provenance": dict(self.mask.provenance),
+            "fingerprint": self.fingerprint,
+            "provenance": dict(self.provenance),
+            "history": [dict(row) for row in self.history],
+            "order": list(self.numbers),
+        }
+        write_tensors(path, "LearnedMask", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LearnedMask":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "LearnedMask")
+        shape = ModelShape(**content["shape"])
+        members = ComponentMask.of(content["components"], shape).components
+        mask = ComponentMask(members, shape, content["mask_provenance"])
+        original = {name.removeprefix("original."): v for name, v in tensors.items() if name.startswith("original.")}
+        numbers = {label: tensors[f"numbers.{label}"] for label in content["order"]}
+        return cls(mask, numbers, original, content["fingerprint"], content["provenance"], tuple(content["history"]))
+
+    def __repr__(self) -> str:
+        count = sum(value.numel() for value in self.numbers.values())
+        return f"LearnedMask({count:,} numbers on {self.mask!r}; {self.n_moved:,} below 1)"
+
+    def _edit(self, factors: Mapping[str, Tensor], how: Mapping[str, Any]) -> Edit:
+        values = {}
+        for label, weight in self.original.items():
+            factor = factors.get(label)
+            values[label] = weight.clone() if factor is None else (factor * weight).to(weight.dtype)
+        return Edit(self.mask, values, self.fingerprint, {**self.provenance, "mask": dict(how)}, self.history)
