@@ -89,6 +89,14 @@ def name_of(function: Callable[..., object]) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
+def described(function: Callable[..., object]) -> str:
+    """The function's name with the plain options bound to it by `functools.partial`: what tells two runs apart."""
+    bound: dict[str, object] = getattr(function, "keywords", {})
+    options = {key: value for key, value in bound.items() if isinstance(value, int | float | str | bool)}
+    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    return name_of(function).lstrip("_") + (f"({shown})" if shown else "")
+
+
 def _candidate_logits(
     logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts, name: str, *, several_tokens: bool = False
 ) -> Float[Tensor, "batch candidate"]:

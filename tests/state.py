@@ -11,6 +11,8 @@ def state(model: Any) -> dict[str, Any]:
     """Everything that a call might leave behind: weights, flags, gradients, modes, hooks, cfg, patched methods."""
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
+    inner = getattr(model, "original_model", model)  # a bridge does not register all modules of its model
+    modules |= {f"original_model.{name}": module for name, module in inner.named_modules()}
     hooks = {
         name: [list(found.values()) for found in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
         for name, m in modules.items()

@@ -156,5 +156,5 @@ def _penalised(moving: list[_Numbers], penalty: Callable[[Tensor], Tensor], coef
         cost = coefficient * penalty(value).sum()
         (gradient,) = torch.autograd.grad(cost, value)
         numbers.tensor.grad = gradient if numbers.tensor.grad is None else numbers.tensor.grad.add_(gradient)
-        total += float(cost)
+        total += float(cost.detach())
     return total

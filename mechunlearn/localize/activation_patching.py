@@ -18,9 +18,9 @@ from mechunlearn.components import (
     resolve,
 )
 from mechunlearn.localize.positions import Groups, Where, everywhere, roles
-from mechunlearn.localize.replacement import Replacement, resample
+from mechunlearn.localize.replacement import Replacement, ignores_the_other_run, resample
 from mechunlearn.localize.sites import Direction, Places, check, places_of
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, described, logit_difference, name_of
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.tasks.prompts import Prompts
 
@@ -46,7 +46,7 @@ def activation_patching(
     - `"denoising"`: x is corrupt, a' clean. A component that carries the answer scores *positive*.
 
     `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)` or
-    `gaussian(std=...)`, or your own; with the last three x is clean and `direction` stays `"noising"`.
+    `gaussian(std=...)`, or your own; with the last three x is clean and `direction` must be `"noising"`.
     `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
     `components` and what their outputs are: as for `attribution_patching`. `batch_size` counts rows of one pass:
     several components share it.
@@ -64,7 +64,7 @@ def activation_patching(
     sizes = shape(model)
     chosen = resolve(components, sizes)
     effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)[:, :, 0]
-    settings = _settings(prompts, direction, replacement, batch_size) | {"where": name_of(where)}
+    settings = _settings(prompts, direction, replacement, batch_size) | {"where": described(where)}
     name = name_of(metric)
     return ComponentScores(chosen, effects.mean(0), sizes, "activation_patching", name, settings, effects.contiguous())
 
@@ -89,8 +89,8 @@ def activation_patching_by_position(
     sizes = shape(model)
     chosen = resolve(components, sizes)
     effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)
-    settings = _settings(prompts, direction, replacement, batch_size) | {"positions": name_of(positions)}
-    labels, name = tuple(positions(prompts[:1])), name_of(metric)
+    settings = _settings(prompts, direction, replacement, batch_size) | {"positions": described(positions)}
+    labels, name = tuple(positions(prompts)), name_of(metric)
     return PositionScores(chosen, labels, effects, sizes, "activation_patching_by_position", name, settings)
 
 
@@ -106,6 +106,12 @@ def _effects(
     batch_size: int,
 ) -> Float[Tensor, "prompt component group"]:
     check(direction, batch_size)
+    if direction == "denoising" and ignores_the_other_run(replacement):
+        raise ValueError(
+            f"expected a replacement from the clean run for denoising, got {described(replacement)}: use resample, or "
+            f'direction="noising", which ablates the clean run.'
+        )
+    _check_groups(prompts, positions, batch_size)
     given = prompts.to(device_of(model))
     patched = given if direction == "noising" else given.exchanged()
     places = places_of(components, sizes)
@@ -114,6 +120,16 @@ def _effects(
         for batch in patched.batches(batch_size):
             found.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
     return torch.cat(found).cpu()
+
+
+def _check_groups(prompts: Prompts, positions: Groups, batch_size: int) -> None:
+    labels = tuple(positions(prompts))
+    for batch in prompts.batches(batch_size):
+        if tuple(positions(batch)) != labels:
+            raise ValueError(
+                f"expected the same groups of tokens for all prompts, got {len(positions(batch))} in one batch and "
+                f"{len(labels)} for all: group by role, or use prompts of one length."
+            )
 
 
 def _batch_effects(
@@ -200,5 +216,5 @@ def _with(
 
 
 def _settings(prompts: Prompts, direction: str, replacement: Replacement, batch_size: int) -> dict[str, Any]:
-    given = {"direction": direction, "replacement": name_of(replacement)}
+    given = {"direction": direction, "replacement": described(replacement)}
     return given | {"prompts": len(prompts), "batch_size": batch_size}

@@ -45,6 +45,15 @@ class CausalTrace:
         """What the noise takes from the metric of each prompt."""
         return self.clean - self.corrupt
 
+    def total(self, *, confidence: float = 0.95) -> tuple[float, float, float]:
+        """The mean of `total_effect` over prompts, and the low and high end of its interval (bootstrap over prompts).
+
+        In the metric's unit; positive = the noise takes from the metric. An interval that contains 0 says that the
+        noise does not reliably hide the answer, so that there is little to restore.
+        """
+        low, high = bootstrap(self.total_effect, confidence=confidence)
+        return float(self.total_effect.mean()), float(low), float(high)
+
     @property
     def by_role(self) -> Float[Tensor, "prompt kind layer role"]:
         """Means over the tokens of each role; NaN where a prompt has no such token."""
@@ -60,8 +69,9 @@ class CausalTrace:
         """
         if kind not in self.kinds or kind == "residual" or role not in ROLES:
             raise ValueError(
-                f"expected a kind that was traced and is a component ({', '.join(set(self.kinds) - {'residual'})}) and "
-                f"a role ({', '.join(ROLES)}), got {kind!r} and {role!r}."
+                f"expected a kind that was traced and is a component (traced: {', '.join(self.kinds)}; the residual "
+                f"stream is no component) and a role ({', '.join(ROLES)}), got {kind!r} and {role!r}: trace it with "
+                f"kinds=..., or choose another."
             )
         values = self.by_role[:, self.kinds.index(kind), :, ROLES.index(role)].contiguous()
         without = values.isnan().any(1).nonzero()[:, 0].tolist()
@@ -85,18 +95,52 @@ class CausalTrace:
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()}, index=index)
         return frame.query("prompts > 0")
 
-    def plot(self, kind: str = "residual") -> "Figure":
-        """The classic heat map, role x layer, of the mean effect over prompts."""
-        import plotly.graph_objects as go
+    def plot(self, kind: str | None = None) -> "Figure":
+        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind.
 
+        ValueError for a kind that was not traced.
+        """
+        kind = self._traced(kind)
         values = self.by_role[:, self.kinds.index(kind)].nanmean(0)
         present = [role for role in range(len(ROLES)) if not bool(values[:, role].isnan().all())]
+        clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())
+        title = f"{self._titled(kind)}: clean {clean:.3g}, corrupted {corrupt:.3g}"
+        return self._heat_map(values[:, present], [ROLES[role] for role in present], title)
+
+    def plot_prompt(self, prompt: int, kind: str | None = None) -> "Figure":
+        """The heat map of one prompt, token x layer; tokens by their number in the prompt, from 0, and their role.
+
+        By default of the first traced kind. ValueError for a kind that was not traced and a prompt that is not there.
+        """
+        kind = self._traced(kind)
+        if not 0 <= prompt < len(self.clean):
+            raise ValueError(f"expected the number of a prompt in 0..{len(self.clean) - 1}, got {prompt}.")
+        tokens = (self.roles[prompt] >= 0).nonzero()[:, 0].tolist()
+        values = self.effects[prompt, self.kinds.index(kind)][:, tokens]
+        clean, corrupt = float(self.clean[prompt]), float(self.corrupt[prompt])
+        title = f"{self._titled(kind)}, prompt {prompt}: clean {clean:.3g}, corrupted {corrupt:.3g}"
+        return self._heat_map(values, [f"{i}: {ROLES[int(self.roles[prompt, i])]}" for i in tokens], title)
+
+    def _traced(self, kind: str | None) -> str:
+        if kind is not None and kind not in self.kinds:
+            raise ValueError(
+                f"expected a kind that was traced ({', '.join(self.kinds)}), got {kind!r}: trace it with kinds=..., or "
+                f"choose another."
+            )
+        return self.kinds[0] if kind is None else kind
+
+    def _titled(self, kind: str) -> str:
+        return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
+
+    def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
+        import plotly.graph_objects as go
+
         limit = float(values.nan_to_num(0.0).abs().max()) or 1.0
         unit = self.metric.replace("_", " ")
         heat = go.Heatmap(
-            z=values[:, present].T.tolist(),
+            z=values.T.tolist(),
             x=list(range(self.shape.n_layers)),
-            y=[ROLES[role] for role in present],
+            y=rows,
             colorscale="RdBu",
             zmid=0,
             zmin=-limit,
@@ -104,9 +148,8 @@ class CausalTrace:
             colorbar={"title": {"text": f"indirect effect, {unit}", "side": "right"}},
             hovertemplate="layer %{x}, %{y}: %{z:.4g}<extra></extra>",
         )
-        window = "" if kind == "residual" else f", windows of {self.settings.get('window')} layers"
-        title = f"{kind}{window}: clean {float(self.clean.mean()):.3g}, corrupted {float(self.corrupt.mean()):.3g}"
-        layout = {"title": title, "template": "plotly_white", "width": 420 + 30 * self.shape.n_layers, "height": 360}
+        size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
+        layout = {"title": title, "template": "plotly_white"} | size
         return go.Figure(heat, layout=layout | {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}})
 
     def save(self, path: str | Path) -> None:

@@ -62,10 +62,10 @@ def load_mib(path: str | Path, model: Model) -> tuple[EdgeScores, EdgeMask]:
     listed = record.get("listed", real[:, group])
     scored = empty.index_add(1, group, listed.double()) > 0
     chosen = empty.index_add(1, group, record["edges_in_graph"].double()) > 0
-    if bool(((chosen | scored) & ~real).any()):
+    lacking = (record["edges_scores"] != 0) & ~real[:, group]
+    if bool(((chosen | scored) & ~real).any()) or bool(lacking.any()):
         raise _of_another_model(path, "it has edges that this model does not have")
     settings = {"file": Path(path).name}
-    values = values.masked_fill(~real, 0.0)
     circuit = EdgeMask(frozenset(edges_where(chosen, sizes)), sizes, {"method": "load_mib", **settings})
     return EdgeScores(values, scored, sizes, "load_mib", "", settings), circuit
 
@@ -129,6 +129,12 @@ def _read_pt(path: str | Path) -> dict[str, Any]:
         raise _unreadable(path, f"it holds more than tensors and names, or is damaged: {str(error)[:200]}") from error
     if not isinstance(record, dict) or any(key not in record for key in _KEYS):
         raise _unreadable(path, f"it has no {', '.join(_KEYS)}")
+    for key in ("edges_scores", "edges_in_graph"):
+        if not isinstance(record[key], Tensor):
+            raise _unreadable(path, f"{key} is no tensor but {type(record[key]).__name__}")
+    for key in ("src_nodes", "dst_nodes"):
+        if not isinstance(record[key], list) or not all(isinstance(name, str) for name in record[key]):
+            raise _unreadable(path, f"{key} is no list of names")
     return record
 
 
@@ -138,6 +144,9 @@ def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
         cfg, nodes, edges = found["cfg"], found["nodes"], found["edges"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _unreadable(path, f"no cfg, nodes and edges: {error}") from error
+    for key, entries in (("nodes", nodes), ("edges", edges)):
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise _unreadable(path, f"{key} is not one record for each name")
     rows = {name: row for row, name in enumerate(_sources(sizes))}
     columns = {name: column for column, name in enumerate(_destinations(sizes))}
     values = torch.zeros(len(rows), len(columns))
@@ -147,15 +156,20 @@ def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
         if source not in rows or destination not in columns:
             raise _of_another_model(path, f"this model has no edge {name}")
         place = rows[source], columns[destination]
-        values[place], chosen[place], listed[place] = entry["score"], entry["in_graph"], True
+        score, inside = entry.get("score"), entry.get("in_graph")
+        if not isinstance(score, int | float) or not isinstance(inside, bool):
+            raise _unreadable(path, f"edge {name} has no number as score or no true or false as in_graph: {entry}")
+        values[place], chosen[place], listed[place] = score, inside, True
     neurons = {"neurons_in_graph": True} if any("neurons" in node for node in nodes.values()) else {}
     names = {"src_nodes": [name for name in nodes if name != "logits"], "dst_nodes": list(columns)}
     return {"cfg": cfg, "edges_scores": values, "edges_in_graph": chosen, "listed": listed} | names | neurons
 
 
 def _check(record: dict[str, Any], model: Model, path: str | Path) -> None:
-    sizes, cfg = shape(model), _cfg(model)
-    differing = {key: (cfg[key], record["cfg"][key]) for key in cfg if record["cfg"].get(key, cfg[key]) != cfg[key]}
+    sizes, cfg, given = shape(model), _cfg(model), record["cfg"]
+    if not isinstance(given, dict) or any(key not in given for key in cfg):
+        raise _unreadable(path, f"its cfg has not all of {', '.join(cfg)}: {str(given)[:200]}")
+    differing = {key: (cfg[key], given[key]) for key in cfg if given[key] != cfg[key]}
     if differing:
         found = ", ".join(f"{key}={its} (this model: {ours})" for key, (ours, its) in differing.items())
         raise _of_another_model(path, found)

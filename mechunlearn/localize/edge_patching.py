@@ -185,7 +185,7 @@ def _projection_change(
 ) -> Float[Tensor, "copy pos unit d_head"]:
     """Of the queries, keys or values, if all heads read the change: biases drop out."""
     residual = base.run.residuals[layer][row]
-    norm = norm_of(base.model.blocks[layer].ln1, base.model.cfg.d_model, base.model.cfg.eps)
+    norm = norm_of(base.model.blocks[layer].ln1, base.model)
     patched = residual + base.change[source, row]
     before, after = (norm.direction_and_scale(x)[0] * norm.weight for x in (residual, patched))
     slot = slots(base.model)[layer, matrix]

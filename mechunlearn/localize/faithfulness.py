@@ -24,7 +24,7 @@ from mechunlearn.localize.circuit_cuts import MIB_SIZES, Circuit, Given, Size, c
 from mechunlearn.localize.circuit_runs import circuit_values
 from mechunlearn.localize.random import random
 from mechunlearn.localize.replacement import Replacement, resample
-from mechunlearn.metrics import Metric, logit_difference, name_of
+from mechunlearn.metrics import Metric, described, logit_difference, name_of
 from mechunlearn.model import Model, shape
 from mechunlearn.tasks.prompts import Prompts
 
@@ -91,7 +91,7 @@ def faithfulness(
     ends = ComponentMask.of([], sizes_of), ComponentMask.of(level, sizes_of)
     curves = {name: curve(_cut(one, sizes, size, by), *ends, size) for name, one in given.items()}
     options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
-    settings = {"replacement": name_of(replacement), "size": name_of(size), "components": len(level)}
+    settings = {"replacement": described(replacement), "size": name_of(size), "components": len(level)}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
     values_without = partial(circuit_values, model, prompts, sizes=sizes_of, **options)
     return measured(curves, size, values_without, name_of(metric), settings)

@@ -1,6 +1,6 @@
 """Path patching: the effect of what senders write on what receivers read, all other ways held as they were."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -54,14 +54,15 @@ def path_patching(
     """
     sizes = shape(model)
     chosen = _senders(senders, sizes)
-    reading = _reading(receivers, sizes)
+    received = _resolved(receivers, sizes)
+    reading = _reading(received, sizes)
     parallel = is_parallel(model)
     linked = [sender for sender in chosen if _leads(sender, reading, parallel)]
-    _check_linked(linked, chosen, receivers)
+    _check_linked(linked, chosen, received)
     effects = _effects(model, prompts, metric, direction, [{s} for s in linked], reading, through_mlps, batch_size)
     per_prompt = torch.zeros(len(prompts), len(chosen), dtype=torch.float64)
     per_prompt[:, [chosen.index(sender) for sender in linked]] = effects
-    settings = {"direction": direction, "receivers": _named(receivers, sizes), "through_mlps": through_mlps}
+    settings = {"direction": direction, "receivers": _named(received), "through_mlps": through_mlps}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
     name = name_of(metric)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
@@ -80,14 +81,17 @@ def path_effect(
 ) -> Float[Tensor, "prompt"]:
     """The effect of all senders together, through the receivers' inputs, for each prompt; as in `path_patching`."""
     sizes = shape(model)
-    chosen, reading = _senders(senders, sizes), _reading(receivers, sizes)
+    chosen, received = _senders(senders, sizes), _resolved(receivers, sizes)
+    reading = _reading(received, sizes)
     linked = {sender for sender in chosen if _leads(sender, reading, is_parallel(model))}
-    _check_linked(linked, chosen, receivers)
+    _check_linked(linked, chosen, received)
     return _effects(model, prompts, metric, direction, [linked], reading, through_mlps, batch_size)[:, 0]
 
 
 Reading: TypeAlias = int | Places
 """A layer that the changed residual stream enters, or hook points that are set."""
+
+_Resolved: TypeAlias = tuple[Component, ...] | Literal["logits"] | int
 
 
 def _effects(
@@ -110,16 +114,16 @@ def _effects(
         for start in range(0, len(prompts), batch_size):
             batch, source = (side[start : start + batch_size] for side in (patched, other))
             base, its = (base_run(model, p.tokens, p.attention_mask, p.positions, names=names) for p in (batch, source))
-            own = checked(metric, base.logits, batch)
+            own = checked(metric, base.logits, batch).double()
             if reading == len(base.attention):
                 base, its = at_answers(base), at_answers(its)
             values = []
             for rows, members in _rows(len(batch), senders, batch_size, batch.tokens.device):
                 sent = changes(model, base, its, members, rows)
                 logits = _received(model, base, sent, reading, through_mlps)
-                values.append(checked(metric, logits, batch.rows(rows)) - own[rows])
+                values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
             found.append(torch.cat(values).view(len(senders), len(batch)).T)
-    return torch.cat(found).cpu().double()
+    return torch.cat(found).cpu()
 
 
 def _rows(
@@ -173,7 +177,18 @@ def _senders(senders: Components, sizes: ModelShape) -> tuple[Component, ...]:
     return chosen
 
 
-def _reading(receivers: Receivers, sizes: ModelShape) -> Reading:
+def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
+    """The receivers, components as a tuple: an iterator can be read only once."""
+    if receivers == "logits":
+        return "logits"
+    if isinstance(receivers, bool | str):
+        raise ValueError(
+            f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
+        )
+    return receivers if isinstance(receivers, int) else resolve(receivers, sizes)
+
+
+def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:
     if receivers == "logits":
         return sizes.n_layers
     if isinstance(receivers, int):
@@ -183,11 +198,7 @@ def _reading(receivers: Receivers, sizes: ModelShape) -> Reading:
                 f"{receivers}: {sizes.n_layers} is the final residual stream."
             )
         return receivers
-    if isinstance(receivers, str):
-        raise ValueError(
-            f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
-        )
-    found = [read for component in resolve(receivers, sizes) for read in _inputs(component, sizes)]
+    found = [read for component in receivers for read in _inputs(component, sizes)]
     if not found:
         raise ValueError('expected at least one receiver, got none: pass components, a layer or "logits".')
     return places_of(list(dict.fromkeys(found)), sizes)
@@ -217,24 +228,19 @@ def _leads(sender: Component, reading: Reading, parallel: bool) -> bool:
     )
 
 
-def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], receivers: Receivers) -> None:
+def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], receivers: _Resolved) -> None:
     if not list(linked):
         shown = ", ".join(str(sender) for sender in chosen[:5]) or "none"
+        named = str(receivers) if isinstance(receivers, int | str) else ", ".join(str(c) for c in receivers[:5])
         raise ValueError(
-            f"expected a sender below a receiver, got senders {shown} and receivers {_shown(receivers)}, between which "
+            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which "
             f"there is no path: choose receivers in later layers (in parallel blocks, an MLP does not read its own "
             f"layer's heads)."
         )
 
 
-def _shown(receivers: Receivers) -> str:
-    if isinstance(receivers, int | str):
-        return str(receivers)
-    return name_of(receivers) if isinstance(receivers, Callable) else ", ".join(str(c) for c in list(receivers)[:5])
-
-
-def _named(receivers: Receivers, sizes: ModelShape) -> str | int | list[str]:
-    return receivers if isinstance(receivers, int | str) else [str(c) for c in resolve(receivers, sizes)]
+def _named(receivers: _Resolved) -> str | int | list[str]:
+    return receivers if isinstance(receivers, int | str) else [str(component) for component in receivers]
 
 
 def _layer(name: str) -> int:

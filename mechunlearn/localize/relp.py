@@ -4,7 +4,7 @@ from mechunlearn.components import Component, Components, ComponentScores, heads
 from mechunlearn.localize.attribution_patching import first_order_effects
 from mechunlearn.localize.sites import Direction, gathered, pairs, places_of, scored
 from mechunlearn.metrics import Metric, logit_difference
-from mechunlearn.model import Model, differentiable, shape
+from mechunlearn.model import Model, check_unforked, differentiable, shape
 from mechunlearn.model.relevance import relevance_rules
 from mechunlearn.tasks.prompts import Prompts
 
@@ -42,6 +42,7 @@ def relp(
     and `W_K`, and for norms that are neither a LayerNorm nor an RMSNorm.
     """
     sizes = shape(model)
+    check_unforked(model)
     chosen = resolve(components, sizes)
     _check_have_relevance(chosen)
     places = places_of(chosen, sizes)

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -31,33 +32,44 @@ def mean_over(reference: Prompts, *, positional: bool = False) -> Replacement:
     Cost: 1F of the reference for each batch of prompts.
     """
 
-    @torch.no_grad()
-    def mean(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = reference.to(device_of(model))
-        recorded = _recorded(model, given, values)
-        if positional:
-            _check_aligned(given, prompts)
-            return {name: value.mean(0).expand_as(values[name]) for name, value in recorded.items()}
-        means = {name: value[given.attention_mask].mean(0) for name, value in recorded.items()}
-        return {name: value.expand_as(values[name]) for name, value in means.items()}
-
-    return mean
+    return partial(_mean_over, reference=reference, positional=positional)
 
 
 def gaussian(*, std: float, seed: int = 0) -> Replacement:
     """The prompt's own value plus noise N(0, std**2), the same for every prompt at its i-th real token. Cost: none."""
 
-    def noisy(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        place = (prompts.attention_mask.cumsum(1) - 1).clamp(min=0)
-        longest = int(place.max()) + 1
-        found = {}
-        for name, value in values.items():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            drawn = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(longest)])
-            found[name] = value + std * drawn.to(value)[place]
-        return found
+    return partial(_gaussian, std=std, seed=seed)
 
-    return noisy
+
+@torch.no_grad()
+def _mean_over(
+    model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, reference: Prompts, positional: bool
+) -> dict[str, Tensor]:
+    given = reference.to(device_of(model))
+    recorded = _recorded(model, given, values)
+    if positional:
+        _check_aligned(given, prompts)
+        return {name: value.mean(0).expand_as(values[name]) for name, value in recorded.items()}
+    means = {name: value[given.attention_mask].mean(0) for name, value in recorded.items()}
+    return {name: value.expand_as(values[name]) for name, value in means.items()}
+
+
+def _gaussian(
+    model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, std: float, seed: int
+) -> dict[str, Tensor]:
+    place = (prompts.attention_mask.cumsum(1) - 1).clamp(min=0)
+    longest = int(place.max()) + 1
+    found = {}
+    for name, value in values.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        drawn = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(longest)])
+        found[name] = value + std * drawn.to(value)[place]
+    return found
+
+
+def ignores_the_other_run(replacement: Replacement) -> bool:
+    """True for `zero`, `mean_over` and `gaussian`, which ablate and cannot denoise."""
+    return getattr(replacement, "func", replacement) in (zero, _mean_over, _gaussian)
 
 
 def _recorded(model: Model, prompts: Prompts, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

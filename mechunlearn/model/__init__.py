@@ -1,6 +1,6 @@
 """Everything that depends on TransformerLens and on architectures; nothing else in the package does."""
 
-from mechunlearn.model.checks import check_editable, check_model
+from mechunlearn.model.checks import check_editable, check_model, check_unforked
 from mechunlearn.model.fingerprint import fingerprint
 from mechunlearn.model.hooks import Hook, recording, site
 from mechunlearn.model.kinds import Model, device_of, shape
@@ -17,6 +17,7 @@ __all__ = [
     "base_run",
     "check_editable",
     "check_model",
+    "check_unforked",
     "continued",
     "device_of",
     "differentiable",

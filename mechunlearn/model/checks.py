@@ -44,9 +44,24 @@ def check_model(model: Model) -> None:
             f"expected a dense model, got a mixture of {model.cfg.num_experts} experts: an expert's weights have "
             f"no component label; use a dense model."
         )
+    if getattr(model.cfg, "ungroup_grouped_query_attention", False):
+        raise ValueError(
+            "expected keys and values per KV head, got a model that ungroups them: call "
+            "model.set_ungroup_grouped_query_attention(False); no method here needs it."
+        )
     if architecture(model) not in TESTED and model not in _admitted:
         _self_test(model)
         _admitted.add(model)
+
+
+def check_unforked(model: Model) -> None:
+    """ValueError if the model makes a copy of its attention's input for each head, as it does for other tools."""
+    forked = [flag for flag in ("use_split_qkv_input", "use_attn_in") if getattr(model.cfg, flag, False)]
+    if forked:
+        raise ValueError(
+            f"expected one input for all heads of a layer, got a model with {', '.join(forked)}: call "
+            f"model.set_{forked[0]}(False); no method here needs it."
+        )
 
 
 def check_editable(model: Model) -> None:

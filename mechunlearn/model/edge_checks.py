@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mechunlearn.components.component import ModelShape
 from mechunlearn.components.edge import Edge, edge_mask, mask_of
 from mechunlearn.components.edge_mask import EdgeMask
+from mechunlearn.model.checks import check_unforked
 from mechunlearn.model.kinds import Model, architecture, device_of, shape
 from mechunlearn.model.norms import norm_of
 from mechunlearn.model.preserve import preserved
@@ -32,6 +33,7 @@ def edges_of(model: Model, chosen: Iterable[Edge | str] | None = None) -> Bool[T
     Also for a model that is not the sum of its parts: checked once for each model, with two short forwards.
     """
     sizes = shape(model)
+    check_unforked(model)
     if model not in _checked:
         _check_sums(model)
         _checked.add(model)
@@ -85,7 +87,7 @@ def _claims(
         count = entering if is_parallel(model) else entering + heads
         said = "parallel" if is_parallel(model) else "sequential"
         yield f"the MLP of block {layer} is not {said}", change[:count].sum(0), read.mlps[layer] - other.mlps[layer]
-        norm = norm_of(block.ln1, model.cfg.d_model, model.cfg.eps)
+        norm = norm_of(block.ln1, model)
         a, b = (norm.direction_and_scale(run.residuals[layer])[0] * norm.weight for run in (read, other))
         for i, (matrix, _) in enumerate(READ):
             slot = matrices[layer, matrix]

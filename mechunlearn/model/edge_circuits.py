@@ -31,7 +31,7 @@ class EdgeCircuits:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.sizes = unchecked_shape(model)
-        self.norms = [norm_of(block.ln1, model.cfg.d_model, model.cfg.eps) for block in model.blocks]
+        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
         self.outputs = [output_norm(model, layer) for layer in range(self.sizes.n_layers)]
         self.slots = slots(model)
         self.column = {destination: place for place, destination in enumerate(destinations(self.sizes))}

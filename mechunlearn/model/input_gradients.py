@@ -26,7 +26,7 @@ class InputGradients:
     def __init__(self, model: Model, mask: Bool[Tensor, "batch pos"]) -> None:
         self.sizes = unchecked_shape(model)
         self.slots = slots(model)
-        self.norms = [norm_of(block.ln1, model.cfg.d_model, model.cfg.eps) for block in model.blocks]
+        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
         self._mask = mask
         self._runs = 0
         self._heads: list[Tensor] = []

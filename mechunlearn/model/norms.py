@@ -67,12 +67,13 @@ class FrozenNorm:
 
 
 @torch.no_grad()
-def norm_of(module: nn.Module, d_model: int, eps: float) -> Norm:
+def norm_of(module: nn.Module, model: Model) -> Norm:
     """The `Norm` that a module computes, found by running it: classes and conventions differ between models.
 
     ValueError for a module that computes something else.
     """
-    parameter = next(module.parameters())
+    parameter = next(module.parameters(), next(model.parameters()))  # a folded norm has none of its own
+    d_model, eps = model.cfg.d_model, model.cfg.eps
     signs = torch.where(torch.arange(d_model) % 2 == 0, 1.0, -1.0)
     probes = torch.stack([signs, -signs, signs + 1, 1e-2 * signs, torch.linspace(-2, 3, d_model)]).to(parameter)
     dtype = torch.promote_types(parameter.dtype, torch.float32)

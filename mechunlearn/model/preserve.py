@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.kinds import Model, is_bridge
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def preserved(model: Model) -> Iterator[None]:
     Also after an exception or an interrupt. Values of weights are not touched.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in _modules(model)]
     try:
         for module, _ in modes:
             module.training = False
@@ -41,3 +42,9 @@ def differentiable(model: Model) -> Iterator[None]:
         raise ValueError("expected to be able to compute gradients, got torch.inference_mode: leave it for this call.")
     with preserved(model), torch.enable_grad():
         yield
+
+
+def _modules(model: Model) -> list[nn.Module]:
+    """Also those of the Hugging Face model that a bridge does not register, such as GPT-2's dropout of embeddings."""
+    inner = model.original_model.modules() if is_bridge(model) else ()
+    return list(dict.fromkeys([*model.modules(), *inner]))

@@ -95,7 +95,7 @@ def contributions(model: Model, written: Written) -> Float[Tensor, "source batch
 def output_norm(model: Model, layer: int) -> Norm | None:
     """The norm between a layer's attention and the residual stream, if there is one (Gemma 2)."""
     module = post_norm(model, layer, "ATTN")
-    return None if module is None else norm_of(module, model.cfg.d_model, model.cfg.eps)
+    return None if module is None else norm_of(module, model)
 
 
 def _written(model: Model, found: dict[str, Tensor]) -> Written:

@@ -73,7 +73,7 @@ def _factors(
     if norm is None:
         return inner, weight, None
     whole = einsum(inner, weight, "batch unit width, unit width model -> batch model")
-    return inner, weight, norm_of(norm, model.cfg.d_model, model.cfg.eps).frozen(whole[:, None])
+    return inner, weight, norm_of(norm, model).frozen(whole[:, None])
 
 
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
@@ -85,7 +85,7 @@ def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
 def final_norm(model: Model, run: Run, places: Int[Tensor, "batch"]) -> FrozenNorm:
     """The norm before the unembedding, with its scale at `places` (of shape [batch, 1, 1])."""
     rows = torch.arange(len(places), device=places.device)
-    norm = norm_of(model.ln_final, model.cfg.d_model, model.cfg.eps)
+    norm = norm_of(model.ln_final, model)
     return norm.frozen(run.residuals[-1][rows, places][:, None])
 
 

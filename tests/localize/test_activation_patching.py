@@ -181,3 +181,35 @@ def test_bad_input(llama, unchecked):
         activation_patching_by_position(llama, prompts, components=["L0MLP"]).at("first")
     with pytest.raises(ValueError, match=r"expected .* to give one value per prompt"):
         activation_patching(llama, prompts, metric=lambda logits, p: logits.mean())
+
+
+def test_settings_tell_two_replacements_apart(llama):
+    def settings(replacement):
+        scores = activation_patching(llama, tiny.prompts(llama), components=["L0MLP"], replacement=replacement)
+        return scores.settings["replacement"]
+
+    assert settings(gaussian(std=0.1)) == "gaussian(std=0.1, seed=0)"
+    assert settings(gaussian(std=5.0, seed=3)) == "gaussian(std=5.0, seed=3)"
+    assert settings(mean_over(tiny.prompts(llama, seed=9))) == "mean_over(positional=False)"
+    assert settings(resample) == "resample"
+
+
+def test_an_ablation_does_not_denoise(llama, unchecked):
+    for replacement in (zero, gaussian(std=1.0), mean_over(tiny.prompts(llama))):
+        with pytest.raises(ValueError, match=r"expected a replacement from the clean run for denoising, got"):
+            activation_patching(llama, tiny.prompts(llama), direction="denoising", replacement=replacement)
+
+
+def test_groups_must_be_the_same_for_all_prompts(llama, unchecked):
+    def absolute(prompts):
+        return {
+            str(i): prompts.attention_mask & (torch.arange(prompts.tokens.shape[1]) == i)
+            for i in range(prompts.tokens.shape[1])
+        }
+
+    prompts = tiny.prompts(llama, n=12)
+    with pytest.raises(ValueError, match=r"expected the same groups of tokens for all prompts, got \d+ in one batch"):
+        activation_patching_by_position(llama, prompts, components=["L0MLP"], positions=absolute, batch_size=1)
+    one_length = prompts[[0, 6]]
+    scores = activation_patching_by_position(llama, one_length, components=["L0MLP"], positions=absolute, batch_size=1)
+    assert len(scores.positions) == one_length.tokens.shape[1]

@@ -134,6 +134,56 @@ def test_scores_frame_and_plot(llama, tmp_path):
     assert repr(loaded) == repr(trace)
 
 
+def test_the_total_effect_has_an_interval_over_prompts(llama):
+    trace = causal_tracing(llama, tiny.prompts(llama), window=1, draws=2, kinds=("residual",))
+    mean, low, high = trace.total()
+    each = trace.total_effect
+    assert mean == pytest.approx(float((trace.clean - trace.corrupt).mean()), abs=1e-12)
+    assert float(each.min()) <= low < mean < high <= float(each.max())
+    _, narrow_low, narrow_high = trace.total(confidence=0.5)
+    assert low < narrow_low < narrow_high < high
+    # Resampling whole prompts: about the normal interval of the mean.
+    half = 1.96 * float(each.std(correction=0)) / len(each) ** 0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=0.25)
+    first = {name: getattr(trace, name)[:1] for name in ("clean", "corrupt", "effects", "roles")}
+    alone = replace(trace, **first)
+    assert alone.total() == (float(each[0]),) * 3
+
+
+def test_any_traced_kind_is_plotted_and_others_are_refused_by_name(llama):
+    trace = causal_tracing(llama, tiny.prompts(llama), window=2, draws=1, kinds=("ATTN", "residual"))
+    values = trace.by_role.nanmean(0)
+    for figure, place in ((trace.plot(), 0), (trace.plot("ATTN"), 0), (trace.plot("residual"), 1)):
+        assert torch.equal(torch.tensor(figure.data[0].z, dtype=torch.float64), values[place].T)
+    assert trace.plot().layout.title.text.startswith("ATTN, windows of 2 layers: clean")
+    for plot in (trace.plot, lambda kind: trace.plot_prompt(0, kind)):
+        with pytest.raises(ValueError, match=r"expected a kind that was traced \(ATTN, residual\), got 'MLP'"):
+            plot("MLP")
+    with pytest.raises(ValueError, match=r"traced: ATTN, residual; .* got 'MLP' and 'last of the subject'"):
+        trace.scores()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_plot_of_one_prompt_has_a_row_for_each_of_its_tokens(llama, padding):
+    prompts = tiny.prompts(llama, padding=padding)
+    trace = causal_tracing(llama, prompts, window=2, draws=1, kinds=("MLP", "residual"))
+    lengths = (prompts.attention_mask.sum(1)).tolist()
+    assert len(set(lengths)) > 1
+    for prompt, length in enumerate(lengths):
+        heat = trace.plot_prompt(prompt, "residual").data[0]
+        here = {name: where[prompt][prompts.attention_mask[prompt]] for name, where in roles(prompts).items()}
+        assert list(heat.y) == [
+            f"{token}: {role}" for token in range(length) for role, where in here.items() if where[token]
+        ]
+        assert torch.equal(torch.tensor(heat.z, dtype=torch.float64), trace.effects[prompt, 1, :, : len(heat.y)].T)
+    assert torch.equal(
+        torch.tensor(trace.plot_prompt(0).data[0].z, dtype=torch.float64), trace.effects[0, 0, :, : lengths[0]].T
+    ), "the first traced kind"
+    for prompt in (-1, 6):
+        with pytest.raises(ValueError, match=rf"expected the number of a prompt in 0\.\.5, got {prompt}"):
+            trace.plot_prompt(prompt)
+
+
 def test_bad_input(llama, unchecked):
     prompts = tiny.prompts(llama)
     with pytest.raises(ValueError, match=r"window must lie in 1..3 \(the number of layers\), got 10"):

@@ -179,6 +179,67 @@ def test_a_file_of_something_else_is_refused(llama, tmp_path):
         load_mib(tmp_path / "none.pt", llama)
 
 
+EDGE = "input->m0"
+DAMAGED_JSON = {
+    "an edge without score": (lambda f: f["edges"][EDGE].pop("score"), "edge input->m0 has no number as score"),
+    "an edge without in_graph": (lambda f: f["edges"][EDGE].pop("in_graph"), "edge input->m0 has no .*in_graph"),
+    "a score in words": (lambda f: f["edges"][EDGE].update(score="x"), "edge input->m0 has no number as score"),
+    "no score": (lambda f: f["edges"][EDGE].update(score=None), "edge input->m0 has no number as score"),
+    "in_graph in words": (lambda f: f["edges"][EDGE].update(in_graph="no"), "edge input->m0 has no .*in_graph"),
+    "an edge as list": (lambda f: f["edges"].update({EDGE: [1.0, True]}), "edges is not one record for each name"),
+    "edges as list": (lambda f: f.update(edges=list(f["edges"])), "edges is not one record for each name"),
+    "nodes as list": (lambda f: f.update(nodes=list(f["nodes"])), "nodes is not one record for each name"),
+    "a node as number": (lambda f: f["nodes"].update(m0=1), "nodes is not one record for each name"),
+}
+DAMAGED_PT = {
+    "scores as list": (lambda f: f.update(edges_scores=f["edges_scores"].tolist()), "edges_scores is no tensor"),
+    "a circuit as list": (lambda f: f.update(edges_in_graph=[True]), "edges_in_graph is no tensor"),
+    "no names": (lambda f: f.update(src_nodes=None), "src_nodes is no list of names"),
+    "numbers as names": (lambda f: f["dst_nodes"].__setitem__(0, 7), "dst_nodes is no list of names"),
+}
+DAMAGED_CFG = {
+    "cfg as list": (lambda f: f.update(cfg=[3, 4]), "its cfg has not all of n_layers, n_heads"),
+    "no cfg": (lambda f: f.update(cfg=None), "its cfg has not all of n_layers, n_heads"),
+    "cfg without d_model": (lambda f: f["cfg"].pop("d_model"), "its cfg has not all of n_layers, n_heads"),
+    "an empty cfg": (lambda f: f["cfg"].clear(), "its cfg has not all of n_layers, n_heads"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_JSON | DAMAGED_CFG)
+def test_a_damaged_json_is_refused(llama, tmp_path, damage):
+    path, (change, match) = tmp_path / "circuit.json", (DAMAGED_JSON | DAMAGED_CFG)[damage]
+    save_mib(path, scores_of(llama), llama)
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"expected a circuit file of EAP-IG .*{match}"):
+        load_mib(path, llama)
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PT | DAMAGED_CFG)
+def test_a_damaged_pt_is_refused(llama, tmp_path, damage):
+    path, (change, match) = tmp_path / "circuit.pt", (DAMAGED_PT | DAMAGED_CFG)[damage]
+    save_mib(path, scores_of(llama), llama)
+    found = torch.load(path, weights_only=True)
+    change(found)
+    torch.save(found, path)
+    with pytest.raises(ValueError, match=f"expected a circuit file of EAP-IG .*{match}"):
+        load_mib(path, llama)
+
+
+def test_a_pt_with_scores_of_edges_that_the_model_lacks_is_refused(llama, tmp_path):
+    """Also where the scores of the query heads that share a KV head cancel."""
+    path = tmp_path / "circuit.pt"
+    save_mib(path, scores_of(llama), llama)
+    for changed in ({("m2", "m0"): 0.5}, {("m1", "a0.h2<k>"): 1.0, ("m1", "a0.h3<k>"): -1.0}):
+        found = torch.load(path, weights_only=True)
+        for (source, destination), score in changed.items():
+            found["edges_scores"][found["src_nodes"].index(source), found["dst_nodes"].index(destination)] = score
+        torch.save(found, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=r"expected a circuit of this model.*edges that this model does not have"):
+            load_mib(tmp_path / "other.pt", llama)
+
+
 @dataclass
 class Runs:
     """Would create a file when it is loaded without care."""

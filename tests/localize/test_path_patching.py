@@ -15,7 +15,7 @@ from state import left_as_it_was
 
 from mechunlearn.components import Component, heads, layers
 from mechunlearn.localize import path_effect, path_patching
-from mechunlearn.metrics import answer_log_probability, logit_difference
+from mechunlearn.metrics import answer_log_probability, is_top_of_candidates, logit_difference
 from mechunlearn.model import logits_at, recording, shape
 
 CASES = {
@@ -160,6 +160,34 @@ def test_a_head_and_its_w_o_and_an_mlp_and_its_w_out_send_the_same(llama):
     assert scores["L1MLP"] == pytest.approx(scores["L1MLP.W_out"], abs=1e-7)
 
 
+def test_a_metric_may_be_true_or_false(llama):
+    def as_numbers(logits, prompts):
+        return is_top_of_candidates(logits, prompts).double()
+
+    prompts, senders = tiny.prompts(llama), ["L0H1", "L0MLP", "L1MLP", "L2MLP"]
+    for receivers in ("logits", ["L2MLP"]):
+        linked = [sender for sender in senders if receivers == "logits" or sender != "L2MLP"]
+        found = path_patching(llama, prompts, senders=linked, receivers=receivers, metric=is_top_of_candidates)
+        for place, sender in enumerate(linked):
+            expected = reference(llama, prompts, [sender], receivers, metric=as_numbers)
+            assert torch.equal(found.per_prompt[:, place], expected)
+        if receivers == "logits":
+            assert found.per_prompt.any(), "no answer changes: nothing to compare"
+
+
+def test_receivers_may_be_an_iterator(llama):
+    prompts, labels = tiny.prompts(llama, n=2), ["L2H1.W_Q", "L2MLP"]
+    listed = path_patching(llama, prompts, receivers=labels)
+    found = path_patching(llama, prompts, receivers=(label for label in labels))
+    assert found.settings["receivers"] == labels == listed.settings["receivers"]
+    assert torch.equal(found.per_prompt, listed.per_prompt)
+    assert torch.equal(
+        path_effect(llama, prompts, ["L0H1"], iter(labels)), path_effect(llama, prompts, ["L0H1"], labels)
+    )
+    with pytest.raises(ValueError, match="got senders L2H0 and receivers L1H0, L0MLP, between"):
+        path_patching(llama, prompts, senders=["L2H0"], receivers=iter(["L1H0", "L0MLP"]))
+
+
 def test_an_attention_layer_as_receiver_is_all_its_heads(llama):
     prompts = tiny.prompts(llama)
     every = [f"L2H{h}" for h in range(4)]
@@ -248,6 +276,12 @@ def test_bad_input_is_refused(llama, unchecked):
         path_patching(llama, prompts, receivers=4)
     with pytest.raises(ValueError, match=r'expected components, a layer or "logits" as receivers, got .logit.'):
         path_patching(llama, prompts, receivers="logit")
+    for call in (
+        lambda: path_patching(llama, prompts, receivers=True),
+        lambda: path_effect(llama, prompts, heads, True),
+    ):
+        with pytest.raises(ValueError, match=r'expected components, a layer or "logits" as receivers, got True'):
+            call()
     with pytest.raises(ValueError, match="expected at least one receiver"):
         path_patching(llama, prompts, receivers=[])
     with pytest.raises(ValueError, match="corrupted counterpart"):

@@ -16,6 +16,7 @@ from mechunlearn.localize import (
     edge_clean_corrupted,
     edge_integrated_gradients,
     edge_integrated_gradients_of_activations,
+    edge_patching,
     integrated_gradients,
     integrated_gradients_of_activations,
     relp,
@@ -65,6 +66,13 @@ def test_the_planted_edges_rank_first(seed: int, method: Callable[..., EdgeScore
 def test_integrated_gradients_select_exactly_the_planted_edges():
     made = induction(seed=0)
     assert edge_integrated_gradients(made.model, made.prompts).top(k=len(made.edges)).edges == made.edges
+
+
+def test_exact_edge_patching_ranks_every_planted_edge_before_all_others():
+    made = induction(seed=0)
+    scores = edge_patching(made.model, made.prompts)
+    assert planted.auroc(scores, made.edges) == 1.0
+    assert scores.top(k=len(made.edges)).edges == made.edges
 
 
 def test_a_random_ranking_does_not_find_them():

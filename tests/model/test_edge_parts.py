@@ -117,7 +117,7 @@ def test_an_mlp_and_the_logits_get_copies_of_their_own(model):
 def test_the_norm_found_by_probing_is_the_modules(model):
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     for module in (model.blocks[1].ln1, model.blocks[2].ln2, model.ln_final):
-        norm = norm_of(module, 32, model.cfg.eps)
+        norm = norm_of(module, model)
         direction, scale = norm.direction_and_scale(x)
         with torch.no_grad():
             bias = module(torch.zeros_like(x)) if norm.centred else 0.0
@@ -129,9 +129,9 @@ def test_the_norm_found_by_probing_is_the_modules(model):
 
 def test_a_module_that_is_no_norm_is_refused():
     with pytest.raises(ValueError, match="expected a LayerNorm or an RMSNorm with eps 1e-05, got a Linear"):
-        norm_of(nn.Linear(8, 8), 8, 1e-5)
-    with pytest.raises(ValueError, match=r"expected a LayerNorm or an RMSNorm with eps 0\.1"):
-        norm_of(nn.LayerNorm(8, eps=1e-5), 8, 0.1)
+        norm_of(nn.Linear(32, 32), tiny.bridge("gpt2"))
+    with pytest.raises(ValueError, match=r"expected a LayerNorm or an RMSNorm with eps 1e-05, got a LayerNorm"):
+        norm_of(nn.LayerNorm(32, eps=0.1), tiny.bridge("gpt2"))
 
 
 @contextmanager
