@@ -17,6 +17,7 @@ from mechunlearn.components.edge_mask import EdgeMask
 from mechunlearn.components.edge_plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores
 from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import bootstrap
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -171,14 +172,7 @@ class EdgeScores(Mapping[Edge, float]):
 
         if self.per_prompt is None:
             raise ValueError("expected scores with per-prompt values, got none: let the method keep them.")
-        n = len(self.per_prompt)
-        generator = torch.Generator().manual_seed(seed)
-        counts = torch.multinomial(torch.ones(draws, n), n, replacement=True, generator=generator)
-        weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, counts, torch.ones(draws, n).double() / n)
-        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-        values = self.per_prompt[:, self.scored]
-        ends = [torch.quantile(weights @ some.double(), tails, dim=0) for some in values.split(1000, dim=1)]
-        low, high = torch.cat(ends, dim=1)
+        low, high = bootstrap(self.per_prompt[:, self.scored], confidence=confidence, draws=draws, seed=seed)
         columns = {"score": self.values_in_order.tolist(), "low": low.tolist(), "high": high.tolist()}
         return pd.DataFrame(columns, index=pd.Index([str(edge) for edge in self.edges], name="edge"))
 

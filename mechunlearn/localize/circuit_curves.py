@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask, Edge, EdgeMask, ModelShape
 from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import ends, resampled
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -80,9 +81,9 @@ class Faithfulness:
         }
         if self._unit == "components":
             columns["weights"] = [c.n_parameters for c in self.circuits if isinstance(c, ComponentMask)]
-        resampled = self._resampled(draws, seed)
+        weights = resampled(len(self.whole), draws, seed)
         for name, values in (("faithfulness", self.alone), ("left", self.without)):
-            low, high = _ends(self._normalised(values, resampled), confidence)
+            low, high = ends(self._normalised(values, weights), confidence)
             columns[name] = self._normalised(values)[0].tolist()
             columns |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
         return pd.DataFrame(columns)
@@ -92,13 +93,13 @@ class Faithfulness:
         import pandas as pd
 
         columns: dict[str, Any] = {}
-        weights = self._resampled(draws, seed)
+        weights = resampled(len(self.whole), draws, seed)
         for name, values in (
             ("cpr", lambda w: self._normalised(self.alone, w)),
             ("cmd", lambda w: (1 - self._normalised(self.alone, w)).abs()),
             ("left", lambda w: self._normalised(self.without, w)),
         ):
-            low, high = _ends(torch.stack(list(self._areas(values(weights)).values()), 1), confidence)
+            low, high = ends(torch.stack(list(self._areas(values(weights)).values()), 1), confidence)
             columns[name] = [float(area) for area in self._areas(values(None)).values()]
             columns |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
         return pd.DataFrame(columns, index=pd.Index(list(self._members), name="circuit"))
@@ -174,22 +175,10 @@ class Faithfulness:
     ) -> Float[Tensor, "draw circuit"]:
         """(m - m(nothing)) / (m(whole) - m(nothing)), for weighted prompts; one draw of all prompts by default."""
         if weights is None:
-            weights = torch.full((1, len(self.whole)), 1 / len(self.whole), dtype=torch.float64)
+            weights = torch.ones(1, len(self.whole), dtype=torch.float64)
         gap = weights @ (self.whole - self.nothing)
         found = (weights @ (values - self.nothing[:, None])) / gap[:, None] + 0.0  # no -0.0
         return found.masked_fill((values == self.whole[:, None]).all(0), 1.0)  # not 1 within rounding
 
     def _areas(self, values: Float[Tensor, "draw circuit"]) -> dict[str, Float[Tensor, "draw"]]:
         return {name: torch.trapezoid(values[:, p], self.share[p], dim=1) for name, p in self._members.items()}
-
-    def _resampled(self, draws: int, seed: int) -> Float[Tensor, "draw prompt"]:
-        n = len(self.whole)
-        drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-        weights = torch.zeros(draws, n, dtype=torch.float64)
-        return weights.scatter_add_(1, drawn, torch.full((draws, n), 1 / n, dtype=torch.float64))
-
-
-def _ends(values: Float[Tensor, "draw number"], confidence: float) -> tuple[Tensor, Tensor]:
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.quantile(values, tails, dim=0)
-    return low, high

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mechunlearn.intervals import bootstrap
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,12 +37,7 @@ class Curve:
         """
         import pandas as pd
 
-        n = len(self.per_prompt)
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(n, (draws, n), generator=generator)
-        counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(draws, n).double() / n)
-        tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-        low, high = torch.quantile(counts @ self.per_prompt.double(), tails, dim=0)
+        low, high = bootstrap(self.per_prompt, confidence=confidence, draws=draws, seed=seed)
         columns = {"value": self.mean.tolist(), "low": low.tolist(), "high": high.tolist()}
         return pd.DataFrame(columns, index=pd.Index(self.points, name="point"))
 

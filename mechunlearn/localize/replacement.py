@@ -8,17 +8,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mechunlearn.model import Model, device_of, recording
+from mechunlearn.localize.sites import recorded
+from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.prompts import Prompts
 
 Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
 """(model, prompts, hook point -> value in the prompts' own run [batch, pos, ...]) -> hook point -> what replaces it."""
 
 
-@torch.no_grad()
 def resample(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the counterpart of each prompt has there. Cost: 1F. ValueError without corrupted prompts."""
-    return _recorded(model, prompts.corrupted(), values)
+    return recorded(model, prompts.corrupted(), values)
 
 
 def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,16 +41,15 @@ def gaussian(*, std: float, seed: int = 0) -> Replacement:
     return partial(_gaussian, std=std, seed=seed)
 
 
-@torch.no_grad()
 def _mean_over(
     model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, reference: Prompts, positional: bool
 ) -> dict[str, Tensor]:
     given = reference.to(device_of(model))
-    recorded = _recorded(model, given, values)
+    found = recorded(model, given, values)
     if positional:
         _check_aligned(given, prompts)
-        return {name: value.mean(0).expand_as(values[name]) for name, value in recorded.items()}
-    means = {name: value[given.attention_mask].mean(0) for name, value in recorded.items()}
+        return {name: value.mean(0).expand_as(values[name]) for name, value in found.items()}
+    means = {name: value[given.attention_mask].mean(0) for name, value in found.items()}
     return {name: value.expand_as(values[name]) for name, value in means.items()}
 
 
@@ -70,12 +69,6 @@ def _gaussian(
 def ignores_the_other_run(replacement: Replacement) -> bool:
     """True for `zero`, `mean_over` and `gaussian`, which ablate and cannot denoise."""
     return getattr(replacement, "func", replacement) in (zero, _mean_over, _gaussian)
-
-
-def _recorded(model: Model, prompts: Prompts, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    with recording(model, names) as recorded:
-        prompts.logits(model)
-    return dict(recorded)
 
 
 def _check_aligned(reference: Prompts, prompts: Prompts) -> None:

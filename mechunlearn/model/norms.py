@@ -86,7 +86,7 @@ def norm_of(module: nn.Module, model: Model) -> Norm:
     if not torch.allclose(expected, outputs, rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"expected a LayerNorm or an RMSNorm with eps {eps}, got a {type(module).__name__} that computes something "
-            f"else: edges need to know how a normalisation treats the parts of its input; use a method for components."
+            f"else: what becomes of parts of its input cannot be told; use attribution_patching or activation_patching."
         )
     return found
 

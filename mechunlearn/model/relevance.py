@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mechunlearn.model.hooks import Hook
 from mechunlearn.model.kinds import Model, is_bridge, unchecked_shape
+from mechunlearn.model.norms import Norm, norm_of
 
 
 @contextmanager
@@ -36,9 +37,8 @@ def relevance_rules(model: Model) -> Iterator[list[Hook]]:
             norm: Any = model.get_submodule(name)
             if is_bridge(model) and (norm.use_native_layernorm_autograd or norm.config.layer_norm_folding):
                 # A Hugging Face module computes it, past the hook points.
-                offset = float(norm.uses_rms_norm and norm.config.rmsnorm_uses_offset)
-                follow = partial(_fixed_scale, offset=offset, name=name)
-                stack.callback(norm.original_component.register_forward_hook(follow).remove)
+                inner = norm.original_component
+                stack.callback(inner.register_forward_hook(partial(_fixed_scale, norm_of(inner, model))).remove)
             else:
                 hooks.append((f"{name}.hook_scale", _detached))
         yield hooks
@@ -86,25 +86,10 @@ def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
     return value.detach() + (other - other.detach())
 
 
-def _fixed_scale(module: Any, inputs: tuple[Tensor, ...], output: Tensor, *, offset: float, name: str) -> Tensor | None:
+def _fixed_scale(norm: Norm, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     """The norm's output, differentiated as if the scale that it divides by were a constant."""
     if not torch.is_grad_enabled():
         return None
-    precise = torch.promote_types(inputs[0].dtype, torch.float32)
-    value = inputs[0].to(precise)
-    if isinstance(module, nn.LayerNorm):
-        value = value - value.mean(-1, keepdim=True)
-    scale = (value.detach().pow(2).mean(-1, keepdim=True) + _epsilon(module)).sqrt()
-    linear = value / scale * (offset + module.weight.detach())
-    bias = getattr(module, "bias", None)
-    computed, expected = output.detach().to(precise), linear.detach() + (0 if bias is None else bias.detach())
-    if not torch.allclose(computed, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
-        raise ValueError(
-            f"expected {name} to be a LayerNorm or an RMSNorm, got {type(module).__name__}, which computes something "
-            f"else: its scale cannot be held fixed; use attribution_patching or integrated_gradients."
-        )
+    value = inputs[0].to(norm.weight.dtype)
+    linear = norm.frozen(value.detach())(value)
     return _with_gradient_of(output, linear.to(output.dtype))
-
-
-def _epsilon(module: Any) -> float:
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps

@@ -177,8 +177,8 @@ def test_queries_and_keys_are_refused(llama):
 
 
 def test_a_norm_that_is_no_layer_norm_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(llama.ln_final.config, "rmsnorm_uses_offset", True)
-    with left_as_it_was(llama), pytest.raises(ValueError, match=r"expected .* to be a LayerNorm or an RMSNorm"):
+    monkeypatch.setattr(llama.ln_final.original_component, "forward", lambda value: value.tanh())
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"expected a LayerNorm or an RMSNorm"):
         relp(llama, tiny.prompts(llama))
 
 
