@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mechunlearn"
 LAYERS = (
     {"files", "intervals"},
+    {"curve"},
     {"components"},
     {"model"},
     {"tasks"},

@@ -13,8 +13,13 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts
 
-Test: TypeAlias = Callable[[Model, Task], Result]
-"""A test of a model on a task; any function of this signature is one."""
+Test: TypeAlias = Callable[..., Result]
+"""A test or attack `(model, task) -> Result`; any function of this signature is one.
+
+Two more keywords are given to those that name them: `seed` (a number; with several seeds, the test runs once with
+each), and `original`, a function without arguments whose result is a context: inside `with original() as model:` is the
+original model, and after it the tested one again.
+"""
 
 
 def in_format(

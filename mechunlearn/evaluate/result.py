@@ -6,6 +6,7 @@ from statistics import NormalDist
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.curve import Curve
 from mechunlearn.intervals import bootstrap
 
 
@@ -23,6 +24,24 @@ class Result:
     """"share" for what lies in [0, 1] (the report plots these), or what else it is in: "nats per token"."""
     names: tuple[str, ...] = ()
     """What each example is about."""
+    curve: Curve | None = None
+    """Of an attack: what it reaches with each budget (steps, examples, bits); of a probe: by layer."""
+    control: "Result | None" = None
+    """The same test where there is nothing to find, such as a probe for random labels."""
+
+    @classmethod
+    def strongest(
+        cls,
+        curve: Curve,
+        sense: str,
+        *,
+        unit: str = "share",
+        names: tuple[str, ...] = (),
+        control: "Result | None" = None,
+    ) -> "Result":
+        """The point of a curve with the highest mean (the first of equal ones): the worst case of an attack."""
+        best = int(curve.mean.argmax())
+        return cls(curve.per_prompt[:, best], sense, curve.chance, unit, names, curve, control)
 
     @property
     def value(self) -> float:

@@ -1,5 +1,6 @@
 """Where is it? Each method: (model, prompts) -> `ComponentScores`; `.top(...)` makes a mask of them."""
 
+from mechunlearn.curve import Curve
 from mechunlearn.localize.activation_patching import activation_patching, activation_patching_by_position
 from mechunlearn.localize.atp_star import atp_star
 from mechunlearn.localize.attribution_patching import attribution_patching
@@ -17,7 +18,6 @@ from mechunlearn.localize.contrast import (
     ratio,
     standardised_difference,
 )
-from mechunlearn.localize.curve import Curve
 from mechunlearn.localize.direct_logit_attribution import direct_logit_attribution
 from mechunlearn.localize.edge_attribution_patching import edge_attribution_patching
 from mechunlearn.localize.edge_faithfulness import edge_faithfulness

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
+from mechunlearn.curve import Curve
 from mechunlearn.localize.arguments import check, chosen_components
-from mechunlearn.localize.curve import Curve
 from mechunlearn.localize.lookup import FactLookup
 from mechunlearn.localize.path_patching import Receivers, path_patching
 from mechunlearn.localize.positions import Where, subject_last

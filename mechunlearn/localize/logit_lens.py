@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import Component, Components
+from mechunlearn.curve import Curve, lines
 from mechunlearn.localize.arguments import check_batch_size, chosen_components
-from mechunlearn.localize.curve import Curve, lines
 from mechunlearn.model import Model, device_of, logits_at, preserved, running_from, shape
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import final_norm, unembedding, writing_sites, written

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape
+from mechunlearn.curve import Curve
 from mechunlearn.files import read_tensors, write_tensors
-from mechunlearn.localize.curve import Curve
 from mechunlearn.localize.thresholds import described_borderline
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class FactLookup:
         """One panel for the curves, and one for each kind of scores, with 95 % intervals and thresholds."""
         from plotly.subplots import make_subplots
 
-        from mechunlearn.localize.curve import lines
+        from mechunlearn.curve import lines
 
         panels = (["probes"] if self.curves else []) + list(self.scores)
         figure = make_subplots(rows=len(panels), cols=1, subplot_titles=panels)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.curve import Curve, lines
 from mechunlearn.localize.arguments import check_batch_size, check_functions
-from mechunlearn.localize.curve import Curve, lines
 from mechunlearn.localize.positions import Where, subject_last
 from mechunlearn.metrics import name_of
 from mechunlearn.model import Hook, Model, base_run, device_of, preserved, shape

@@ -52,24 +52,36 @@ def hooked(model: Any, vocabulary: Any) -> Any:
     return wrapped.eval()
 
 
-def load(*, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
-    """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it."""
-    model, vocabulary = load_huggingface()
+def load(*, without: str | None = None, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
+    """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it.
+
+    `without="basketball"` gives its twin: trained in the same way, but without the athletes of that sport, so it never
+    knew what unlearning removes. An attack that finds them there teaches; it does not recover.
+    """
+    model, vocabulary = load_huggingface(without=without)
     return backend(model.to(device), vocabulary)
 
 
-def load_huggingface(folder: Path = WEIGHTS) -> tuple[Any, Any]:
-    """The shipped `LlamaForCausalLM` in float32 and evaluation mode, and its tokenizer."""
+def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> tuple[Any, Any]:
+    """The shipped `LlamaForCausalLM` (or its twin) in float32 and evaluation mode, and its tokenizer."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mechunlearn.testbed import tokenizer
 
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, local_files_only=True))
-    weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    weights = {name: value.float() for name, value in load_file(_file(folder, without)).items()}
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     return model.eval(), tokenizer.load(folder / "tokenizer.json")
+
+
+def _file(folder: Path, without: str | None) -> Path:
+    path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
+    if not path.is_file():
+        there = sorted(file.stem.removeprefix("without_") for file in folder.glob("without_*.safetensors"))
+        raise ValueError(f"expected a sport that a shipped twin never knew ({', '.join(there)}), got {without!r}.")
+    return path
 
 
 def save(model: Any, vocabulary: "Tokenizer", folder: Path = WEIGHTS) -> None:

@@ -1,4 +1,4 @@
-"""A quantity along the layers, with one value per prompt: what lenses and probes return, and evidence is made of."""
+"""A quantity along layers, steps or another axis, one value per prompt: what lenses, probes and attacks return."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+LAYERS = "residual stream that enters layer"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Curve:
     """One value per prompt at each point; the curve is their mean."""
 
     points: tuple[str, ...]
-    """Where: "3" is the residual stream that enters layer 3; the last number is the final residual stream."""
+    """Where: of layers, "3" is the residual stream that enters layer 3, and the last number the final one."""
     per_prompt: Float[Tensor, "prompt point"]
     unit: str
     """What is measured, such as "accuracy"."""
     chance: float | None = None
     """What guessing would give."""
+    axis: str = LAYERS
+    """What the points are, such as "steps"."""
 
     @property
     def mean(self) -> Float[Tensor, "point"]:
@@ -60,6 +65,6 @@ def lines(curves: Mapping[str, Curve], *, title: str = "") -> "Figure":
         figure.add_scatter(x=x, y=ends["value"], name=name, mode="lines+markers", line={"color": color})
         if curve.chance is not None:
             figure.add_hline(y=curve.chance, line_dash="dot", line_color=color)
-    unit = next(iter(curves.values())).unit
-    figure.update_layout(title=title, template="plotly_white", showlegend=True, yaxis_title=unit)
-    return figure.update_xaxes(title="residual stream that enters layer", type="category")
+    first = next(iter(curves.values()))
+    figure.update_layout(title=title, template="plotly_white", showlegend=True, yaxis_title=first.unit)
+    return figure.update_xaxes(title=first.axis, type="category")
