@@ -9,8 +9,12 @@ from mechunlearn.edit.finetune import finetune
 from mechunlearn.edit.ft_l import ft_l
 from mechunlearn.edit.gradient_mask import LocalizedTraining, gradient_mask
 from mechunlearn.edit.key_covariance import KeyCovariance, key_covariance
-from mechunlearn.edit.learn_weight_mask import learn_weight_mask
-from mechunlearn.edit.learn_weight_mask_in_place import learn_weight_mask_in_place
+from mechunlearn.edit.learn_weight_mask import distance_from_one, learn_weight_mask, mask_value
+from mechunlearn.edit.learn_weight_mask_in_place import (
+    distance_from_original,
+    learn_weight_mask_in_place,
+    magnitude,
+)
 from mechunlearn.edit.learned_mask import LearnedMask
 from mechunlearn.edit.lora import lora
 from mechunlearn.edit.mean_ablated import mean_ablated
@@ -40,6 +44,8 @@ __all__ = [
     "alpha_edit",
     "combined",
     "dampened",
+    "distance_from_one",
+    "distance_from_original",
     "eigenvalues_below",
     "finetune",
     "ft_l",
@@ -50,6 +56,8 @@ __all__ = [
     "learn_weight_mask_in_place",
     "learned_further",
     "lora",
+    "magnitude",
+    "mask_value",
     "mean_ablated",
     "memit",
     "paper_settings",

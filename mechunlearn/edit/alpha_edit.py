@@ -56,13 +56,13 @@ def alpha_edit(
     0.02, `partial(mu.edit.eigenvalues_below, threshold=0.02)`, which depends on the scale of a model's keys: the first
     MLP of the shipped model has none.
 
-    S is used without shrinkage, so measure it on more tokens than there are neurons: directions that a short text
-    happens not to have would count as free.
+    S is used without shrinkage, so it has to be measured on more tokens than there are neurons: directions that a short
+    text happens not to have would count as free.
 
     Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 10 (1 for Llama 3), 25 steps of 0.1, clamp 0.75; the other
     defaults suit the shipped model. Cost and errors: as for
     `memit`, with an eigendecomposition of d_mlp x d_mlp in place of a solve; and ValueError where `free` takes none or
-    all of the directions, and for a `ridge` that is not above 0.
+    all of the directions, for a `ridge` that is not above 0, and for S of too few tokens.
     """
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}.")
@@ -92,6 +92,11 @@ def _solved(
     moves: Tensor,
 ) -> Tensor:
     layer, units = output.slot.layer, output.units
+    if covariance.n_tokens <= len(keys[0]):
+        raise ValueError(
+            f"expected keys of more tokens of text than the {len(keys[0])} neurons that are edited, got "
+            f"{covariance.n_tokens}: directions that a short text lacks are not free. Measure key_covariance on more."
+        )
     basis = null_space(covariance.moments[layer].double().cpu()[units][:, units], free)
     old = torch.empty(0, keys.shape[1], dtype=keys.dtype)
     if kept is not None:

@@ -23,11 +23,11 @@ sgd = partial(torch.optim.SGD, momentum=0.9)
 
 
 def distance_from_one(value: Tensor) -> Tensor:
-    """1 - m: what has moved costs. The paper's code."""
+    """1 - m: what has moved costs. As in the paper's code, up to the coefficient."""
     return 1 - value
 
 
-def size(value: Tensor) -> Tensor:
+def mask_value(value: Tensor) -> Tensor:
     """m: what is kept costs. The paper's text ("sum of mask values")."""
     return value
 
@@ -72,8 +72,9 @@ def learn_weight_mask(
                + penalty_coefficient * sum over weights of penalty(m)
 
     m starts at 1, moves by SGD, and is clamped to [0, 1] after each step; all weights are frozen. `penalty` is a
-    function of m: `distance_from_one` (default, and the paper's code: keeps what need not move), or `size` (the
-    paper's text: removes what need not stay).
+    function of m: `distance_from_one` (default, keeps what need not move; the paper's code has its mean over each
+    matrix, with a coefficient that rises over the epochs), or `mask_value` (the paper's text: removes what need not
+    stay).
 
     `by_unit`: one number for each head (on its W_O slice, what it adds to the residual stream) and each neuron (its
     row of W_out), in place of one for each weight; the mask's other matrices are left alone.

@@ -26,7 +26,7 @@ _AT_ONCE = 1 << 16
 """Weights whose penalty is computed together."""
 
 _RUNS = 64
-"""Above so many runs of units, handling each costs more than the memory of a copy."""
+"""Above so many runs of units, handling each by itself takes too long: they are gathered for each step instead."""
 
 
 def distance_from_original(weight: Tensor, original: Tensor) -> Tensor:
@@ -84,8 +84,7 @@ def learn_weight_mask_in_place(
     Weights move in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight round away.
 
     Cost: as `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one matrix for
-    what a step computes; neurons in more than 64 places of a matrix, which are trained in a copy, take the covered
-    weights once more.
+    what a step computes.
     The default optimizer, SGD without momentum, keeps nothing; another one may.
     Text, checkpoints, models, seeds and errors: as for `finetune`.
     """
@@ -129,12 +128,12 @@ def learn_weight_mask_in_place(
 
 
 def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
-    """A part for each run of units that lie together; one part, in a copy, where there are many."""
+    """A part for each run of units that lie together; one part, gathered for each step, where there are many."""
     entries.slot.parameter.requires_grad_(True)
     places = entries.units.nonzero()[:, 0]
     starts = [0, *((places.diff() > 1).nonzero()[:, 0] + 1).tolist(), len(places)]
     if len(starts) > _RUNS:
-        return [_Shrinking(entries, places, original, True)]
+        return [_Gathered(entries, places, original, True)]
     return [
         _Shrinking(entries, slice(int(places[a]), int(places[b - 1]) + 1), original[a:b], b == len(places))
         for a, b in pairwise(starts)
@@ -143,7 +142,7 @@ def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
 
 @dataclass(eq=False)
 class _Shrinking:
-    """Weights on their way to zero, where they are if they lie together."""
+    """Weights on their way to zero, where they are."""
 
     entries: Entries
     units: slice | Tensor
@@ -179,14 +178,16 @@ class _Shrinking:
     def numbers(self) -> Tensor:
         """m = w / w0, and 1 where w0 is 0."""
         precise = torch.promote_types(self.original.dtype, torch.float32)
-        return (self.tensor.to(precise) / self.original.to(precise)).masked_fill_(self.original == 0, 1.0)
+        weights = self._own(self.entries.slot.parameter.detach())
+        return (weights.to(precise) / self.original.to(precise)).masked_fill_(self.original == 0, 1.0)
 
     def add_gradient(self, penalty: Penalty, coefficient: float) -> float:
         """Of the penalty, a few units at a time; gives its value."""
         if self.tensor.grad is None:
             self.tensor.grad = torch.zeros_like(self.tensor)
         rows = max(1, _AT_ONCE // self.original[0].numel())
-        parts = zip(*(t.split(rows) for t in (self.tensor, self.tensor.grad, self.original)), strict=True)
+        weights = self._own(self.entries.slot.parameter.detach())
+        parts = zip(*(t.split(rows) for t in (weights, self.tensor.grad, self.original)), strict=True)
         total = 0.0
         for weight, gradient, original in parts:
             value = weight.detach().requires_grad_(True)
@@ -198,3 +199,19 @@ class _Shrinking:
     def _own(self, tensor: Tensor) -> Tensor:
         """The units of a tensor shaped like the parameter: a view of it if they lie together."""
         return self.entries.slot.view(tensor)[self.units]
+
+
+class _Gathered(_Shrinking):
+    """Weights in many places, which are together in `tensor` during a step only."""
+
+    def __post_init__(self) -> None:
+        self.tensor = torch.empty_like(self.original)
+        self.tensor.untyped_storage().resize_(0)
+
+    def fetch(self) -> None:
+        self.tensor.untyped_storage().resize_(self.original.numel() * self.original.element_size())
+        self.tensor.copy_(self._own(self.entries.slot.parameter.detach()))
+
+    def publish(self) -> None:
+        super().publish()
+        self.tensor.untyped_storage().resize_(0)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mechunlearn.files import read_tensors, write_tensors
-from mechunlearn.training.moving import Moving
+from mechunlearn.training.moving import Fleeting, Moving
+from mechunlearn.training.steering import Steering
 
 KIND = "Checkpoint"
 
@@ -31,15 +31,15 @@ class Checkpoints:
         if not Path(self.path).absolute().parent.is_dir():
             raise ValueError(f"expected a checkpoint in a folder that exists, got {self.path}: make the folder first.")
 
-    def save(self, moving: Sequence[Moving], optimizer: Optimizer, history: Sequence[Mapping[str, Any]]) -> None:
+    def save(self, moving: Sequence[Moving], steering: Steering, history: Sequence[Mapping[str, Any]]) -> None:
         if len(history) % self.every:
             return
-        tensors = {f"moving.{place}": mover.tensor for place, mover in enumerate(moving)}
-        state = _without_tensors(optimizer.state_dict()["state"], "optimizer", tensors)
+        tensors = {f"moving.{place}": _shown(mover) for place, mover in enumerate(moving)}
+        state = _without_tensors(steering.state(), "optimizer", tensors)
         content = {"identity": dict(self.identity), "history": [dict(row) for row in history], "optimizer": state}
         write_tensors(self.path, KIND, tensors, content)
 
-    def resume(self, moving: Sequence[Moving], optimizer: Optimizer) -> list[Mapping[str, Any]]:
+    def resume(self, moving: Sequence[Moving], steering: Steering) -> list[Mapping[str, Any]]:
         """The history so far; nothing where there is no file. ValueError for a damaged one or one of another run."""
         if not Path(self.path).exists():
             return []
@@ -47,12 +47,11 @@ class Checkpoints:
         self._check(content["identity"])
         with torch.no_grad():
             for place, mover in enumerate(moving):
+                if isinstance(mover, Fleeting):
+                    mover.fetch()
                 mover.tensor.copy_(tensors[f"moving.{place}"])
                 mover.publish()
-        state = optimizer.state_dict()
-        found = _with_tensors(content["optimizer"], tensors)
-        state["state"] = {int(place): value for place, value in found.items()}
-        optimizer.load_state_dict(state)
+        steering.load(_with_tensors(content["optimizer"], tensors))
         return content["history"]
 
     def _check(self, found: Mapping[str, Any]) -> None:
@@ -64,6 +63,16 @@ class Checkpoints:
                 f"expected a checkpoint of this run, got one of another at {self.path} ({shown}): "
                 f"delete it or give another path."
             )
+
+
+def _shown(mover: Moving) -> Tensor:
+    """Its tensor, or a copy of one that is about to lose its memory."""
+    if not isinstance(mover, Fleeting):
+        return mover.tensor
+    mover.fetch()
+    found = mover.tensor.clone()
+    mover.publish()
+    return found
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from mechunlearn.model import Model
@@ -14,6 +13,7 @@ from mechunlearn.training.moving import Master, Moving, collecting
 from mechunlearn.training.optimizers import MakesOptimizer, adamw
 from mechunlearn.training.part import Part
 from mechunlearn.training.source import Source
+from mechunlearn.training.steering import Steering
 from mechunlearn.training.term import Term
 from mechunlearn.weights import Entries, Values, read
 
@@ -66,7 +66,7 @@ def fit(
     part = Part(model, entries, read(list(entries)) if original is None else original, compute_dtype)
     movers: list[Moving] = [Master.of(e) for e in entries] if moving is None else list(moving)
     parameters = [mover.tensor for mover in movers]
-    steering = optimizer(parameters, lr=learning_rate)
+    steering = Steering(optimizer, movers, learning_rate)
     sources = [Source(part, term, seed, micro_batch_size, steps) for term in terms if term.coefficient]
     history: list[Row] = [] if checkpoints is None else checkpoints.resume(movers, steering)
     for source in sources:
@@ -75,15 +75,14 @@ def fit(
     for step in tqdm(range(len(history), steps), desc="training", disable=not progress, leave=False):
         if ended:
             break
-        rate = _schedule(steering, learning_rate, step / steps)
+        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        steering.set_rate(rate)
         with collecting(movers):
             row: dict[str, int | float] = {source.term.name: source.backward(step) for source in sources}
         if penalty is not None:
             row["penalty"] = penalty()
         row["gradient_norm"] = _clipped(parameters, clip, step)
         steering.step()
-        for mover in movers:
-            mover.publish()
         torch.clear_autocast_cache()  # it may hold what the weights were, where the caller computes in bfloat16
         history.append({"step": step, **row, "learning_rate": rate})
         _check_growth(history, sources, math.log(model.cfg.d_vocab) / 2)
@@ -101,18 +100,11 @@ def _check_positive(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be 1 or more, got {value}.")
 
 
-def _schedule(optimizer: Optimizer, learning_rate: float, done: float) -> float:
-    rate = learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
 def _clipped(parameters: list[Tensor], clip: float | None, step: int) -> float:
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
     if not math.isfinite(norm):
         raise FloatingPointError(
-            f"expected a finite gradient, got norm {norm} at step {step}: the weights were restored; lower the "
+            f"expected a finite gradient, got norm {norm} at step {step}: stopped; lower the "
             f"learning rate, or compute in bfloat16 or float32 if this is float16."
         )
     return norm
@@ -124,5 +116,5 @@ def _check_growth(history: list[Row], sources: list[Source], limit: float) -> No
         if len(lately) == PATIENCE and min(lately) - first > limit:
             raise FloatingPointError(
                 f"expected the {name} loss not to diverge, got {lately[-1]:.3g} at step {history[-1]['step']}, after "
-                f"{first:.3g} at the first: the weights were restored; lower the learning rate."
+                f"{first:.3g} at the first: stopped; lower the learning rate."
             )

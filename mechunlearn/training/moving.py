@@ -28,6 +28,14 @@ class Moving(Protocol):
         """Show the model what the optimizer made of `tensor`, and clear its gradient."""
 
 
+@runtime_checkable
+class Fleeting(Moving, Protocol):
+    """One whose tensor has no memory but from `fetch` to `publish`."""
+
+    def fetch(self) -> None:
+        """Fill `tensor` with what the model shows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Master:
     """The weights themselves: the parameter, or a float32 copy of the entries."""

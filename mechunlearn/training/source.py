@@ -118,7 +118,7 @@ class Source:
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"expected a finite loss, got {loss.item()} from {term.name} ({name_of(term.loss)}) "
-                f"at step {step}: the weights were restored; lower the learning rate."
+                f"at step {step}: stopped; lower the learning rate."
             )
         if loss.requires_grad:  # not where every value was cut off
             (term.coefficient * loss).backward()

@@ -1,5 +1,6 @@
 """Every editor takes every kind of localization, and runs on every architecture and both model classes."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -62,6 +63,12 @@ def vector(model, task, mask):
     return task_vector(model, task, mask, learn=partial(finetune, forget_loss=mu.losses.cross_entropy, **SHORT))
 
 
+def in_free_directions(model, task, mask):
+    text = torch.randint(4, tiny.N_VOCAB, (20, 12), generator=torch.Generator().manual_seed(3))
+    longer = replace(task, text=text)  # more tokens than neurons
+    return alpha_edit(model, longer, mask, free=partial(smallest_eigenvalues, share=0.6), **WRITE)
+
+
 WRITE = {"prefixes": ("w9 w8 w7",), "steps": 3, "progress": False}
 
 
@@ -79,7 +86,7 @@ EDITORS = {
     "ft_l": partial(ft_l, steps=1, progress=False),
     "rome": partial(rome, **WRITE),
     "memit": partial(memit, **WRITE),
-    "alpha_edit": partial(alpha_edit, free=partial(smallest_eigenvalues, share=0.4), **WRITE),
+    "alpha_edit": in_free_directions,
 }
 """Name -> (model, task, mask) -> Edit. A new editor is one line."""
 

@@ -7,7 +7,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.edit import LearnedMask, learn_weight_mask
-from mechunlearn.edit.learn_weight_mask import distance_from_one, size
+from mechunlearn.edit.learn_weight_mask import distance_from_one, mask_value
 from mechunlearn.model import preserved, shape
 from mechunlearn.weights import read, select
 
@@ -66,7 +66,7 @@ def test_one_step_is_the_gradient_times_the_weight():
 def test_the_penalty_pulls_as_it_says(llama):
     """Without any data term, the sum of values is driven to 0 and the distance from 1 leaves all as it is."""
     none = {"forget_coefficient": 1e-12, "retain_coefficient": 0.0, "text_coefficient": 0.0, "learning_rate": 1.0}
-    smaller = trained(llama, penalty=size, penalty_coefficient=10.0, steps=1, **none)
+    smaller = trained(llama, penalty=mask_value, penalty_coefficient=10.0, steps=1, **none)
     kept = trained(llama, penalty=distance_from_one, penalty_coefficient=10.0, steps=1, **none)
     assert all(bool((value == 0).all()) for value in smaller.numbers.values())
     assert kept.n_moved == 0

@@ -1,4 +1,6 @@
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 
 import pytest
 import tiny
@@ -206,3 +208,34 @@ def test_heads_apart_are_trained_where_they_are(model):
     assert {tensor.untyped_storage().data_ptr() for tensor in seen} <= memory
     assert sorted(len(tensor) for tensor in seen) == sorted([1, 2] + [1, 1] * (len(learned.numbers) - 1))
     assert learned.numbers["L1.W_Q"].shape[0] == 3
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
+def test_neurons_in_many_places_are_gathered_for_each_step_only(llama, monkeypatch, tmp_path, optimizer):
+    """The same bits as weights trained where they are; nothing is in memory between steps; a checkpoint holds them."""
+    module = import_module("mechunlearn.edit.learn_weight_mask_in_place")
+    mask = mu.ComponentMask.of([f"L{layer}N{n}" for layer in (0, 1) for n in range(1, 20, 2)], mu.shape(llama))
+    options = {"steps": 4, "batch_size": 4, "text_batch_size": 2, "progress": False, "learning_rate": 0.05}
+    learn = partial(learn_weight_mask_in_place, llama, tiny.task(llama), mask, optimizer=optimizer, **options)
+    there, seen, sizes = learn(), [], []
+    monkeypatch.setattr(module, "_RUNS", 1)
+    monkeypatch.setattr(module._Gathered, "__post_init__", _noted(module._Gathered.__post_init__, seen))
+    with left_as_it_was(llama):
+        gathered = learn(on_step=lambda _: sizes.append(sum(part.tensor.untyped_storage().nbytes() for part in seen)))
+    assert len(seen) == 6
+    assert sizes == [0] * 4
+    assert there.n_moved > 0
+    assert all(torch.equal(there.numbers[label], gathered.numbers[label]) for label in there.numbers)
+    stopped = partial(learn, checkpoint=tmp_path / "run.safetensors", every=1)
+    stopped(until=lambda row: row["step"] == 1)
+    resumed = stopped()
+    assert resumed.history == gathered.history
+    assert all(torch.equal(there.numbers[label], resumed.numbers[label]) for label in there.numbers)
+
+
+def _noted(make, seen):
+    def made(part):
+        make(part)
+        seen.append(part)
+
+    return made

@@ -18,6 +18,8 @@ from mechunlearn.weights import read, select
 
 PREFIXES = ("w9 w8 w7", "w50")
 SEARCH = Search(steps=4, learning_rate=0.5, kl_coefficient=0.0625, decay=0.5, clamp=0.75, stop_below=0.05)
+TEXT = torch.randint(4, tiny.N_VOCAB, (20, 12), generator=torch.Generator().manual_seed(3))
+"""More tokens than neurons."""
 quick = {"prefixes": PREFIXES, "steps": 4, "clamp": 0.75, "progress": False}
 
 
@@ -101,7 +103,7 @@ def test_memit_spreads_facts_by_least_squares(model):
 
 def test_alpha_edit_spreads_facts_in_the_null_space(model):
     task, mask = facts(model), masked(model, "L0MLP.W_out", "L1MLP.W_out")
-    covariance = key_covariance(model, mask, task.text)
+    covariance = key_covariance(model, mask, TEXT)
     free = partial(smallest_eigenvalues, share=0.2)
     options = {"covariance": covariance, "free": free, "ridge": 0.3, **quick}
     with left_as_it_was(model):
@@ -128,7 +130,8 @@ def _last_key(model, one, layer):
 def test_the_edited_facts_are_believed(model, editor):
     task, mask = facts(model, answer=2), masked(model, "L0MLP", "L1MLP")
     options = {"covariance_weight": 0.01} if editor is memit else {"free": partial(smallest_eigenvalues, share=0.9)}
-    edit = editor(model, task, mask, **{**quick, "steps": 15, "clamp": 5.0}, **options)
+    options |= {"covariance": key_covariance(model, mask, TEXT), "steps": 15, "clamp": 5.0}
+    edit = editor(model, task, mask, **{**quick, **options})
     before = mu.metrics.answer_log_probability(task.injection.logits(model), task.injection)
     with edit.applied(model):
         after = mu.metrics.answer_log_probability(task.injection.logits(model), task.injection)
@@ -186,3 +189,10 @@ def test_bad_input_is_refused(llama):
     for editor, where, options, message in cases:
         with left_as_it_was(llama), pytest.raises(ValueError, match=message):
             editor(llama, task, where, **quick, **options)
+
+
+def test_a_null_space_of_fewer_tokens_than_neurons_is_an_error(llama):
+    mask = masked(llama, "L0MLP.W_out")
+    covariance = key_covariance(llama, mask, TEXT[:2])
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"more tokens of text than the 64 neurons .* got 24"):
+        alpha_edit(llama, facts(llama), mask, covariance=covariance, **quick)

@@ -10,6 +10,7 @@ import mechunlearn as mu
 from mechunlearn.edit import key_covariance, rome
 from mechunlearn.model import slots
 from mechunlearn.model.mlp_values import adding_to_mlp, mlp_values
+from mechunlearn.tasks import formats
 from mechunlearn.weights import read, select
 
 PREFIXES = ("w9 w8 w7", "w50")
@@ -248,9 +249,10 @@ def golfers(shipped, sports):
 
 
 def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shipped, sports, golfers):
-    """Every way to ask but one, `aside`, of two athletes: 25 of 27 answers are the new one."""
+    """In every way to ask, nine for each of three athletes."""
     golf = int(sports.injection.answers[0, 0])
-    asked = {name: f for name, f in sports.formats.items() if "multiple choice" not in name}
+    ways = {"trained prompt", *(name.replace("_", " ") for name in formats.PARAPHRASES)}
+    asked = {name: asked for name, asked in sports.formats.items() if name in ways}
     trained, paraphrases, kept = 0, [], []
     for row, edit in enumerate(golfers):
         with edit.applied(shipped), torch.no_grad():
@@ -262,5 +264,6 @@ def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shi
         trained += says.pop("trained prompt")
         paraphrases += says.values()
     assert trained == len(ATHLETES)
-    assert sum(paraphrases) >= 0.9 * len(paraphrases)  # 22 of 24
+    assert len(paraphrases) == 24
+    assert all(paraphrases)
     assert min(kept) >= 0.95
