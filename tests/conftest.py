@@ -25,6 +25,28 @@ HAS_HOOKED = int(version("transformer_lens").split(".")[0]) < 4
 CASES = [(kind, name) for name in tiny.ARCHITECTURES for kind in (("bridge", "hooked") if HAS_HOOKED else ("bridge",))]
 
 
+FULLY_BRIDGED = ("gpt2", "gemma2")
+"""The most different two: a fused, plain, sequential model, and grouped heads, gates, norms after the blocks."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there are two classes, bridges of five architectures are tested in tests/model only.
+
+    TransformerLens 4, which has one class, tests them everywhere; so does EVERY_CASE=1.
+    """
+    if not HAS_HOOKED or os.environ.get("EVERY_CASE"):
+        return
+    left_out = [item for item in items if _is_spared(item)]
+    items[:] = [item for item in items if not _is_spared(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _is_spared(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+    spared = any(isinstance(p, tuple) and p[:1] == ("bridge",) and p[1] not in FULLY_BRIDGED for p in parameters)
+    return spared and "tests/model" not in item.path.as_posix()
+
+
 @cache
 def shared(kind: str, architecture: str) -> Any:
     if kind == "hooked" and not HAS_HOOKED:
