@@ -55,9 +55,10 @@ def rome(
     Meng et al. 2022, https://arxiv.org/abs/2202.05262; one key: Gupta et al. 2024, https://arxiv.org/abs/2403.07175.
     The defaults are theirs, but for half as many prefixes, six times as many steps, and a search that goes on down to a
     loss of 0.001, not 0.05: on the shipped model that makes paraphrases follow. An answer that stands in the prompt
-    already, such as golf in the trained one, is found with a part of what other prompts need. Cost for each fact: up to `steps`
-    forwards and backwards of its 11 contexts and one more prompt, from the MLP's layer up. For all: one solve of d_mlp
-    equations. As the search is in units of the model's activations, other models may need another `learning_rate`.
+    already, such as golf in the trained one, is found with a part of what other prompts need. Cost for each fact: up to
+    `steps` forwards and backwards of its 11 contexts and one more prompt, from the MLP's layer up. For all: one solve
+    of d_mlp equations. As the search is in units of the model's activations, other models may need another
+    `learning_rate`.
 
     ValueError for a mask that does not name exactly one W_out, facts without a subject or with the true answer,
     an MLP so late that nothing reads the subject above it, a covariance of other weights or layers, or a singular one;
