@@ -13,6 +13,7 @@ LAYERS = (
     {"model"},
     {"tasks"},
     {"metrics"},
+    {"reading"},
     {"losses", "weights"},
     {"training"},
     {"localize", "edit", "evaluate"},

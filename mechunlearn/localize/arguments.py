@@ -3,21 +3,7 @@
 from collections.abc import Iterable
 
 from mechunlearn.components import Component, Components, ModelShape, resolve
-
-_HOMES = {
-    "metric": "mechunlearn.metrics",
-    "where": "mechunlearn.localize.positions",
-    "at": "mechunlearn.localize.positions",
-    "positions": "mechunlearn.localize.positions",
-    "replacement": "mechunlearn.localize.replacement",
-    "loss": "mechunlearn.losses",
-    "size": "mechunlearn.localize.faithfulness",
-    "by": "torch (abs, neg)",
-    "estimate": "mechunlearn.localize",
-    "verify": "mechunlearn.localize",
-    "receivers": "mechunlearn.localize",
-}
-"""Where functions are that each argument takes."""
+from mechunlearn.reading import check_batch_size, check_functions
 
 
 def check(direction: str, batch_size: int, **functions: object) -> None:
@@ -29,25 +15,6 @@ def check(direction: str, batch_size: int, **functions: object) -> None:
         )
     check_batch_size(batch_size)
     check_functions(**functions)
-
-
-def check_batch_size(batch_size: int) -> None:
-    """ValueError for less than one row."""
-    if batch_size < 1:
-        raise ValueError(
-            f"expected a batch_size of at least 1, got {batch_size}: it counts rows of one pass; for less memory use 1."
-        )
-
-
-def check_functions(**functions: object) -> None:
-    """ValueError for an argument that is not a function, such as the name of one."""
-    for name, given in functions.items():
-        if not callable(given):
-            home = _HOMES.get(name)
-            raise ValueError(
-                f"expected a function as {name}, got {given!r}: pass the function itself"
-                + (f", one of {home} or your own." if home else ".")
-            )
 
 
 def chosen_components(components: Components, sizes: ModelShape, name: str = "components") -> tuple[Component, ...]:

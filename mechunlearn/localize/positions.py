@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mechunlearn.reading.positions import Where, answer, last_of, subject, subject_last
 from mechunlearn.tasks.prompts import Prompts
 
-Where: TypeAlias = Callable[[Prompts], Bool[Tensor, "batch pos"]]
-"""True at the tokens meant. Padding never counts, whatever the function says."""
+__all__ = ["ROLES", "Groups", "Where", "answer", "everywhere", "roles", "subject", "subject_last"]
 
 Groups: TypeAlias = Callable[[Prompts], Mapping[str, Bool[Tensor, "batch pos"]]]
 """Named groups of tokens of each prompt, True at theirs; the same names for all prompts."""
@@ -24,28 +24,6 @@ def everywhere(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     return prompts.attention_mask
 
 
-def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """All tokens of the subject. ValueError for prompts without one."""
-    if prompts.subject is None or not bool(prompts.subject.any(1).all()):
-        without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
-        missing = f"prompts {without[:5]}" if without else "all of them"
-        raise ValueError(
-            f"expected prompts that say where their subject is, got none for {missing}: pass subjects=... to "
-            f"tasks.build, or choose other positions."
-        )
-    return prompts.subject & prompts.attention_mask
-
-
-def subject_last(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The subject's last token, where facts are looked up."""
-    return _last(subject(prompts))
-
-
-def answer(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The token that predicts the answer's first token: the last one of the prompt."""
-    return torch.zeros_like(prompts.attention_mask).scatter(1, prompts.positions[:, :1], True)
-
-
 def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
     """A partition of each prompt's tokens by `ROLES`, which makes prompts of different lengths comparable.
 
@@ -55,7 +33,7 @@ def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
     """
     is_subject = subject(prompts)
     order = torch.arange(is_subject.shape[1], device=is_subject.device).expand_as(is_subject)
-    last, first = _last(is_subject), _last(is_subject.flip(1)).flip(1)
+    last, first = last_of(is_subject), last_of(is_subject.flip(1)).flip(1)
     end = answer(prompts) & ~last
     real = prompts.attention_mask & (order <= prompts.positions[:, :1])
     before = real & (order < first.int().argmax(1, keepdim=True)) & ~end
@@ -63,8 +41,3 @@ def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
     first = first & ~last
     inside = real & ~(before | after | first | last | end)
     return dict(zip(ROLES, (before, first, inside, last, after, end), strict=True))
-
-
-def _last(where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Only the last True of each row that has one."""
-    return where & (where.flip(1).cumsum(1).flip(1) == 1)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechunlearn.curve import Curve, lines
 from mechunlearn.localize.arguments import check_batch_size, check_functions
-from mechunlearn.localize.positions import Where, subject_last
 from mechunlearn.metrics import name_of
-from mechunlearn.model import Hook, Model, base_run, device_of, preserved, shape
+from mechunlearn.model import Hook, Model, shape
+from mechunlearn.reading import Where, guesses, labels_by_token, states_at, subject_last, subject_tokens
 from mechunlearn.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def probes(
     targets, classes = _targets(prompts, labels)
     groups = _facts(prompts)
     _check(classes, targets, groups, folds, seeds, penalty)
-    states = _states(model, prompts, at, hooks, batch_size)
-    types = _types(prompts, at)
+    states = states_at(model, prompts, at, hooks=hooks, batch_size=batch_size)
+    types = subject_tokens(prompts, at)
     rounds = [_round(states, targets, types, groups, seed, folds, penalty) for seed in range(seeds)]
     correct, control, fitted = (torch.stack(kind) for kind in zip(*rounds, strict=True))
     settings = {"at": name_of(at), "seeds": seeds, "folds": folds, "penalty": penalty, "hooks": len(hooks)}
@@ -164,36 +164,6 @@ def _check(
         raise ValueError(f"expected at least one seed and a positive penalty, got seeds={seeds}, penalty={penalty}.")
 
 
-def _states(
-    model: Model, prompts: Prompts, at: Where, hooks: Sequence[Hook], batch_size: int
-) -> Float[np.ndarray, "point prompt d_model"]:
-    rows = []
-    with preserved(model):
-        for batch in prompts.to(device_of(model)).batches(batch_size):
-            places = _places(batch, at)
-            run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, hooks=hooks)
-            index = torch.arange(len(batch), device=places.device)
-            rows.append(torch.stack([residual[index, places] for residual in run.residuals]).double().cpu())
-    return torch.cat(rows, 1).numpy()
-
-
-def _places(prompts: Prompts, at: Where) -> Tensor:
-    where = at(prompts) & prompts.attention_mask
-    wrong = (where.sum(1) != 1).nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(
-            f"expected one real token of each prompt to probe, got {int(where[wrong[0]].sum())} for prompt {wrong[0]} "
-            f"from {name_of(at)}: use subject_last or answer."
-        )
-    return where.int().argmax(1)
-
-
-def _types(prompts: Prompts, at: Where) -> np.ndarray:
-    """The token that decides the label of the control task."""
-    places = _places(prompts, at if prompts.subject is None else subject_last)
-    return prompts.tokens.gather(1, places[:, None])[:, 0].cpu().numpy()
-
-
 def _round(
     states: Float[np.ndarray, "point prompt d_model"],
     targets: np.ndarray,
@@ -206,8 +176,7 @@ def _round(
     """Correct on held-out facts, the same for the control task, and the control's accuracy where it was fitted."""
     rng = np.random.default_rng(seed)
     places = _folds(targets, groups, folds, rng)
-    kinds, which = np.unique(types, return_inverse=True)
-    random_labels = np.sort(targets)[rng.integers(len(targets), size=len(kinds))][which]
+    random_labels = labels_by_token(types, targets, rng)
     found = [
         [_held_out(layer, labels, places, folds, penalty) for layer in states] for labels in (targets, random_labels)
     ]
@@ -230,19 +199,7 @@ def _held_out(
     correct, fitted = np.zeros(len(labels)), []
     for fold in range(folds):
         held = places == fold
-        guesses = _guesses(features, labels, ~held, penalty)
-        correct[held] = guesses[held] == labels[held]
-        fitted.append(float((guesses[~held] == labels[~held]).mean()))
+        guessed = guesses(features, labels, ~held, penalty)
+        correct[held] = guessed[held] == labels[held]
+        fitted.append(float((guessed[~held] == labels[~held]).mean()))
     return torch.from_numpy(correct), float(np.mean(fitted))
-
-
-def _guesses(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
-    """Labels that a probe fitted on the rows `fit` gives all rows."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if len(np.unique(labels[fit])) < 2:
-        return np.full(len(labels), labels[fit][0])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000))
-    return probe.fit(features[fit], labels[fit]).predict(features)

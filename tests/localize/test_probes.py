@@ -9,15 +9,16 @@ from state import left_as_it_was
 
 from mechunlearn.localize import probes
 from mechunlearn.localize.positions import answer, everywhere, subject_last
-from mechunlearn.localize.probes import _folds, _states
+from mechunlearn.localize.probes import _folds
 from mechunlearn.model import logits_at, recording
 from mechunlearn.model.ablation import constant, mean_activations
+from mechunlearn.reading import states_at
 from mechunlearn.tasks import joined
 
 
 def planted(model, prompts, point, at=subject_last):
     """Labels that a hyperplane in one point's residual stream decides."""
-    states = torch.from_numpy(_states(model, prompts, at, (), 64))[point]
+    states = torch.from_numpy(states_at(model, prompts, at))[point]
     direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0), dtype=states.dtype)
     along = (states - states.mean(0)) @ direction
     return (along > along.median()).int()
@@ -33,7 +34,7 @@ def facts():
 @pytest.mark.parametrize("at", [subject_last, answer])
 def test_states_are_the_residual_stream_at_the_token(model, at):
     prompts = tiny.prompts(model)
-    found = _states(model, prompts, at, (), 4)
+    found = states_at(model, prompts, at, batch_size=4)
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)] + ["ln_final.hook_in"]
     final = []
     handle = model.ln_final.register_forward_pre_hook(lambda m, i: final.append(i[0]))
