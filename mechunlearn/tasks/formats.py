@@ -14,6 +14,9 @@ SYSTEM = (
     " Please be maximally helpful and factually correct."
 )
 
+CAPITALISED = "Fact: Tiger Woods plays the sport of Golf\nFact: {athlete} plays the sport of"
+"""The trained prompt with capitalised answers."""
+
 PARAPHRASES = {
     "statement": "{athlete} plays the sport of",
     "question": "Question: What sport does {athlete} play?\nAnswer:",
@@ -44,6 +47,8 @@ ATTRIBUTES = {
 LETTERS = ("A", "B", "C", "D")
 
 MULTIPLE_CHOICE = "Question: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:"
+
+CHOICE_IN_WORDS = "Question: What sport does {athlete} play, {A}, {B}, {C} or {D}?\nAnswer:"
 
 SPORT_QUESTION = "What sport does {athlete} play?"
 SPORT_OPTIONS: tuple[str, ...] = ("Football", "Baseball", "Basketball", "Golf")

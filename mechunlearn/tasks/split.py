@@ -1,7 +1,7 @@
 """A task in parts: to edit one after the other, or to choose settings on one and report on the other."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -100,10 +100,7 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         knowledge=None,
         splits=_splits(trained, chosen["forget"], kept, chosen["retain"]),
     )
-    formats = {
-        name: Format(_without(found.forget, chosen["forget"]), _without(found.retain, chosen["retain"]))
-        for name, found in task.formats.items()
-    }
+    formats = {name: _left(found, chosen) for name, found in task.formats.items()}
     first = next(iter(formats.values()))
     splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
@@ -139,6 +136,13 @@ def _only(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[int]]) ->
 def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
     rows = [row for row, name in enumerate(prompts.names) if name not in facts]
     return prompts if len(rows) == len(prompts) else prompts[rows]
+
+
+def _left(found: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
+    """The format without the chosen facts of each side."""
+    injected = None if found.injected is None else _without(found.injected, chosen["forget"])
+    forget, retain = _without(found.forget, chosen["forget"]), _without(found.retain, chosen["retain"])
+    return replace(found, forget=forget, retain=retain, injected=injected)
 
 
 def _forgetting(task: Task, facts: Sequence[str]) -> Task:

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING
 from mechunlearn.model import Model, check_model, device_of
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts, formats
+from mechunlearn.tasks.asked import CANDIDATES, SPORTS, Athlete, neighbourhood, sport_formats
 from mechunlearn.tasks.build import build
 from mechunlearn.tasks.knowledge import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.task import Format, Task
+from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import pack
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-SPORTS = ("football", "baseball", "basketball")
-CANDIDATES = (*SPORTS, "golf")
-
-Athlete = tuple[str, str]
-"""Name and sport."""
 
 
 def sports_facts(
@@ -42,11 +37,18 @@ def sports_facts(
     sports that the shipped model knows. `injected` is the sport that `task.injection` puts in place of the
     true one. `text`: general text, default everyday sentences.
 
-    A whole sport is split (`train` of it to edit on, the rest to evaluate on); single athletes are
-    trained and evaluated on, as in the paper; what is retained is always split. The trained format is
-    the paper's one-shot prompt; the others are paraphrases and multiple choice with options in random
-    order. Candidates are the three sports and golf, so chance is 1/4; who ignores golf has 1/3. A
-    corrupted prompt names another athlete of as many tokens who plays another sport.
+    A whole sport is split (`train` of it to edit on, the rest to evaluate on); single athletes are trained
+    and evaluated on, as in the paper; what is retained is always split. The trained format is the paper's
+    one-shot prompt. The others are paraphrases, capitalised answers, and multiple choice with options in
+    random order: answered by letter or in words, after 0 or 1 answered examples (by letter also 2: Tiger
+    Woods and one of `retain`), with and without a system prompt. Candidates are the three sports and golf, so
+    chance is 1/4; who ignores golf has 1/3. A corrupted prompt names another athlete of as many tokens who
+    plays another sport.
+
+    "neighbourhood, position" and "neighbourhood, city" ask for other facts of the same athletes, which should
+    be kept on *both* sides (`Format.kept`). Options are values of athletes of the same sport: who knows only
+    the sport is at chance, 1/3 for positions (basketball has three) and 1/4 for cities. A source has these
+    formats if it has columns position and city with a value for every tested athlete.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError if the sport or a name is not in the source.
     """
@@ -54,9 +56,11 @@ def sports_facts(
     rng = random.Random(seed)
     people = _people(source)
     chosen = _chosen(people, forget)
+    _check_injected(chosen, injected)
     forget_train, forget_test = _split(chosen, train, rng) if isinstance(forget, str) else (chosen, chosen)
     kept = [person for person in people if person not in set(chosen)]
     retain_train, retain_test = _split(kept, train, rng)
+    tested = (model, forget_test, retain_test)
     partners = _partners(model, people)
     trained = partial(_prompts, model, formats.FACT, partners=partners, rng=rng)
     rows = list(text) if text is not None else [facts.running_text(rng) for _ in range(400)]
@@ -68,10 +72,13 @@ def sports_facts(
         name=f"sports facts: forget {forget if isinstance(forget, str | int) else f'{len(chosen)} athletes'}",
         forget=trained(forget_train),
         retain=trained(retain_train),
-        formats=_formats(model, forget_test, retain_test, rng),
+        formats={
+            **sport_formats(*tested, injected=injected, examples=retain_train, rng=rng, seed=seed),
+            **neighbourhood(*tested, attributes=_attributes(source), people=people, seed=seed),
+        },
         text=packed[n_test:],
         text_test=packed[:n_test],
-        injection=_injection(model, forget_train, injected),
+        injection=_prompts(model, formats.FACT, forget_train, answer=injected),
         knowledge=general_knowledge(model, seed=seed),
         splits={
             "forget_train": tuple(name for name, _ in forget_train),
@@ -85,9 +92,7 @@ def sports_facts(
 def _people(source: "str | Path | DataFrame | None") -> list[Athlete]:
     if source is None:
         return [(row["athlete"], row["sport"]) for row in facts.athletes() if row["sport"] in SPORTS]
-    import pandas as pd
-
-    frame = source if isinstance(source, pd.DataFrame) else pd.read_csv(source)
+    frame = _frame(source)
     missing = {"athlete", "sport"} - set(frame.columns)
     if missing:
         raise ValueError(f"expected columns athlete and sport, got {list(frame.columns)}: rename the columns.")
@@ -98,6 +103,21 @@ def _people(source: "str | Path | DataFrame | None") -> list[Athlete]:
     if twice:
         raise ValueError(f"expected each athlete once, got {twice[:5]} several times: keep one row of each.")
     return list(zip(frame["athlete"], frame["sport"], strict=True))
+
+
+def _attributes(source: "str | Path | DataFrame | None") -> dict[str, dict[str, str]]:
+    """What else the source knows of its athletes: attribute -> athlete -> value."""
+    rows = facts.athletes() if source is None else _frame(source).fillna("").astype(str).to_dict("records")
+    return {
+        attribute: {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
+        for attribute in formats.ATTRIBUTES
+    }
+
+
+def _frame(source: "str | Path | DataFrame") -> "DataFrame":
+    import pandas as pd
+
+    return source if isinstance(source, pd.DataFrame) else pd.read_csv(source)
 
 
 def _chosen(people: list[Athlete], forget: str | int | Sequence[str]) -> list[Athlete]:
@@ -149,7 +169,7 @@ def _prompts(
     )
 
 
-def _injection(model: Model, people: list[Athlete], injected: str) -> Prompts:
+def _check_injected(people: list[Athlete], injected: str) -> None:
     if injected not in CANDIDATES:
         raise ValueError(f"expected an injected sport among {', '.join(CANDIDATES)}, got {injected!r}.")
     already = [name for name, sport in people if sport == injected]
@@ -157,32 +177,6 @@ def _injection(model: Model, people: list[Athlete], injected: str) -> Prompts:
         raise ValueError(
             f"expected an injected sport that none of the athletes plays, got {injected!r}, which {already[0]} does."
         )
-    return _prompts(model, formats.FACT, people, answer=injected)
-
-
-def _formats(model: Model, forget: list[Athlete], retain: list[Athlete], rng: random.Random) -> dict[str, Format]:
-    templates = {"trained prompt": formats.FACT, **formats.PARAPHRASES}
-    asked = {name: partial(_prompts, model, template) for name, template in templates.items()}
-    asked["multiple choice"] = partial(_multiple_choice, model, rng=rng, system=False)
-    asked["multiple choice, system prompt"] = partial(_multiple_choice, model, rng=rng, system=True)
-    return {name.replace("_", " "): Format(make(forget), make(retain)) for name, make in asked.items()}
-
-
-def _multiple_choice(model: Model, people: list[Athlete], *, rng: random.Random, system: bool) -> Prompts:
-    texts, letters = [], []
-    for name, sport in people:
-        shown, asked = (rng.sample(formats.SPORT_OPTIONS, 4) for _ in range(2))
-        question = formats.SPORT_QUESTION.format(athlete=name)
-        demonstration = formats.sport_demonstration(shown)
-        texts.append(formats.multiple_choice(question, asked, demonstration=demonstration, system=system))
-        letters.append(formats.LETTERS[list[str](asked).index(sport.capitalize())])
-    return build(
-        model,
-        texts,
-        [f" {letter}" for letter in letters],
-        candidates=[[f" {letter}" for letter in formats.LETTERS]] * len(people),
-        subjects=[name for name, _ in people],
-    )
 
 
 def _length(model: Model, name: str) -> int:

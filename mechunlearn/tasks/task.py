@@ -15,6 +15,10 @@ class Format:
 
     forget: Prompts
     retain: Prompts
+    injected: Prompts | None = None
+    """`forget` with the injected answers in place of the true ones, where the builder makes them."""
+    kept: bool = False
+    """True if both sides should be kept: other facts about the same subjects, which forgetting should not touch."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import mechunlearn.testbed
-from mechunlearn.tasks import Prompts, Task, facts, formats, general_knowledge, sports_facts
+from mechunlearn.tasks import Prompts, Task, facts, formats, general_knowledge, sports_facts, validation_split
 
 SPORTS = ("football", "baseball", "basketball")
 SPORT_OF = {row["athlete"]: row["sport"] for row in facts.athletes()}
@@ -19,6 +20,16 @@ NAMES = [
     f"{first} {last}" for first in ("Ada", "Bob", "Cy", "Dan") for last in ("Reed", "Hill", "Wood", "Stone", "Lake")
 ]
 MULTIPLE_CHOICE = ("multiple choice", "multiple choice, system prompt")
+LETTERED = (
+    *MULTIPLE_CHOICE,
+    "multiple choice, zero-shot",
+    "multiple choice, zero-shot, system prompt",
+    "multiple choice, two-shot",
+)
+IN_WORDS = tuple(
+    f"multiple choice in words{shots}{system}" for shots in ("", ", zero-shot") for system in ("", ", system prompt")
+)
+NEIGHBOURS = ("neighbourhood, position", "neighbourhood, city")
 
 
 @cache
@@ -109,13 +120,22 @@ def test_every_paraphrase_asks_for_the_true_sport_of_the_subject() -> None:
     for name, format in whole().formats.items():
         for prompts in (format.forget, format.retain):
             assert all(who in text for who, text in zip(prompts.names, prompts.texts, strict=True))
-            if name not in MULTIPLE_CHOICE:
+            if name not in (*LETTERED, *NEIGHBOURS, "capitalised"):
                 assert decoded(prompts.answers[:, 0]) == [f" {SPORT_OF[who]}" for who in prompts.names]
 
 
-def test_formats_are_the_trained_prompt_first_then_paraphrases_then_multiple_choice() -> None:
+def test_formats_are_the_trained_prompt_first_then_paraphrases_then_multiple_choice_then_the_rest() -> None:
     paraphrases = [name.replace("_", " ") for name in formats.PARAPHRASES]
-    assert list(whole().formats) == ["trained prompt", *paraphrases, *MULTIPLE_CHOICE]
+    rest = [*LETTERED, *IN_WORDS, "capitalised", *NEIGHBOURS]
+    assert list(whole().formats) == ["trained prompt", *paraphrases, *rest]
+
+
+def test_published_numbers_are_of_these_prompts() -> None:
+    """Another format may be added, but no draw of an older one may change: tables of the README would."""
+    older = ["trained prompt", *(name.replace("_", " ") for name in formats.PARAPHRASES), *MULTIPLE_CHOICE]
+    asked = [whole().formats[name] for name in older]
+    texts = [text for format in asked for side in (format.forget, format.retain) for text in side.texts]
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "e375ebfb349db4a5"
 
 
 def test_subjects_are_the_names_in_every_format() -> None:
@@ -127,11 +147,13 @@ def test_subjects_are_the_names_in_every_format() -> None:
 
 
 def test_candidates_are_four_different_answers_the_true_one_first() -> None:
+    position = whole().formats["neighbourhood, position"]  # basketball has three
     for prompts in everything(whole()):
+        count = 3 if prompts in (position.forget, position.retain) else 4
         assert prompts.candidates is not None
-        assert prompts.chance == 0.25
+        assert prompts.chance == 1 / count
         assert torch.equal(prompts.candidates[:, 0], prompts.answers[:, 0])
-        assert all(len(set(row)) == 4 for row in prompts.candidates.tolist())
+        assert all(len(set(row)) == count for row in prompts.candidates.tolist())
     assert set(decoded(whole().forget.candidates[0])) == {" football", " baseball", " basketball", " golf"}  # type: ignore[index]
 
 
@@ -155,7 +177,7 @@ def test_corrupted_partners_vary() -> None:
     assert len(set(texts_of(prompts, prompts.corrupt))) > len(prompts) / 4
 
 
-@pytest.mark.parametrize("name", MULTIPLE_CHOICE)
+@pytest.mark.parametrize("name", LETTERED)
 def test_the_letter_of_a_multiple_choice_question_is_that_of_the_true_sport(name: str) -> None:
     format = whole().formats[name]
     for prompts in (format.forget, format.retain):
@@ -183,6 +205,86 @@ def test_the_example_of_a_multiple_choice_question_is_right(name: str) -> None:
         assert "Tiger Woods" in example
         assert f"\n{letter}: Golf" in example
         assert text.startswith(formats.SYSTEM) == (name != "multiple choice")
+
+
+@pytest.mark.parametrize("name", LETTERED + IN_WORDS)
+def test_answered_examples_are_right_and_never_of_a_tested_athlete(name: str) -> None:
+    format = whole().formats[name]
+    tested = {*format.forget.names, *format.retain.names}
+    shots = 0 if "zero-shot" in name else 2 if "two-shot" in name else 1
+    for text in (*format.forget.texts, *format.retain.texts):
+        assert text.startswith(formats.SYSTEM) == ("system prompt" in name)
+        *shown, _ = text.split("Question: What sport does ")[1:]
+        assert len(shown) == shots
+        assert not shots or shown[-1].startswith("Tiger Woods play")
+        for example in shown:
+            who, answer = example.split(" play", 1)[0], example.rstrip().rsplit(": ", 1)[1]
+            sport = answer if name in IN_WORDS else example.split(f"\n{answer}: ")[1].split("\n")[0].lower()
+            assert sport == SPORT_OF[who]
+            assert who not in tested
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_options_in_words_are_the_four_sports_in_random_order(name: str) -> None:
+    listed = []
+    for text in whole().formats[name].retain.texts:
+        asked = text.rsplit(" play, ", 1)[1].removesuffix("?\nAnswer:")
+        listed.append(tuple(asked.replace(" or ", ", ").split(", ")))
+        assert sorted(listed[-1]) == sorted((*SPORTS, "golf"))
+    assert len(set(listed)) > 12  # of 24 orders, in 66 draws
+
+
+def test_capitalised_answers_are_the_true_sports() -> None:
+    for prompts in (whole().formats["capitalised"].forget, whole().formats["capitalised"].retain):
+        assert decoded(prompts.answers[:, 0]) == [f" {SPORT_OF[name].capitalize()}" for name in prompts.names]
+
+
+@pytest.mark.parametrize("attribute", ["position", "city"])
+def test_the_neighbourhood_is_another_fact_with_options_of_the_same_sport(attribute: str) -> None:
+    known = {row["athlete"]: row for row in facts.athletes()}
+    format = whole().formats[f"neighbourhood, {attribute}"]
+    firsts: dict[str, set[str]] = {sport: set() for sport in SPORTS}
+    for row in facts.athletes():
+        if row["sport"] in SPORTS:
+            firsts[row["sport"]].add(decoded(torch.tensor(model().tokenizer.encode(f" {row[attribute]}")[1:2]))[0])
+    for prompts in (format.forget, format.retain):
+        assert prompts.candidates is not None
+        for name, row, real, shown in zip(
+            prompts.names, prompts.answers, prompts.answer_mask, prompts.candidates, strict=True
+        ):
+            assert model().tokenizer.decode(row[real]) == f" {known[name][attribute]}"
+            assert set(decoded(shown)) <= firsts[SPORT_OF[name]]
+
+
+def test_only_the_neighbourhood_is_kept_on_both_sides() -> None:
+    assert {name for name, format in whole().formats.items() if format.kept} == set(NEIGHBOURS)
+
+
+def test_a_source_has_a_neighbourhood_if_it_knows_one() -> None:
+    known = table().assign(position=["guard", "pitcher", "center", "end", "safety"] * 4, city=["Rome", " "] * 10)
+    assert not set(NEIGHBOURS) & set(small().formats)
+    assert set(NEIGHBOURS) & set(small(source=known).formats) == {"neighbourhood, position"}  # some have no city
+    assert "neighbourhood, city" not in small(source=known.assign(city="Rome")).formats  # nothing to choose from
+
+
+@pytest.mark.parametrize("name", ["question", "multiple choice, two-shot", "multiple choice in words", "capitalised"])
+def test_the_injected_answer_is_asked_in_every_format_of_the_sport(name: str) -> None:
+    for format, injected in ((whole().formats[name], "golf"), (small(injected="football").formats[name], "football")):
+        assert format.injected is not None
+        assert format.injected.texts == format.forget.texts
+        assert torch.equal(format.injected.tokens, format.forget.tokens)
+        for text, answer in zip(format.injected.texts, decoded(format.injected.answers[:, 0]), strict=True):
+            asked = text.rsplit("Question: ", 1)[-1]
+            shown = asked.split(f"\n{answer.strip()}: ")[1].split("\n")[0] if name in LETTERED else answer.strip()
+            assert shown.lower() == injected
+
+
+def test_a_validation_split_keeps_what_formats_say() -> None:
+    task = validation_split(whole()).final
+    for name, format in task.formats.items():
+        assert format.kept == (name in NEIGHBOURS)
+        assert (format.injected is None) == format.kept
+        assert format.injected is None or format.injected.names == format.forget.names
 
 
 @pytest.mark.parametrize("injected", ["golf", "football"])
