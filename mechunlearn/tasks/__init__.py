@@ -1,11 +1,15 @@
 """What to forget and what to keep, in every format: prompts, tasks and their builders."""
 
 from mechunlearn.tasks.build import answered, build
+from mechunlearn.tasks.counterfact import counterfact
+from mechunlearn.tasks.from_frame import from_frame
 from mechunlearn.tasks.joined import joined
 from mechunlearn.tasks.knowledge import general_knowledge
+from mechunlearn.tasks.known import knows
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.split import Validation, partitioned, validation_split
 from mechunlearn.tasks.sports import sports_facts
+from mechunlearn.tasks.streams import TextStream, pile
 from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import as_prompts, pack, rows_of
 
@@ -13,14 +17,19 @@ __all__ = [
     "Format",
     "Prompts",
     "Task",
+    "TextStream",
     "Validation",
     "answered",
     "as_prompts",
     "build",
+    "counterfact",
+    "from_frame",
     "general_knowledge",
     "joined",
+    "knows",
     "pack",
     "partitioned",
+    "pile",
     "rows_of",
     "sports_facts",
     "validation_split",

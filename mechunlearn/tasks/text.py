@@ -1,5 +1,6 @@
 """General text, packed to rows of equal length."""
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -7,8 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.kinds import Model, device_of
 from mechunlearn.model.tokens import encode
+from mechunlearn.tasks import facts
 from mechunlearn.tasks.prompts import Prompts
 
 
@@ -51,16 +53,40 @@ def rows_of(
 
 
 def pack(
-    model: Model, texts: Iterable[str | Sequence[int]], *, length: int = 64, rows: int | None = None
+    model: Model, texts: Iterable[str | Sequence[int]], *, length: int = 64, rows: int | None = None, skip: int = 0
 ) -> Int[Tensor, "row pos"]:
-    """The first `rows` rows (default: all) that the texts fill, by `rows_of`.
+    """`rows` rows (default: all) that the texts fill, by `rows_of`, from the row `skip` on.
 
-    ValueError if the texts fill fewer than `rows` rows (or none).
+    Calls with `skip` 0, 100, 200, ... on texts that begin anew give the rows of one long call, 100 at a time; what is
+    skipped is read and tokenized again. ValueError if the texts fill fewer rows (or none).
     """
-    found = list(islice(rows_of(model, texts, length=length), rows))
+    stop = None if rows is None else skip + rows
+    found = list(islice(rows_of(model, texts, length=length), skip, stop))
     if len(found) < (rows or 1):
+        after = f" after the first {skip}" if skip else ""
         raise ValueError(
-            f"expected text for {rows or 1} rows of {length} tokens, got enough for {len(found)} "
+            f"expected text for {rows or 1} rows of {length} tokens{after}, got enough for {len(found)} "
             f"({len(found) * length} tokens): pass more text or shorter rows."
         )
     return torch.stack(found)
+
+
+def train_and_test_text(
+    model: Model, text: Iterable[str] | Int[Tensor, "row pos"] | None = None, *, seed: int = 0
+) -> tuple[Int[Tensor, "train_row pos"], Int[Tensor, "test_row pos"]]:
+    """General text for `Task.text` and, its first fifth, for `Task.text_test`.
+
+    Strings are packed to rows of 64 tokens, all of them: of an endless stream, pass rows by `pack(..., rows=...)`.
+    Default: everyday sentences that come with the package. ValueError for fewer than two rows.
+    """
+    if text is None:
+        rng = random.Random(f"text {seed}")
+        text = [facts.running_text(rng) for _ in range(400)]
+    packed = (text if isinstance(text, Tensor) else pack(model, text)).to(device_of(model))
+    n_test = max(1, len(packed) // 5)
+    if len(packed) <= n_test:
+        raise ValueError(
+            f"expected text for at least two rows (train and test), got {len(packed)} of {packed.shape[1]} tokens: "
+            f"pass more text."
+        )
+    return packed[n_test:], packed[:n_test]

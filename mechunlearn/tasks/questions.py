@@ -1,0 +1,126 @@
+"""Questions about facts, and the prompts that they become; for the builders of tasks."""
+
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from mechunlearn.model import Model
+from mechunlearn.model.tokens import encode
+from mechunlearn.tasks.build import build
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Format
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt about a fact and what may follow it; answers begin with the space that stands before them."""
+
+    name: str
+    """The fact's."""
+    text: str
+    answer: str
+    options: tuple[str, ...]
+    """Possible answers: the right one, the injected one if there is one, and others."""
+    injected: str | None = None
+    subject: tuple[int, int] | None = None
+    """Characters of the text; `None` where it is about something else than the fact."""
+    corrupt: str | None = None
+    """A text of as many tokens about another subject."""
+
+
+def format_of(model: Model, forget: Sequence[Question], retain: Sequence[Question], *, kept: bool = False) -> Format:
+    """Both sides with equally many candidates, and `forget` with the injected answers, if every question has one."""
+    count = min(len(question.options) for question in (*forget, *retain))
+    forget, retain = ([_with_options(question, count) for question in side] for side in (forget, retain))
+    instead = None if kept else injected_prompts(model, forget)
+    return Format(prompts_of(model, forget), prompts_of(model, retain), instead, kept)
+
+
+def injected_prompts(model: Model, questions: Sequence[Question]) -> Prompts | None:
+    """The questions with the injected answers as the right ones; `None` if any lacks one."""
+    found = [replace(q, answer=q.injected, corrupt=None) for q in questions if q.injected is not None]
+    return prompts_of(model, found) if len(found) == len(questions) else None
+
+
+def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
+    """As prompts; subjects and corrupted counterparts if every question has them."""
+    count = min(len(question.options) for question in questions)
+    ranges = [question.subject for question in questions if question.subject is not None]
+    corrupt = [question.corrupt for question in questions if question.corrupt is not None]
+    made = build(
+        model,
+        [question.text for question in questions],
+        [question.answer for question in questions],
+        candidates=[question.options[:count] for question in questions],
+        subjects=ranges if len(ranges) == len(questions) else None,
+        corrupt=corrupt if len(corrupt) == len(questions) else None,
+    )
+    return replace(made, names=tuple(question.name for question in questions))
+
+
+FirstToken = Callable[[str, str], int]
+"""(prompt, answer) -> the first token of the answer."""
+
+
+def first_tokens(model: Model) -> FirstToken:
+    """Remembers what it has found: only the prompt's last character matters to the first token of an answer."""
+    found: dict[tuple[str, str], int] = {}
+
+    def first(text: str, answer: str) -> int:
+        key = (text[-1:], answer)
+        if key not in found:
+            found[key] = encode(model, text + answer).tokens[len(encode(model, text).tokens)]
+        return found[key]
+
+    return first
+
+
+def distinct(
+    first: FirstToken, text: str, given: Sequence[str], others: Iterable[str], *, count: int, name: str
+) -> tuple[str, ...]:
+    """The given answers and then others, up to `count`, all of which differ in their first token after `text`.
+
+    ValueError if the given ones do not, or if there is no second answer.
+    """
+    found: dict[int, str] = {}
+    for place, option in enumerate(given):
+        other = found.setdefault(first(text, option), option)
+        if len(found) == place:
+            raise ValueError(
+                f"expected answers of {name!r} that differ in their first token, got {other!r} and {option!r}: choose "
+                f"another one to inject, or leave this fact out."
+            )
+    for option in others:
+        if len(found) >= count:
+            break
+        found.setdefault(first(text, option), option)
+    if len(found) < 2:
+        raise ValueError(
+            f"expected another answer than {given[0]!r} (of {name!r}) that differs in its first token, got none: add "
+            f"facts with other answers, or pass candidates=[...]."
+        )
+    return tuple(found.values())
+
+
+def drawn(answers: Collection[str], *, without: Collection[str], seed: str) -> list[str]:
+    """The answers in an order of this seed, apart from some."""
+    left = sorted(set(answers) - set(without))
+    random.Random(seed).shuffle(left)
+    return left
+
+
+def lettered(options: Sequence[str], letters: Sequence[str], *, seed: str) -> dict[str, str]:
+    """Option -> its letter, in an order of this seed."""
+    order = list(options)
+    random.Random(seed).shuffle(order)
+    return dict(zip(order, letters, strict=True))
+
+
+def counterpart(model: Model, text: str, answer: str, others: Iterable[str]) -> str | None:
+    """The first of the other texts that has as many tokens before this answer; `None` if none has."""
+    length = len(encode(model, text + answer).tokens)
+    return next((other for other in others if len(encode(model, other + answer).tokens) == length), None)
+
+
+def _with_options(question: Question, count: int) -> Question:
+    return replace(question, options=question.options[:count])
