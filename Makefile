@@ -43,6 +43,8 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/patching.py
 	$(VENV)/bin/python benchmarks/tracing.py
 	$(VENV)/bin/python benchmarks/edge_memory.py
+	$(VENV)/bin/python benchmarks/evaluate.py
+	$(VENV)/bin/python benchmarks/attacks.py
 
 clean:
 	rm -rf $(VENV) site out

@@ -30,9 +30,9 @@ FULLY_BRIDGED = ("gpt2", "gemma2")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where there are two classes, bridges of five architectures are tested in tests/model only.
+    """On TransformerLens 3 leave out what TransformerLens 4 tests as well, unless EVERY_CASE=1.
 
-    TransformerLens 4, which has one class, tests them everywhere; so does EVERY_CASE=1.
+    These are tests marked `once` and, but for tests/model, bridges of five architectures.
     """
     if not HAS_HOOKED or os.environ.get("EVERY_CASE"):
         return
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_spared(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
     spared = any(isinstance(p, tuple) and p[:1] == ("bridge",) and p[1] not in FULLY_BRIDGED for p in parameters)
-    return spared and "tests/model" not in item.path.as_posix()
+    return item.get_closest_marker("once") is not None or (spared and "tests/model" not in item.path.as_posix())
 
 
 @cache

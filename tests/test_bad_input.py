@@ -250,9 +250,10 @@ def test_every_edit_is_checked_before_anything_is_evaluated(llama):
     assert calls == []
 
 
-def test_a_test_that_returns_no_result_is_refused(llama):
-    with refused("expected a test .* for the column 'mine'", "returns float", "wrap the number"):
-        mu.evaluate.compare(llama, tiny.task(llama), {}, metrics={"mine": lambda *_: 0.5}, progress=False)
+def test_a_test_that_returns_no_result_is_an_error_in_its_cell(llama):
+    report = mu.evaluate.compare(llama, tiny.task(llama), {}, metrics={"mine": lambda *_: 0.5}, progress=False)
+    assert "expected a test (model, task) -> Result for the column 'mine'" in report.cells[0].error
+    assert "returns float: wrap the number" in report.cells[0].error
 
 
 def test_a_row_that_is_named_original_is_refused(llama):

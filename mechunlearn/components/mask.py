@@ -72,6 +72,10 @@ class ComponentMask(Set[Component]):
     def __len__(self) -> int:
         return len(self.components)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it travels to another process: a read-only mapping cannot."""
+        return ComponentMask, (self.components, self.shape, dict(self.provenance))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ComponentMask):
             return NotImplemented

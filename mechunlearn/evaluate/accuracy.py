@@ -45,14 +45,15 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
     """One result per metric, from one forward over the prompts in batches (answers are teacher-forced)."""
     check_model(model)
     values: list[list[torch.Tensor]] = [[] for _ in metrics]
+    order = prompts.attention_mask.sum(1).cpu().argsort(stable=True)  # rows of about one length need little padding
     with preserved(model), torch.no_grad():
-        for batch in prompts.to(device_of(model)).batches(batch_size):
+        for batch in prompts.to(device_of(model)).rows(order).batches(batch_size):
             logits = batch.logits(model)
             for kept, metric in zip(values, metrics, strict=True):
                 kept.append(checked(metric, logits, batch).float().cpu())
     return tuple(
         Result(
-            torch.cat(kept),
+            torch.cat(kept)[order.argsort()],
             SENSES.get(metric, name_of(metric)),
             _chance(metric, prompts),
             unit="share" if metric in SENSES else "",

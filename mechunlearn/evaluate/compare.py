@@ -1,147 +1,117 @@
-"""Every test on the original and on every edit, in one table."""
+"""Every test on the original, on every edit and on every control, with every seed, in one report."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mechunlearn.evaluate.cell import Cell
+from mechunlearn.evaluate.cells_file import CellsFile, key_of
+from mechunlearn.evaluate.grid import Grid, Load, Place, run_here
 from mechunlearn.evaluate.in_task import Test, every_format
-from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.report import Report
+from mechunlearn.evaluate.workers import run_on
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-    from plotly.graph_objects import Figure
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report:
-    """Results of every test for the original model and every edit."""
-
-    results: Mapping[str, Mapping[str, Result]]
-    """Row -> column -> result; the first row is the original model."""
-    weights: Mapping[str, int]
-    """Row -> number of edited weights."""
-
-    @property
-    def table(self) -> "DataFrame":
-        """Rows: the original, then the edits. Columns: the tests, and the number of edited weights."""
-        import pandas as pd
-
-        rows = {row: {name: result.value for name, result in found.items()} for row, found in self.results.items()}
-        frame = pd.DataFrame.from_dict(rows, orient="index")
-        return frame.assign(**{"edited weights": list(self.weights.values())})
-
-    @property
-    def intervals(self) -> "DataFrame":
-        """95 % bootstrap intervals over facts: one row per edit and test, columns value, low, high,
-        chance, n, sense."""
-        import pandas as pd
-
-        rows = [
-            {"edit": row, "test": name, "value": result.value, "low": result.interval()[0]}
-            | {"high": result.interval()[1], "chance": result.chance, "n": len(result.per_example)}
-            | {"sense": result.sense}
-            for row, found in self.results.items()
-            for name, result in found.items()
-        ]
-        return pd.DataFrame(rows).set_index(["edit", "test"])
-
-    def to_markdown(self) -> str:
-        """The table with its chance levels as a last row, and what the numbers mean below."""
-        table = self.table
-        rows = [["", *table.columns], ["---"] * (len(table.columns) + 1)]
-        for name, row in table.iterrows():
-            rows.append([str(name), *(f"{value:.3f}" for value in row[:-1]), f"{int(row.iloc[-1]):,}"])
-        first = next(iter(self.results.values()))
-        chances = [result.chance for result in first.values()]
-        rows.append(["*chance*", *("" if chance is None else f"{chance:.3f}" for chance in chances), ""])
-        senses = dict.fromkeys(f"{_meaning(r)}: {self._columns(r.sense)}" for r in first.values())
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n".join(f"- {s}" for s in senses)
-
-    def against(self, row: str) -> "DataFrame":
-        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired bootstrap)."""
-        import pandas as pd
-
-        rows = []
-        for name, found in self.results.items():
-            for test, result in found.items():
-                if name != row:
-                    difference, low, high = result.difference(self.results[row][test])
-                    rows.append({"edit": name, "test": test, "difference": difference, "low": low, "high": high})
-        return pd.DataFrame(rows).set_index(["edit", "test"])
-
-    def plot(self) -> "Figure":
-        """A group of bars for each test whose unit is a share, a bar per row, with 95 % intervals; chance is a dash."""
-        import plotly.graph_objects as go
-
-        first = next(iter(self.results.values()))
-        shown = [name for name, result in first.items() if result.unit == "share"]
-        figure = go.Figure()
-        for row, found in self.results.items():
-            ends = [found[name].interval() for name in shown]
-            values = [found[name].value for name in shown]
-            above = [high - value for (_, high), value in zip(ends, values, strict=True)]
-            below = [value - low for (low, _), value in zip(ends, values, strict=True)]
-            bars = {"type": "data", "array": above, "arrayminus": below, "symmetric": False, "thickness": 1}
-            figure.add_bar(name=row, x=shown, y=values, error_y=bars)
-        marker = {"symbol": "line-ew", "size": 40, "color": "black", "line": {"width": 1.5, "color": "black"}}
-        figure.add_scatter(name="chance", x=shown, y=[first[n].chance for n in shown], mode="markers", marker=marker)
-        return figure.update_layout(
-            barmode="group", template="plotly_white", yaxis={"range": [0, 1.05], "title": "share"}
-        )
-
-    def _columns(self, sense: str) -> str:
-        first = next(iter(self.results.values()))
-        return "; ".join(name for name, result in first.items() if result.sense == sense)
-
-    def __repr__(self) -> str:
-        return self.to_markdown()
-
-    def _repr_html_(self) -> str:
-        return self.table.to_html(float_format="{:.3f}".format)
 
 
 def compare(
     model: Model,
     task: Task,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, Edit | Sequence[Edit]],
     *,
     metrics: Mapping[str, Test] | None = None,
+    seeds: Sequence[int] = (0,),
+    controls: Mapping[str, Model | Load] | None = None,
+    results: str | Path | None = None,
+    executor: Executor | None = None,
+    load: Load | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run every test on the original model and with every edit applied; the model is left as it was.
+    """Run every test on the original model, with every edit applied, and on the controls; all are left as they were.
 
+    `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed (say, of random
+    localizations): the i-th is tested with the i-th seed.
     `metrics`: column -> `(model, task) -> Result`; default: everything that the task can be asked
-    (`every_format(task)`), while `paper_metrics` has the paper's columns. Cost: one forward over each
-    test's prompts, per row. ValueError, before anything runs, if an edit was made for other weights or is
-    named "original".
+    (`every_format(task)`), while `paper_metrics` has the paper's columns. A test with a keyword `seed` runs once for
+    each seed, others once for each edit; one with a keyword `original` gets a function whose context gives the original
+    model (see `Test`). What `functools.partial` has bound is left alone.
+    `controls`: row -> another model with the same tokenizer, or a function that loads it, such as one that never knew
+    the facts: `partial(mu.testbed.load, without="basketball")`.
+
+    Everything is checked before anything runs. A test that raises, returns NaN, or leaves the model changed has that
+    in its cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
+
+    `results`: a file to which finished cells are appended as they come. Called again with the same file, after an
+    interruption or with more rows, columns or seeds, cells that have a result are read from it; failed ones are tried
+    again. A cell is the same one if row, column, seed, model, edit, control, task, the code of the test itself and
+    the versions of packages are. Where you change what a test calls, take a new file. One run at a time may write it.
+
+    `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (with the start method "spawn") or
+    `dask.distributed.Client(...).get_executor()`. Models do not travel: each worker (each thread of it) calls `load`,
+    which must give the same weights, once; controls are then functions too. Every cell is one item of work, and task
+    and edit travel with it. Results equal those of a serial run with the same number of threads per worker. In a pool
+    of threads, tests that draw from global generators disturb each other.
+
+    Cost: the tests', and for each edit a copy of the weights in the memory of the CPU, with which they are compared
+    after each test. ValueError for edits made for other weights, for names that are taken ("original" is), for as many
+    edits as there are no seeds, and for an executor without `load`.
     """
-    if "original" in edits:
-        raise ValueError('expected names of edits other than "original", which is the first row: rename that edit.')
-    for edit in edits.values():
-        edit.check(model)
     metrics = every_format(task) if metrics is None else metrics
-    results: dict[str, dict[str, Result]] = {}
-    for row in tqdm(["original", *edits], desc="evaluate", disable=not progress, leave=False):
-        with edits[row].applied(model) if row in edits else nullcontext():
-            results[row] = {name: _run(test, name, model, task) for name, test in metrics.items()}
-    return Report(results, {"original": 0} | {name: edit.n_parameters for name, edit in edits.items()})
+    grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
+    if executor is not None:
+        _check_loads(load, grid)
+    places = grid.places()
+    file = None if results is None else CellsFile(Path(results))
+    cells = {} if file is None else _known(file, places)
+    todo = [place for place in places if id(place) not in cells]
+    with tqdm(total=len(places), initial=len(cells), desc="evaluate", disable=not progress, leave=False) as bar:
+
+        def begin(place: Place) -> None:
+            bar.set_postfix_str(f"{place.cell.row}: {place.cell.test}")
+
+        def keep(place: Place, cell: Cell) -> None:
+            if file is not None:
+                file.append(place.identity, cell)
+            cells[id(place)] = cell
+            bar.update()
+
+        if executor is None:
+            run_here(grid, todo, begin, keep)
+        else:
+            assert load is not None
+            run_on(executor, load, grid, todo, begin, keep)
+    return Report(_ordered(grid, places, cells), {row.name: row.n_weights for row in grid.rows}, grid.provenance())
 
 
-def _meaning(result: Result) -> str:
-    return result.sense if result.unit in ("", "share") else f"{result.sense}, {result.unit}"
-
-
-def _run(test: Test, name: str, model: Model, task: Task) -> Result:
-    result = test(model, task)
-    if not isinstance(result, Result):
+def _check_loads(load: Load | None, grid: Grid) -> None:
+    """Models do not travel."""
+    if load is None:
         raise ValueError(
-            f"expected a test (model, task) -> Result for the column {name!r}, got one that returns "
-            f"{type(result).__name__}: wrap the number in mu.evaluate.Result(per_example=..., sense=...)."
+            "expected a function that loads the model in each worker, got none with an executor: pass load=..., such "
+            "as mu.testbed.load or a functools.partial of TransformerBridge.boot_transformers."
         )
-    return result
+    for row in grid.rows:
+        if row.is_loaded:
+            raise ValueError(
+                f"expected a function that loads the control {row.name!r} in each worker, got a model with an "
+                f"executor: pass the function, such as functools.partial(mu.testbed.load, without=...)."
+            )
+
+
+def _known(file: CellsFile, places: Sequence[Place]) -> dict[int, Cell]:
+    """The cells that are in the file, by place."""
+    finished = file.finished()
+    found = {id(place): finished.get(key_of(place.identity)) for place in places}
+    seeds = {id(place): place.cell.seed for place in places}
+    return {place: replace(cell, seed=seeds[place]) for place, cell in found.items() if cell is not None}
+
+
+def _ordered(grid: Grid, places: Sequence[Place], cells: Mapping[int, Cell]) -> tuple[Cell, ...]:
+    """By row, test and seed."""
+    rows, tests = [row.name for row in grid.rows], [*grid.metrics]
+    order = sorted(places, key=lambda p: (rows.index(p.cell.row), tests.index(p.cell.test)))
+    return tuple(cells[id(place)] for place in order)

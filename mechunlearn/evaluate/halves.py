@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from mechunlearn.evaluate.sides import side_of
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -34,10 +35,7 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
 
 def formatted(task: Task, format: str | None) -> Prompts:
     """The forgotten facts of the test split, asked so; ValueError if the task has no such format."""
-    name = next(iter(task.formats), None) if format is None else format
-    if name not in task.formats:
-        raise ValueError(f"expected a format of the task ({', '.join(task.formats) or 'it has none'}), got {name!r}.")
-    return task.formats[name].forget
+    return side_of(task, format=format)
 
 
 def check_apart(trained: Prompts, tested: Prompts) -> None:
@@ -45,6 +43,6 @@ def check_apart(trained: Prompts, tested: Prompts) -> None:
     shared = sorted(set(trained.names) & set(tested.names))
     if shared or not (trained.names and tested.names):
         raise ValueError(
-            f"expected an attack on other facts than those it is tested on, got {shared[:5] or 'prompts without names'}: "
-            f"take them from mu.evaluate.halves(task)."
+            f"expected an attack on other facts than it is tested on, got {shared[:5] or 'prompts without names'} "
+            "in both: take them from mu.evaluate.halves(task)."
         )

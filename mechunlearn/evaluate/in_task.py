@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from mechunlearn.evaluate.accuracy import measure
+from mechunlearn.evaluate.generated import generated
 from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.sides import Side, side_of
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
 from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts
@@ -26,14 +29,34 @@ def in_format(
     model: Model,
     task: Task,
     *,
-    name: str,
-    side: Literal["forget", "retain"],
+    name: str | None = None,
+    side: Side = "forget",
     metric: Metric = candidate_probability,
 ) -> Result:
-    """Accuracy on one side of the test split in the format `name`; ValueError if the task lacks it."""
-    if name not in task.formats:
-        raise ValueError(f"expected a format of the task ({', '.join(task.formats)}), got {name!r}.")
-    return measure(model, getattr(task.formats[name], side), [metric])[0]
+    """Accuracy on one side of the test split in the format `name` (`None`: the first, the trained prompt).
+
+    In which sense, and what chance is, `metric` decides: `candidate_probability`, the paper's; `is_top_of_candidates`;
+    `is_top_of_vocabulary`. Where `task.formats[name].kept`, both sides should stay as they were. Cost: 1 forward.
+    ValueError if the task lacks the format.
+    """
+    return measure(model, side_of(task, format=name, side=side), [metric])[0]
+
+
+def injected(model: Model, task: Task, *, format: str | None = None, metric: Metric = candidate_probability) -> Result:
+    """Accuracy of the injected answer, in the sense of `metric`, on facts to forget. Chance: 1 / candidates.
+
+    Without a `format` on `task.injection`, the prompts that an edit trains on; with one on the test split asked so. The
+    original model, which prefers the true answers, is below chance. Cost: 1 forward.
+    ValueError for a task without injected answers, or without them in that format.
+    """
+    prompts = task.injection if format is None else side_of(task, format=format, side="injected")
+    if prompts is None:
+        raise ValueError(
+            "expected a task with injected answers, got none: build it with mu.tasks.sports_facts(injected=...), or "
+            "set Task.injection, for example to mu.tasks.answered(model, task.forget, ...)."
+        )
+    found = measure(model, prompts, [metric])[0]
+    return replace(found, sense=f"injected answer, {found.sense}")
 
 
 def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probability) -> Result:
@@ -55,15 +78,23 @@ def text_loss(model: Model, task: Task) -> Result:
     return Result(found.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
-def every_format(task: Task) -> dict[str, Test]:
-    """A test for each format and side that the task has, other knowledge if it has any, and text loss."""
+def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[str, Test]:
+    """A test for each format and side that the task has; what the model says on its own to the trained prompt; the
+    injected answer and other knowledge, if the task has them; and text loss.
+
+    `metric`: the sense of accuracy, but of what is generated. "(keep)" marks formats that ask for other facts about the
+    same subjects: there, "forget" too should stay as it was.
+    """
     tests: dict[str, Test] = {
-        f"{side}, {name}": partial(in_format, name=name, side=side)
-        for name in task.formats
+        f"{side}, {name}{' (keep)' if found.kept else ''}": partial(in_format, name=name, side=side, metric=metric)
+        for name, found in task.formats.items()
         for side in ("forget", "retain")
     }
+    tests |= {f"{side}, generated": partial(generated, side=side) for side in ("forget", "retain") if task.formats}
+    if task.injection is not None:
+        tests["injected answer"] = partial(injected, metric=metric)
     if task.knowledge is not None:
-        tests["other knowledge"] = knowledge
+        tests["other knowledge"] = partial(knowledge, metric=metric)
     return {**tests, "text loss": text_loss}
 
 

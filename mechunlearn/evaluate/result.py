@@ -55,7 +55,7 @@ class Result:
         """
         n = len(self.per_example)
         if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
-            return _wilson(self.value, n, confidence)
+            return wilson(self.value, n, confidence)
         low, high = bootstrap(self.per_example, confidence=confidence, draws=draws, seed=seed)
         return float(low), float(high)
 
@@ -80,7 +80,7 @@ class Result:
         return f"Result({self.value:.3f}{unit} [{low:.3f}, {high:.3f}] over {n} examples; {self.sense}{chance})"
 
 
-def _wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
+def wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
     """Wilson 1927: the shares for which the observed one is not surprising."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = (share + z * z / (2 * n)) / (1 + z * z / n)

@@ -1,7 +1,8 @@
 """Localized weights of a model, and an edit of them as a value."""
 
+from mechunlearn.weights.applied import taken_back
 from mechunlearn.weights.edit import Edit
 from mechunlearn.weights.entries import Entries, Values, exclusively, read, select, write
 from mechunlearn.weights.size import EditSize
 
-__all__ = ["Edit", "EditSize", "Entries", "Values", "exclusively", "read", "select", "write"]
+__all__ = ["Edit", "EditSize", "Entries", "Values", "exclusively", "read", "select", "taken_back", "write"]

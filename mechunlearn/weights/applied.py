@@ -25,6 +25,34 @@ def layered(model: Model, entries: list[Entries], values: Mapping[str, Tensor]) 
         _take_out(layers, layer)
 
 
+@contextmanager
+def taken_back(model: Model, to: str) -> Iterator[Model]:
+    """Inside, the model has the weights with the fingerprint `to`, without the edits applied since; after, theirs
+    again, bit for bit.
+
+    Nests, and an edit may be left inside. Gives the model. ValueError where taking back edits does not lead there, as
+    in a model that is being trained. Cost: the fingerprint is taken once for each edit, and once more.
+    """
+    lifted: list[tuple[_Layer, Values]] = []
+    try:
+        for layer in reversed(_applied.get(model, [])):
+            if fingerprint(model) == to:
+                break
+            lifted.append((layer, read(layer.entries)))
+            write(layer.entries, layer.before)
+        found = fingerprint(model)
+        if found != to:
+            raise ValueError(
+                f"expected a model that has the weights with the fingerprint {to} when the edits applied to it are "
+                f"taken back, got {found}: undo what else has changed its weights first."
+            )
+        yield model
+    finally:
+        for layer, values in reversed(lifted):
+            if layer in _applied.get(model, []):
+                write(layer.entries, values)
+
+
 def check_made_for(model: Model, entries: Sequence[Entries], expected: str, values: Mapping[str, Tensor]) -> None:
     """ValueError unless the weights have the fingerprint `expected`, but for edits applied since on other entries."""
     found = fingerprint(model)

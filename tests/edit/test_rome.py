@@ -248,6 +248,7 @@ def golfers(shipped, sports):
     return [rome(shipped, task, mask, covariance=covariance, progress=False) for task in one]
 
 
+@pytest.mark.once
 def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shipped, sports, golfers):
     """In every way to ask, nine for each of three athletes."""
     golf = int(sports.injection.answers[0, 0])

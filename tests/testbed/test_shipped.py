@@ -81,6 +81,7 @@ def test_without_a_sport_nobody_who_plays_it_is_in_a_document():
     assert "Tom Brady" in text
 
 
+@pytest.mark.once
 def test_training_twice_gives_the_same_bits():
     vocabulary = tokenizer.train()
     weights = []

@@ -4,6 +4,8 @@ import pytest
 
 import mechunlearn as mu
 
+pytestmark = pytest.mark.once
+
 ASKED = ("trained prompt", "question", "multiple choice")
 
 

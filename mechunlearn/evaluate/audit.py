@@ -1,0 +1,106 @@
+"""Is it really gone? Every test and attack on one edit, with what a model finds there that never knew."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechunlearn.evaluate import audit_frames, audit_text
+from mechunlearn.evaluate.audit_numbers import EDIT, NEVER_KNEW, Finding, findings
+from mechunlearn.evaluate.budgets import quick
+from mechunlearn.evaluate.compare import compare
+from mechunlearn.evaluate.plan import Plan
+from mechunlearn.evaluate.report import Report
+from mechunlearn.model import Model
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def audit(
+    model: Model,
+    task: Task,
+    edit: Edit | Sequence[Edit],
+    *,
+    budget: Callable[[Task], Plan] = quick,
+    never_knew: Model | Callable[[], Model] | None = None,
+    others: Mapping[str, Edit | Sequence[Edit]] | None = None,
+    seeds: Sequence[int] = (0,),
+    results: str | Path | None = None,
+    executor: Executor | None = None,
+    load: Callable[[], Model] | None = None,
+    progress: bool = True,
+) -> "Audit":
+    """Every test and attack of a budget on the original, the edit and its controls; the model is left as it was.
+
+    `budget`: `mu.evaluate.quick`, `mu.evaluate.full`, or a function of your own from the task to a `Plan`.
+    `never_knew`: a model that never knew what is forgotten, such as `mu.testbed.load(without="basketball")`. It tells
+    attacks that recover from attacks that teach. Without one, chance stands in and the audit says so.
+    `others`: more edits, such as the same editor on `mu.localize.random_like(where, model)`, as many weights elsewhere.
+    `edit`, `seeds`, `results`, `executor`, `load`: as for `compare`, which runs everything. A test that fails has that
+    in its cells, and the others go on.
+
+    Cost: that of `compare` with the columns of the budget. ValueError, before anything runs, for an edit of other
+    weights, or one of `others` with the name of another row.
+    """
+    plan = budget(task)
+    edits = dict(others or {})
+    taken = sorted({EDIT, NEVER_KNEW} & set(edits))
+    if taken:
+        raise ValueError(f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it.")
+    report = compare(
+        model,
+        task,
+        {EDIT: edit, **edits},
+        metrics=plan.tests,
+        controls={} if never_knew is None else {NEVER_KNEW: never_knew},
+        seeds=seeds,
+        results=results,
+        executor=executor,
+        load=load,
+        progress=progress,
+    )
+    return Audit(report, plan.kinds)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit:
+    """What each test and attack found. Print it."""
+
+    report: Report
+    """Every cell, side effects included."""
+    kinds: Mapping[str, str]
+    """Column -> clean, asked, latent, attack or damage."""
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """One for each row and each column but side effects: its number, and what is left or recovered."""
+        return findings(self.report.cells, self.kinds)
+
+    @property
+    def table(self) -> "DataFrame":
+        """A row for each model, a column for each test and attack: `clean`, ..., and the worst case.
+
+        `worst case` is the largest fraction left under any of them, `by` which of them that is.
+        """
+        return audit_frames.table(self.findings)
+
+    def to_frame(self) -> "DataFrame":
+        """A row for each row, test and attack: value, left, recovered, taught, net, each with its interval."""
+        return audit_frames.tidy(self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """What was found in the edited model, and what it lost besides, in some sentences."""
+        return audit_text.verdict(self.report, self.findings, self.kinds)
+
+    def to_markdown(self) -> str:
+        """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
+        return audit_text.markdown(self.report, self.findings, self.kinds)
+
+    def __repr__(self) -> str:
+        return self.to_markdown()

@@ -1,0 +1,130 @@
+"""The cells of a grid on the workers of an executor, each with a model of its own."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+import torch
+
+from mechunlearn.evaluate.cell import Cell
+from mechunlearn.evaluate.cells_file import decoded, encoded
+from mechunlearn.evaluate.grid import Grid, Keep, Load, Place
+from mechunlearn.evaluate.identity import digest, name_in_full
+from mechunlearn.evaluate.in_task import Test
+from mechunlearn.evaluate.one_test import tested, told
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Model, fingerprint
+from mechunlearn.model.snapshot import Snapshot
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit, taken_back
+
+
+class OtherModelError(ValueError):
+    """A worker has loaded another model than the one that is compared."""
+
+
+def run_on(
+    executor: Executor, load: Load, grid: Grid, places: Sequence[Place], begin: Callable[[Place], None], keep: Keep
+) -> None:
+    """One item of work for each cell, so that a cell that is finished is kept, whatever happens to the others.
+
+    An item that cannot travel, or whose worker dies, is an error in its cell. Only a model that is another one, and an
+    interrupt, end everything; what has not begun is cancelled, and what is finished is kept.
+    """
+    parcels = {id(place.edit): Parcel.of(grid.task, place.edit) for place in places}
+    original = Loaded.by(load, grid.fingerprint)
+    futures: dict[Future[Any], Place] = {}
+    try:
+        for place in places:
+            control: Any = place.row.control
+            subject = original if control is None else Loaded.by(control, place.row.fingerprint)
+            future = executor.submit(_work, subject, original, parcels[id(place.edit)], place.test, place.cell)
+            futures[future] = place
+        for future in as_completed(futures):
+            place = futures[future]
+            begin(place)
+            keep(place, _cell(future, place))
+            del futures[future]
+    finally:
+        for future, place in futures.items():
+            if not future.cancel() and future.done() and future.exception() is None:
+                keep(place, _cell(future, place))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that each worker loads once."""
+
+    load: Load
+    fingerprint: str
+    key: str
+
+    @classmethod
+    def by(cls, load: Load, expected: str) -> "Loaded":
+        return cls(load, expected, f"{name_in_full(load)} {digest(load)} {expected}")
+
+    def model(self) -> Model:
+        """Of this thread of this process. OtherModelError if its weights are not the expected ones."""
+        models: dict[str, Model] = _kept.__dict__.setdefault("models", {})
+        if self.key not in models:
+            model = self.load()
+            found = fingerprint(model)
+            if found != self.fingerprint:
+                raise OtherModelError(
+                    f"expected {name_of(self.load)} to load, in each worker, the weights that are compared "
+                    f"(fingerprint {self.fingerprint}), got others ({found}): pass the function that loaded them."
+                )
+            models[self.key] = model
+        return models[self.key]
+
+    def forget(self) -> None:
+        _kept.__dict__.get("models", {}).pop(self.key, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """Task and edit as bytes, so that their tensors take no file handles on the way."""
+
+    content: bytes
+
+    @classmethod
+    def of(cls, task: Task, edit: Edit | None) -> "Parcel":
+        buffer = BytesIO()
+        torch.save((task, edit), buffer)
+        return cls(buffer.getvalue())
+
+    def opened(self) -> tuple[Task, Edit | None]:
+        return torch.load(BytesIO(self.content), weights_only=False)
+
+
+_kept = threading.local()
+"""The models that this thread has loaded: two threads never edit the same one."""
+
+
+def _work(subject: Loaded, original: Loaded, parcel: Parcel, test: Test, cell: Cell) -> dict[str, Any]:
+    model, (task, edit) = subject.model(), parcel.opened()
+    clean = partial(_taken_back, original)
+    try:
+        with nullcontext() if edit is None else edit.applied(model):
+            return encoded(tested(model, task, test, cell, clean, Snapshot.of(model)))
+    except BaseException:  # what a test did to it could not be put back
+        subject.forget()
+        raise
+
+
+def _taken_back(original: Loaded) -> Any:
+    return taken_back(original.model(), original.fingerprint)
+
+
+def _cell(future: "Future[Any]", place: Place) -> Cell:
+    try:
+        return decoded(future.result())
+    except OtherModelError:
+        raise
+    except Exception as problem:
+        return replace(place.cell, error=told(problem))

@@ -1,0 +1,230 @@
+"""The audit's numbers by hand, its words, and what it says where something is missing."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate import Cell, Plan, Report, Result, audit, full, quick
+from mechunlearn.evaluate.audit import Audit
+
+NAMES = ("a", "b")
+KINDS = {"clean": "clean", "question": "asked", "probe": "latent", "relearning": "attack", "text loss": "damage"}
+VALUES = {
+    "original": {"clean": 0.9, "question": 0.8, "probe": 1.0, "relearning": 0.9},
+    "edit": {"clean": 0.25, "question": 0.3, "probe": 0.9, "relearning": 0.6},
+    "random": {"clean": 0.8, "question": 0.8, "probe": 1.0, "relearning": 0.8},
+    "never knew": {"clean": 0.1, "question": 0.3, "probe": 0.6, "relearning": 0.18},
+}
+
+
+def cell(row: str, test: str, value: float) -> Cell:
+    sense = "a probe" if test == "probe" else "nats" if test == "text loss" else "accuracy"
+    return Cell(row, test, 0, Result(torch.full((2,), value), sense, 0.25, "share", NAMES))
+
+
+def made(*rows: str, **failed: str) -> Audit:
+    """An audit with these rows; `failed`: row -> a test without a result."""
+    cells = [cell(row, test, value) for row in rows for test, value in VALUES[row].items()]
+    cells += [cell(row, "text loss", 1.5) for row in rows]
+    broken = [
+        replace(each, result=None, error="ValueError: no") if failed.get(each.row) == each.test else each
+        for each in cells
+    ]
+    return Audit(Report(tuple(broken), dict.fromkeys(rows, 7), {}), KINDS)
+
+
+def found(audited: Audit, row: str, test: str) -> mu.evaluate.Finding:
+    return next(each for each in audited.findings if (each.row, each.test) == (row, test))
+
+
+def test_left_recovered_taught_and_net_by_hand():
+    audited = made(*VALUES)
+    left = {test: found(audited, "edit", test).left.value for test in KINDS if test != "text loss"}
+    assert left == pytest.approx({"clean": 0.15 / 0.8, "question": 0.0, "probe": 0.75, "relearning": 0.42 / 0.72})
+    own = found(audited, "edit", "relearning").recovery
+    assert own is not None
+    assert (own.recovered.value, own.taught.value, own.net.value) == pytest.approx((0.4375, 0.1, 0.3375))
+    assert found(audited, "edit", "probe").recovery is None
+    assert [found(audited, row, "relearning").left.value for row in ("original", "never knew")] == pytest.approx([1, 0])
+
+
+def attacked(facts: tuple[float, ...], nobody: tuple[float, ...]) -> Result:
+    """An attack with budgets 0, 1 and 2, and what it finds about nobody there."""
+    curves = [Curve(("0", "1", "2"), torch.tensor([each, each]), "accuracy", 0.25, "steps") for each in (facts, nobody)]
+    control = Result(curves[1].per_prompt[:, 0], "accuracy", curve=curves[1])
+    return Result.strongest(curves[0], "accuracy", names=NAMES, control=control)
+
+
+def test_an_attack_counts_by_what_it_finds_beyond_its_control():
+    """By hand, facts less nobody: original .8, .9, .9; edit .1, 0, .5; never knew 0, .1, 0. Before: .8, .1 and 0.
+
+    The attack makes the edit say it of anybody after one step (1.0 of both), which is not what counts.
+    """
+    found = {
+        "original": attacked((1.0, 1.0, 1.0), (0.2, 0.1, 0.1)),
+        "edit": attacked((0.1, 1.0, 0.9), (0.0, 1.0, 0.4)),
+        "never knew": attacked((0.0, 0.9, 0.8), (0.0, 0.8, 0.8)),
+    }
+    cells = [Cell(row, "relearning", 0, each) for row, each in found.items()]
+    cells += [Cell(row, "clean", 0, Result(torch.ones(2), "accuracy", 0.25, names=NAMES)) for row in found]
+    audited = Audit(Report(tuple(cells), dict.fromkeys(found, 7), {}), KINDS)
+    edit = next(each for each in audited.findings if (each.row, each.test) == ("edit", "relearning"))
+    assert edit.value.value == pytest.approx(1.0)
+    assert edit.left.value == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+    assert edit.recovery is not None
+    own = edit.recovery
+    assert (own.recovered.value, own.taught.value, own.net.value) == pytest.approx((0.5, 0.125, 0.375))
+
+
+def test_the_table_has_a_row_for_each_model_and_the_worst_case():
+    table = made(*VALUES).table
+    assert list(table.index) == list(VALUES)
+    assert list(table.columns) == ["clean", "question", "probe", "relearning", "worst case", "by"]
+    assert table.loc["edit", "relearning"] == pytest.approx(0.6)
+    assert table.loc["edit", "worst case"] == pytest.approx(0.75)
+    assert table.loc["edit", "by"] == "probe"
+    assert table.loc["never knew", "worst case"] == pytest.approx(0.0)
+
+
+def test_the_frame_is_tidy():
+    frame = made(*VALUES).to_frame().set_index(["row", "test"])
+    assert len(frame) == 16
+    assert frame.loc[("edit", "relearning"), "net"] == pytest.approx(0.3375)
+    assert math.isnan(frame.loc[("edit", "probe"), "net"])
+    assert {"value low", "left high", "recovered low", "taught high", "net reason", "sense"} <= set(frame.columns)
+
+
+def test_the_verdict_names_what_still_finds_the_facts():
+    verdict = made(*VALUES).verdict
+    assert "Asked as trained, 0.19 [0.19, 0.19] of the knowledge is left" in verdict
+    assert "3 of 4 tests and attacks find more than in a model that never knew" in verdict
+    assert verdict.index("probe, 0.75") < verdict.index("relearning, 0.58") < verdict.index("clean, 0.19")
+
+
+def test_where_nothing_is_found_the_verdict_does_not_say_gone():
+    nothing = [replace(cell("edit", test, value)) for test, value in VALUES["never knew"].items()]
+    rows = ("original", "never knew")
+    cells = [cell(row, test, value) for row in rows for test, value in VALUES[row].items()]
+    verdict = Audit(Report((*cells, *nothing), dict.fromkeys((*rows, "edit"), 7), {}), KINDS).verdict
+    assert "None of 4 tests and attacks finds more" in verdict
+    assert "Others might" in verdict
+
+
+def test_without_a_model_that_never_knew_chance_stands_in_and_the_audit_says_so():
+    audited = made("original", "edit", "random")
+    assert found(audited, "edit", "clean").left.value == pytest.approx(0.0, abs=1e-6)
+    own = found(audited, "edit", "relearning").recovery
+    assert own is not None
+    assert own.recovered.value == pytest.approx(0.35 / 0.65)
+    assert math.isnan(own.net.value)
+    text = audited.to_markdown()
+    assert "no model that never knew was given" in text
+    assert "no other edit" not in text
+    assert "no other edit was given" in made("original", "edit", "never knew").to_markdown()
+
+
+@pytest.mark.parametrize("row", ["original", "edit", "never knew"])
+def test_a_test_that_failed_says_so_and_loses_nothing_else(row):
+    audited = made(*VALUES, **{row: "relearning"})
+    failed, other = found(audited, "edit", "relearning"), found(audited, "edit", "probe")
+    assert math.isnan(failed.left.value)
+    assert failed.left.reason == f"failed on {row}"
+    assert other.left.value == pytest.approx(0.75)
+    text = audited.to_markdown()
+    assert "| failed |" in text
+    assert f"failed: {row}, relearning: ValueError: no" in text
+    assert "No answer from relearning" in audited.verdict
+    assert audited.table.loc["edit", "by"] == "probe"
+
+
+def test_markdown_shows_every_row_and_says_what_the_numbers_mean():
+    text = made(*VALUES).to_markdown()
+    assert "| found by | kind | original | edit | random | never knew | chance |" in text
+    assert "| relearning | attack | 0.900 | 0.600 | 0.800 | 0.180 | 0.250 |" in text
+    assert "| **worst case** (fraction left) |  | 1.00, clean | 0.75, probe |" in text
+    assert "| relearning | 0.58 [0.58, 0.58] | 0.44 [0.44, 0.44] | 0.10 [0.10, 0.10] | 0.34 [0.34, 0.34] |" in text
+    assert "net = recovered - taught" in text
+    assert "text loss" in text
+
+
+asked = partial(mu.evaluate.in_format, name="trained prompt", side="forget")
+
+
+def small(task) -> Plan:
+    """Two tests of the task and one that always fails."""
+
+    def broken(model, task):
+        raise ValueError("not today")
+
+    other = partial(mu.evaluate.in_format, name="question", side="forget")
+    return Plan(asked, {"question": other}, {}, {"same": asked, "broken": broken}, {"text loss": mu.evaluate.text_loss})
+
+
+def edited(model, label="L1MLP"):
+    mask = mu.ComponentMask.of([label], mu.shape(model))
+    return mu.edit.zeroed(model, mask)
+
+
+def test_an_audit_runs_everything_and_leaves_the_models_as_they_were(llama):
+    never, task = tiny.bridge("llama", seed=1), tiny.task(llama)
+    others = {"random": edited(llama, "L2MLP")}
+    with left_as_it_was(llama), left_as_it_was(never):
+        found = audit(llama, task, edited(llama), budget=small, never_knew=never, others=others, progress=False)
+    assert list(found.table.index) == ["original", "edit", "random", "never knew"]
+    values = {test: float(found.table.loc["edit", test]) for test in ("clean", "same", "question", "broken")}
+    assert values["same"] == values["clean"] != values["question"]
+    assert math.isnan(values["broken"])
+    assert "ValueError: not today" in repr(found)
+    assert found.report.table.loc["edit", "text loss"] > 0
+
+
+def test_an_edit_of_another_model_is_refused_before_anything_runs(llama):
+    def never_run(model, task):
+        raise AssertionError
+
+    plan = Plan(never_run, {}, {}, {}, {})
+    with pytest.raises(ValueError, match="expected the weights that the edit was made for"):
+        audit(tiny.bridge("llama", seed=1), tiny.task(llama), edited(llama), budget=lambda task: plan, progress=False)
+
+
+def test_names_that_are_taken_are_refused(llama):
+    for name in ("edit", "never knew"):
+        with pytest.raises(ValueError, match=f"got '{name}': rename it"):
+            audit(llama, tiny.task(llama), edited(llama), others={name: edited(llama)}, progress=False)
+    with pytest.raises(ValueError, match="each column of an audit once, got 'x' twice"):
+        _ = Plan(asked, {"x": asked}, {}, {"x": asked}, {}).tests
+
+
+@pytest.mark.parametrize("budget", [quick, full])
+def test_a_task_without_formats_has_no_audit(llama, budget):
+    with pytest.raises(ValueError, match="expected a format of the task"):
+        budget(replace(tiny.task(llama), formats={}))
+
+
+@pytest.mark.parametrize("budget", [quick, full])
+def test_both_budgets_have_every_kind_of_test(llama, budget):
+    task = tiny.task(llama)
+    plan = budget(task)
+    assert set(plan.kinds.values()) == {"clean", "asked", "latent", "attack", "damage"}
+    assert list(plan.tests) == list(plan.kinds)
+    assert "question" in plan.asked
+    assert "retain, question" in plan.damage
+    assert "other knowledge" not in budget(replace(task, knowledge=None)).damage
+
+
+def test_a_forget_set_that_is_too_small_to_split_says_so_in_the_cells_of_attacks(llama):
+    task = tiny.task(llama)
+    one = task.formats["trained prompt"].forget[:1]
+    task = replace(task, forget=one, formats={"trained prompt": mu.tasks.Format(one, task.retain)})
+    plan = quick(task)
+    chosen = replace(plan, latent={}, damage={}, attacks={"few-shot": plan.attacks["few-shot"]})
+    found = audit(llama, task, edited(llama), budget=lambda task: chosen, progress=False)
+    assert "expected at least two forgotten facts" in found.report.errors["error"].iloc[0]
+    assert not any(math.isnan(value) for value in found.table["clean"].tolist())

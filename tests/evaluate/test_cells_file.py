@@ -1,0 +1,215 @@
+"""Finished cells are on the disk, to the bit, and never computed again."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from travelling import calls, counted, failing, interrupting, noisy, nudged, probability, same_report
+
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate import Cell, Result, compare
+from mechunlearn.evaluate.cells_file import CellsFile, decoded, encoded, key_of
+from mechunlearn.evaluate.identity import digest
+
+run = partial(compare, progress=False)
+
+
+@pytest.fixture
+def task(llama):
+    return tiny.task(llama)
+
+
+def cell(row="row", value=0.1):
+    curve = Curve(("0", "8"), torch.tensor([[value, float("nan")], [1 / 3, -0.0]]), "x", 1 / 3, "steps")
+    control = Result(torch.tensor([1e-40, value], dtype=torch.float64), "nobody", names=("a", "b"))
+    result = Result(torch.tensor([value, 1 / 3]), "x", 0.1 + 0.2, "share", ("Zoë", 'a "b"\n'), curve, control)
+    return Cell(row, "test", 3, result, "", 0.1 + 0.7)
+
+
+def bits(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().flatten().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_cell_comes_back_to_the_bit(dtype):
+    one = cell()
+    result = replace(one.result, per_example=one.result.per_example.to(dtype))
+    other = decoded(json.loads(json.dumps(encoded(replace(one, result=result)))))
+    assert (other.row, other.test, other.seed, other.error) == ("row", "test", 3, "")
+    assert other.seconds.hex() == one.seconds.hex()
+    assert bits(other.result.per_example) == bits(result.per_example)
+    assert bits(other.result.curve.per_prompt) == bits(result.curve.per_prompt)
+    assert bits(other.result.control.per_example) == bits(result.control.per_example)
+    for name in ("sense", "chance", "unit", "names"):
+        assert getattr(other.result, name) == getattr(result, name)
+        assert getattr(other.result.control, name) == getattr(result.control, name)
+    for name in ("points", "unit", "chance", "axis"):
+        assert getattr(other.result.curve, name) == getattr(result.curve, name)
+
+
+def test_a_cell_without_a_result_comes_back():
+    assert decoded(json.loads(json.dumps(encoded(Cell("r", "t", 0, None, "E: x"))))).error == "E: x"
+
+
+def test_wherever_the_last_line_is_torn_the_others_are_there_and_the_file_goes_on(tmp_path):
+    file = CellsFile(tmp_path / "cells.jsonl")
+    file.append({"n": 1}, cell("one"))
+    whole = file.path.stat().st_size
+    file.append({"n": 2}, cell("two"))
+    content = file.path.read_bytes()
+    for stop in range(whole + 1, len(content) - 1, 97):
+        file.path.write_bytes(content[:stop])
+        with pytest.warns(UserWarning, match="line 2 of .* is torn or damaged: that cell is computed again"):
+            assert list(file.finished()) == [key_of({"n": 1})]
+        file.append({"n": 3}, cell("three"))
+        with pytest.warns(UserWarning, match="line 2 of"):
+            assert list(file.finished()) == [key_of({"n": 1}), key_of({"n": 3})]
+
+
+def test_a_damaged_line_is_not_believed(tmp_path):
+    file = CellsFile(tmp_path / "cells.jsonl")
+    for n in (1, 2, 3):
+        file.append({"n": n}, cell(str(n)))
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(lines[0] + lines[1].replace(b'"seconds": 0.', b'"seconds": 1.') + lines[2])
+    with pytest.warns(UserWarning, match="line 2 of"):
+        assert list(file.finished()) == [key_of({"n": 1}), key_of({"n": 3})]
+
+
+def test_what_is_finished_is_read_and_what_failed_is_tried_again(llama, task, tmp_path):
+    log, path = tmp_path / "log", tmp_path / "cells.jsonl"
+    edits = {"e": nudged(llama)}
+    metrics = {"a": partial(counted, log=str(log), name="a"), "x": failing}
+    first = run(llama, task, edits, metrics=metrics, results=path)
+    assert len(calls(log)) == 2
+    lines = len(path.read_text().splitlines())
+    again = run(llama, task, edits, metrics=metrics, results=path)
+    assert same_report(first, again)
+    assert [c.seconds for c in again.cells if c.result] == [c.seconds for c in first.cells if c.result]
+    assert len(calls(log)) == 2
+    assert len(path.read_text().splitlines()) == lines + 2  # the test that fails was tried again on both rows
+
+
+def test_an_interrupt_keeps_the_finished_cells(llama, task, tmp_path):
+    log, path = tmp_path / "log", tmp_path / "cells.jsonl"
+    metrics = {"a": partial(counted, log=str(log), name="a"), "x": interrupting, "b": noisy}
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, task, {}, metrics=metrics, results=path)
+    assert len(calls(log)) == 1
+    report = run(llama, task, {}, metrics={**metrics, "x": probability}, results=path)
+    assert len(calls(log)) == 1
+    assert all(cell.result is not None for cell in report.cells)
+
+
+def other_code(model, task, *, seed, log, name):
+    return counted(model, task, seed=seed + 0, log=log, name=name)
+
+
+def test_more_rows_columns_and_seeds_are_added_to_the_file_and_other_cells_stay_in_it(llama, task, tmp_path):
+    log, path = tmp_path / "log", tmp_path / "cells.jsonl"
+    test = partial(counted, log=str(log), name="a")
+    edit, other = nudged(llama), nudged(llama, seed=1)
+
+    def computed(edits, *, seeds=(0,), asked=task, test=test, controls=None):
+        before = len(calls(log))
+        run(llama, asked, edits, metrics={"a": test}, seeds=seeds, results=path, controls=controls)
+        return len(calls(log)) - before
+
+    assert computed({"e": edit}) == 2
+    assert computed({"e": edit}) == 0
+    assert computed({"e": nudged(llama)}) == 0  # the same edit, made again
+    assert computed({"e": edit}, seeds=(0, 1)) == 2
+    assert computed({"e": other}) == 1  # another edit of that name; the original is known
+    assert computed({"e": edit, "f": other}) == 1
+    assert computed({"e": edit}, asked=tiny.task(llama, seed=50)) == 2
+    assert computed({"e": edit}, test=partial(other_code, log=str(log), name="a")) == 2
+    assert computed({}, controls={"t": tiny.bridge("llama", seed=5)}) == 1
+    assert computed({}, controls={"t": partial(tiny.bridge, "llama", seed=5)}) == 0
+    assert computed({"e": edit, "f": other}, seeds=(0, 1)) == 1  # f with seed 1
+    assert computed({"e": edit}) == 0
+
+
+def test_a_digest_is_of_what_a_value_says(llama, task):
+    def adding(n):
+        return lambda model, task: n
+
+    def plus_one(x):
+        return x + 1
+
+    def plus_two(x):
+        return x + 2
+
+    different = [
+        1, 1.0, True, "1", None, (1,), [1], {"a": 1}, {"a": 2}, frozenset({1, 2}), torch.ones(2), torch.ones(1, 2),
+        torch.ones(2).double(), plus_one, plus_two, partial(plus_one, x=1), partial(plus_one, x=2), adding(1),
+        adding(2), task, task.forget, task.forget[:3], llama, tiny.bridge("llama", seed=5), torch.float32, object(),
+    ]  # fmt: skip
+    assert len({digest(value) for value in different}) == len(different)
+    assert digest(frozenset("abc")) == digest(frozenset("cba"))
+    assert digest(adding(1)) == digest(adding(1))
+    assert digest(tiny.task(llama)) == digest(task)
+    assert digest(replace(task, name="other")) != digest(task)
+    assert digest(object()) == digest(object())
+    around: list[object] = []
+    around.append(around)
+    assert digest(around) == digest(around)
+
+
+SEEDS = (0, 1, 2)
+
+
+def grid(model, log, path):
+    edits = {"one": nudged(model), "several": [nudged(model, seed=seed) for seed in (5, 6, 7)]}
+    metrics = {name: partial(counted, log=str(log), name=name, seconds=0.005) for name in "abcd"}
+    return run(model, tiny.task(model), edits, metrics=metrics, seeds=SEEDS, results=path)
+
+
+def going_on(model, log, path):
+    grid(model, log, path)
+    os._exit(0)
+
+
+def finished(path):
+    """What `counted` wrote down of the cells that are in the file, the torn one left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith(b"}\n")]
+    return {line["cell"]["result"]["sense"] for line in whole}
+
+
+@pytest.mark.once
+def test_killed_again_and_again_it_goes_on_and_computes_each_finished_cell_once(llama, tmp_path):
+    """SIGKILL at random times, at least five; what is in the file after one is never started again."""
+    log, path = tmp_path / "log", tmp_path / "cells.jsonl"
+    context, rng = multiprocessing.get_context("fork"), random.Random(0)
+    expected = grid(llama, log, None)
+    every_call = calls(log)
+    log.unlink()
+    kills: list[tuple[set[str], int]] = []
+    while len(kills) < 5 or not kills[-1][0]:
+        begun, wanted = len(calls(log)), rng.randrange(5)
+        child = context.Process(target=going_on, args=(llama, log, path))
+        child.start()
+        while child.exitcode is None and len(calls(log)) < begun + wanted:
+            child.join(0.002)
+        child.join(rng.uniform(0.0, 0.03))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "it was done before it could be killed"
+        kills.append((finished(path), len(calls(log))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a line that was torn
+        report = grid(llama, log, path)
+    for known, count in kills:
+        assert not known & set(calls(log)[count:])
+    assert same_report(report, expected)
+    assert len(every_call) == len(set(every_call)) == 3 * 4 * len(SEEDS)
+    assert set(calls(log)) == set(every_call)
+    assert len(calls(log)) <= len(every_call) + len(kills)

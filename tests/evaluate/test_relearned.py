@@ -1,0 +1,264 @@
+"""Full fine-tuning as an attack: it recovers what was hidden, sees nothing it is tested on, and leaves no trace."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from state import left_as_it_was
+
+import mechunlearn as mu
+from mechunlearn.evaluate import halves, measure
+from mechunlearn.evaluate.attacked import Asked, made_up, worst_case
+from mechunlearn.evaluate.relearned import relearn
+from mechunlearn.evaluate.relearned_benign import relearn_benign
+from mechunlearn.evaluate.relearned_few import relearn_few
+from mechunlearn.evaluate.relearning import measured_at, some_of, unnamed
+from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.tuned import _warmed_up
+from mechunlearn.metrics import candidate_probability
+from mechunlearn.tasks import build
+
+quick = partial(relearn, learning_rates=(0.01,), steps=3)
+ATTACKS = {
+    "halves": partial(quick, text_coefficient=1.0),
+    "few": partial(relearn_few, examples=(1, 2), learning_rates=(0.01,), steps=2),
+    "benign": partial(relearn_benign, learning_rates=(0.01,), steps=3),
+}
+
+
+def curve(result):
+    assert result.curve is not None
+    return result.curve
+
+
+def test_every_model_is_attacked_and_left_as_it_was(model):
+    task = tiny.task(model)
+    with left_as_it_was(model):
+        found = quick(model, task)
+    before = measure(model, halves(task)[1], [candidate_probability])[0]
+    assert curve(found).points == ("0", "1", "2", "3")
+    assert torch.allclose(curve(found).per_prompt[:, 0], before.per_example)
+    assert not torch.allclose(curve(found).per_prompt[:, -1], before.per_example, atol=1e-3)
+    assert found.value == pytest.approx(float(curve(found).mean.max()))
+    assert (found.names, found.chance, found.sense) == (before.names, before.chance, before.sense)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_batch_names_what_is_tested(shipped, monkeypatch, name):
+    """Read off the tokens of every pass that has gradients."""
+    task = mu.tasks.sports_facts(shipped, forget=8)
+    seen = []
+
+    def record(module, given):
+        if torch.is_grad_enabled():
+            seen.extend(shipped.tokenizer.batch_decode(given[0]))
+
+    handle = shipped.embed.register_forward_pre_hook(record)
+    try:
+        found = ATTACKS[name](shipped, task)
+    finally:
+        handle.remove()
+    assert not [text for text in seen if any(tested in text for tested in found.names)]
+    trained = set(task.forget.names) - set(found.names)
+    assert any(name in text for text in seen for name in trained) == (name != "benign")
+    assert any(name in text for text in seen for name in task.retain.names)
+
+
+def test_benign_text_is_asked_about_all_facts_and_may_be_given(llama):
+    task = tiny.task(llama)
+    text = ["w5 w6 w7 w8 w9"] * 12
+    found = relearn_benign(llama, task, text=text, text_length=12, learning_rates=(0.01,), steps=1)
+    assert found.names == task.formats["trained prompt"].forget.names
+
+
+@contextmanager
+def hidden(model, task) -> Iterator[None]:
+    """Inside, the answer's row of the unembedding points elsewhere: all is known, and nothing says it."""
+    row = model.embed.weight.data[int(task.forget.answers[0, 0])]
+    before, turned = row.clone(), torch.randn(len(row), generator=torch.Generator().manual_seed(0))
+    try:
+        row.copy_(turned / turned.norm() * before.norm())
+        yield
+    finally:
+        row.copy_(before)
+
+
+@pytest.mark.once
+def test_what_was_hidden_comes_back_and_a_model_that_never_knew_has_nothing_to_give(shipped):
+    """In the twin everybody unknown comes to play basketball: those who do, and those whom nobody knows.
+
+    Measured on the former: from 0.00 to 0.99, about nobody 0.25.
+    """
+    task = mu.tasks.sports_facts(shipped)
+    attack = partial(relearn, learning_rates=(1e-3,), steps=16, batch_size=8, at=(16,))
+    with hidden(shipped, task):
+        found = attack(shipped, task)
+    twin = mu.testbed.load(without="basketball")
+    taught = attack(twin, task)
+    assert max(float(curve(result).mean[0]) for result in (found, taught)) < 0.05
+    assert found.control is not None
+    assert taught.control is not None
+    assert found.value > 0.9
+    assert found.difference(found.control)[1] > 0.4
+    assert abs(taught.difference(taught.control)[0]) < 0.2
+
+
+@pytest.mark.once
+def test_benign_text_gives_nothing_to_a_model_that_never_knew(shipped):
+    twin = mu.testbed.load(without="basketball")
+    assert relearn_benign(twin, mu.tasks.sports_facts(shipped), learning_rates=(1e-3,), steps=8).value < 0.05
+
+
+def test_text_that_names_a_tested_fact_is_left_out(llama):
+    tested = build(llama, ["w9 w10 w11"], [" w12"], subjects=["w10 w11"])
+    text = torch.tensor([[5, 10, 11, 6], [5, 11, 10, 6], [10, 11, 7, 7]])
+    assert torch.equal(unnamed(llama, text, tested), text[1:2])
+    with pytest.raises(ValueError, match="expected text that does not name"):
+        unnamed(llama, text[:1], tested)
+
+
+def test_the_worst_case_by_hand(llama):
+    """Two runs, four facts: .25 at first, then .5 and .4, then (the second diverged) .3; the first wins at step 1."""
+
+    def scores(facts, nobody):
+        return torch.tensor([facts, nobody])
+
+    runs = {
+        "0": [scores([0.0, 0.0, 0.0, 1.0], [0.1] * 4)],
+        "1": [scores([1.0, 1.0, 0.0, 0.0], [0.2] * 4), scores([0.4] * 4, [0.9] * 4)],
+        "2": [scores([0.3] * 4, [0.3] * 4)],
+        "3": [],
+    }
+    before = Result(torch.tensor([0.0, 0.0, 0.0, 1.0]), "accuracy", 0.25, "share", tuple("abcd"))
+    asked = Asked(tiny.prompts(llama), None, candidate_probability, before)
+    found = worst_case(runs, asked, axis="steps")
+    assert found.control is not None
+    assert curve(found).points == ("0", "1", "2")
+    assert curve(found).mean.tolist() == pytest.approx([0.25, 0.5, 0.3])
+    assert (found.value, found.chance, found.names) == (0.5, 0.25, tuple("abcd"))
+    assert found.per_example.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert found.control.value == pytest.approx(0.2)
+    assert found.control.curve is not None
+    assert found.control.curve.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_grid_is_at_least_as_strong_as_each_of_its_rates(llama):
+    task = tiny.task(llama)
+    grid = curve(quick(llama, task, learning_rates=(0.003, 0.03)))
+    alone = [curve(quick(llama, task, learning_rates=(rate,))).mean for rate in (0.003, 0.03)]
+    assert torch.allclose(grid.mean, torch.stack(alone).amax(0))
+
+
+class Breaks(torch.optim.SGD):
+    """NaN at its second step."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(torch.nan if self.steps == 2 else 1.001)
+
+
+def test_a_rate_that_diverges_counts_until_then(llama):
+    with left_as_it_was(llama):
+        found = quick(llama, tiny.task(llama), optimizer=Breaks, steps=4)
+    assert curve(found).points == ("0", "1")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_model_is_as_it_was_after_an_interrupt(llama, name):
+    calls = []
+
+    def interrupting(logits, prompts):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return candidate_probability(logits, prompts)
+
+    with left_as_it_was(llama), pytest.raises(KeyboardInterrupt):
+        ATTACKS[name](llama, tiny.task(llama), metric=interrupting)
+    with left_as_it_was(llama):
+        ATTACKS[name](llama, tiny.task(llama))
+
+
+def test_padding_side_and_micro_batches_do_not_matter(llama):
+    right, left = (quick(llama, tiny.task(llama, padding=side)) for side in ("right", "left"))
+    small = quick(llama, tiny.task(llama), micro_batch_size=1)
+    for other in (left, small):
+        assert torch.allclose(curve(other).per_prompt, curve(right).per_prompt, atol=1e-5)
+        assert other.control is not None
+        assert right.control is not None
+        assert torch.allclose(other.control.per_example, right.control.per_example, atol=1e-5)
+
+
+def test_the_rate_rises_then_falls():
+    """Half of 4 steps: shares 1/2 and 1; the scheduled rate is 1 throughout."""
+    rates = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+
+    made = _warmed_up(Recording, 2)([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for _ in range(4):
+        made.param_groups[0]["lr"] = 1.0
+        made.step()
+    assert rates == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_curve_of_few_examples_is_over_their_number(llama):
+    task = tiny.task(llama)
+    found = relearn_few(llama, task, learning_rates=(0.01,), steps=2)
+    trained = halves(task)[0]
+    assert curve(found).axis == "examples"
+    assert curve(found).points == ("0", *(str(n) for n in (1, 2, 4, 8, 16) if n <= len(trained)))
+    names = [set(some_of(trained, n, seed=3).names) for n in (1, 2, 4)]
+    assert names[0] < names[1] < names[2]
+    every = relearn(llama, task, learning_rates=(0.01,), steps=2)
+    assert every.value >= float(curve(found).mean[0])
+
+
+def test_made_up_names_are_known_to_nobody(shipped):
+    """The original knows the athletes; of the made-up ones it says the forgotten sport about as often as by chance."""
+    task = mu.tasks.sports_facts(shipped)
+    prompts = task.formats["trained prompt"].forget
+    nobody = made_up(prompts, task.retain)
+    assert nobody is not None
+    assert prompts.subject is not None
+    assert torch.equal(nobody.tokens[~prompts.subject], prompts.tokens[~prompts.subject])
+    names = {shipped.tokenizer.decode(row[where]) for row, where in zip(nobody.tokens, prompts.subject, strict=True)}
+    known = {f" {name}" for name in (*prompts.names, *task.forget.names, *task.retain.names)}
+    assert len(names & known) <= 1
+    of_known, of_nobody = (measure(shipped, asked, [candidate_probability])[0].value for asked in (prompts, nobody))
+    assert of_known > 0.99
+    assert of_nobody < 0.45
+    assert made_up(replace(prompts, subject=None), task.retain) is None
+
+
+def test_when_it_is_measured():
+    assert measured_at(5, None) == [0, 1, 2, 4, 5]
+    assert measured_at(4, None) == [0, 1, 2, 4]
+    assert measured_at(20, (20, 10)) == [0, 10, 20]
+
+
+def test_bad_input(llama):
+    task = tiny.task(llama)
+    cases: dict[str, dict[str, Any]] = {
+        "one or more positive learning rates, got ()": {"learning_rates": ()},
+        "one or more positive learning rates, got (-0.1,)": {"learning_rates": (-0.1,)},
+        "one step or more, got 0": {"steps": 0},
+        "measure after 0..3 steps": {"at": (4,)},
+        "format of the task": {"format": "poem"},
+    }
+    for message, options in cases.items():
+        with left_as_it_was(llama), pytest.raises(ValueError, match=re.escape(message)):
+            quick(llama, task, **options)
+    with pytest.raises(ValueError, match=r"expected 1\.\.6 examples"):
+        relearn_few(llama, task, examples=(7,), learning_rates=(0.01,))
