@@ -1,15 +1,15 @@
 """The cells of a grid on the workers of an executor, each with a model of its own."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from io import BytesIO
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mechunlearn.evaluate.cell import Cell
 from mechunlearn.evaluate.cells_file import decoded, encoded
@@ -20,7 +20,8 @@ from mechunlearn.evaluate.one_test import tested, told
 from mechunlearn.metrics import name_of
 from mechunlearn.model import Model, fingerprint
 from mechunlearn.model.snapshot import Snapshot
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Format, Task
 from mechunlearn.weights import Edit, taken_back
 
 
@@ -88,18 +89,60 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """Task and edit as bytes, so that their tensors take no file handles on the way."""
+    """Task and edit with their tensors as bytes: sent as tensors, each would take a file handle on the way."""
 
-    content: bytes
+    content: Any
 
     @classmethod
     def of(cls, task: Task, edit: Edit | None) -> "Parcel":
-        buffer = BytesIO()
-        torch.save((task, edit), buffer)
-        return cls(buffer.getvalue())
+        return cls(_packed((task, edit)))
 
     def opened(self) -> tuple[Task, Edit | None]:
-        return torch.load(BytesIO(self.content), weights_only=False)
+        task, edit = _unpacked(self.content)
+        return task, edit
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A dataclass that holds tensors."""
+
+    kind: type
+    values: dict[str, Any]
+
+
+_HOLD_TENSORS = (Task, Format, Prompts, Edit)
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        own = value.detach().cpu().contiguous()
+        return _Numbers(own.dtype, tuple(own.shape), own.flatten().view(torch.uint8).numpy().tobytes())
+    if isinstance(value, _HOLD_TENSORS):
+        return _Fields(type(value), {field.name: _packed(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, Mapping):
+        return {key: _packed(each) for key, each in value.items()}
+    return tuple(map(_packed, value)) if isinstance(value, tuple) else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, _Numbers):
+        if not value.raw:
+            return torch.zeros(value.shape, dtype=value.dtype)
+        return torch.frombuffer(bytearray(value.raw), dtype=value.dtype).reshape(value.shape)
+    if isinstance(value, _Fields):
+        return value.kind(**{name: _unpacked(each) for name, each in value.values.items()})
+    if isinstance(value, Mapping):
+        return {key: _unpacked(each) for key, each in value.items()}
+    return tuple(map(_unpacked, value)) if isinstance(value, tuple) else value
 
 
 _kept = threading.local()

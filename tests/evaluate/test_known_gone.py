@@ -68,7 +68,7 @@ def test_the_lists_above_are_the_tests_that_run(audited: Audit):
 
 @pytest.mark.parametrize("test", [*ASKED, *LATENT, *TRAINED, *UNTRAINED])
 def test_the_original_knows(audited: Audit, test: str):
-    """Of what it generates on its own a fifth goes on after the answer ("basketballs")."""
+    """Of what it generates on its own a fifth goes on after the answer ("basketballan")."""
     assert found(audited, "original", test).value.value > (0.7 if test == "generated" else 0.95)
 
 
