@@ -16,6 +16,7 @@ from mechunlearn.components.edge import Edge, destinations, edges, sources
 from mechunlearn.components.edge_mask import EdgeMask
 from mechunlearn.components.edge_scores import EdgeScores
 from mechunlearn.components.mask import ComponentMask
+from mechunlearn.components.matched import matched
 from mechunlearn.components.position_scores import PositionScores
 from mechunlearn.components.scores import ComponentScores
 
@@ -34,6 +35,7 @@ __all__ = [
     "heads",
     "heads_and_mlps",
     "layers",
+    "matched",
     "matrices",
     "mlps",
     "neurons",

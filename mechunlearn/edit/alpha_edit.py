@@ -9,6 +9,7 @@ from torch import Tensor
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.closed_form import NullSpace, in_null_space, null_space, smallest_eigenvalues
 from mechunlearn.edit.contexts import subject_end, with_subjects
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.fact_writing import facts_written
 from mechunlearn.edit.key_covariance import KeyCovariance
 from mechunlearn.edit.spread import spread
@@ -24,6 +25,7 @@ smallest_tenth = partial(smallest_eigenvalues, share=0.1)
 """The smallest eigenvalues that make up a tenth of their sum."""
 
 
+@repeatable
 def alpha_edit(
     model: Model,
     task: Task,

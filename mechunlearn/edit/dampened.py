@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.losses import Loss, cross_entropy, needs
 from mechunlearn.metrics import described, name_of
 from mechunlearn.model import Model, device_of, differentiable, fingerprint
@@ -12,6 +13,7 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 
 
+@repeatable
 def dampened(
     model: Model,
     task: Task,

@@ -1,7 +1,9 @@
 """What an editor is, for functions that are given one."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeAlias
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.metrics import name_of
@@ -11,6 +13,22 @@ from mechunlearn.weights import Edit
 
 Editor: TypeAlias = Callable[..., Edit]
 """`(model, task, mask, **options) -> Edit`: any function of this signature is one."""
+
+
+Given = ParamSpec("Given")
+
+_OF_ONE_RUN = ("model", "task", "mask", "checkpoint", "on_step")
+
+
+def repeatable(editor: Callable[Given, Edit]) -> Callable[Given, Edit]:
+    """An editor whose edits say how to make the same elsewhere (`Edit.editor`): with its options, but no checkpoint."""
+
+    @wraps(editor)
+    def made(*arguments: Given.args, **options: Given.kwargs) -> Edit:
+        again = {name: value for name, value in options.items() if name not in _OF_ONE_RUN}
+        return replace(editor(*arguments, **options), editor=partial(made, **again))
+
+    return made
 
 
 def edited(editor: Editor, model: Model, task: Task, mask: ComponentMask, **options: Any) -> Edit:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mechunlearn.components import ComponentMask
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.terms import task_terms
 from mechunlearn.edit.trained import trained
 from mechunlearn.losses import Loss, cross_entropy
@@ -15,6 +16,7 @@ from mechunlearn.training import MakesOptimizer, adamw
 from mechunlearn.weights import Edit
 
 
+@repeatable
 def finetune(
     model: Model,
     task: Task,

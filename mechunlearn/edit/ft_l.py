@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.contexts import injected
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.trained import trained
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import Model
@@ -20,6 +21,7 @@ adam = partial(torch.optim.Adam, weight_decay=0.0)
 """Adam, as in the paper."""
 
 
+@repeatable
 def ft_l(
     model: Model,
     task: Task,

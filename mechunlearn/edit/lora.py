@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.terms import task_terms
 from mechunlearn.edit.trained import trained, weights
 from mechunlearn.losses import Loss, cross_entropy
@@ -19,6 +20,7 @@ from mechunlearn.training import MakesOptimizer, adamw
 from mechunlearn.weights import Edit, Entries
 
 
+@repeatable
 def lora(
     model: Model,
     task: Task,

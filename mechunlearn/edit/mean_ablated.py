@@ -7,11 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.model import Model, device_of, fingerprint, logits_at, preserved, recording, shape, site
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, read, select
 
 
+@repeatable
 def mean_ablated(
     model: Model, task: Task, mask: ComponentMask, *, shrinkage: float = 0.01, batch_size: int = 16
 ) -> Edit:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.closed_form import least_squares
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.fact_writing import facts_written, selected
 from mechunlearn.edit.key_covariance import KeyCovariance
 from mechunlearn.edit.spread import spread
@@ -16,6 +17,7 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries
 
 
+@repeatable
 def memit(
     model: Model,
     task: Task,

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.closed_form import directions, rank_one
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.fact_writing import add, facts_written, selected
 from mechunlearn.edit.key_covariance import KeyCovariance, output_matrices
 from mechunlearn.edit.target_value import Row, Search, Sought, target_move
@@ -16,6 +17,7 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, select
 
 
+@repeatable
 def rome(
     model: Model,
     task: Task,

@@ -5,6 +5,7 @@ from functools import partial
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.arithmetic import scaled
+from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.finetune import finetune
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import Model
@@ -15,6 +16,7 @@ learned_further = partial(finetune, forget_loss=cross_entropy, retain_coefficien
 """`finetune` on the forget set alone, with cross-entropy to its true answers."""
 
 
+@repeatable
 def task_vector(
     model: Model,
     task: Task,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechunlearn.evaluate import audit_frames, audit_text
+from mechunlearn.evaluate.audit_control import elsewhere, random_rows
 from mechunlearn.evaluate.audit_numbers import EDIT, NEVER_KNEW, Finding, findings
 from mechunlearn.evaluate.budgets import quick
 from mechunlearn.evaluate.compare import compare
@@ -28,6 +29,7 @@ def audit(
     *,
     budget: Callable[[Task], Plan] = quick,
     never_knew: Model | Callable[[], Model] | None = None,
+    random: int = 1,
     others: Mapping[str, Edit | Sequence[Edit]] | None = None,
     seeds: Sequence[int] = (0,),
     results: str | Path | None = None,
@@ -40,22 +42,23 @@ def audit(
     `budget`: `mu.evaluate.quick`, `mu.evaluate.full`, or a function of your own from the task to a `Plan`.
     `never_knew`: a model that never knew what is forgotten, such as `mu.testbed.load(without="basketball")`. It tells
     attacks that recover from attacks that teach. Without one, chance stands in and the audit says so.
-    `others`: more edits, such as the same editor on `mu.localize.random_like(where, model)`, as many weights elsewhere.
+    `random`: on how many random masks of as many weights the edit is made again, by the same editor with the same
+    options (a search of its own they do not get), to say whether the place matters. It takes an edit that an editor
+    just made: one that was loaded or made by hand cannot be repeated, and the audit says so. `others`: more edits.
     `edit`, `seeds`, `results`, `executor`, `load`: as for `compare`, which runs everything. A test that fails has that
     in its cells, and the others go on.
 
-    Cost: that of `compare` with the columns of the budget. ValueError, before anything runs, for an edit of other
-    weights, or one of `others` with the name of another row.
+    Cost: the edit once more for each random mask, and that of `compare` with the columns of the budget. ValueError,
+    before anything runs, for an edit of other weights, or one of `others` with the name of another row.
     """
     plan = budget(task)
-    edits = dict(others or {})
-    taken = sorted({EDIT, NEVER_KNEW} & set(edits))
-    if taken:
-        raise ValueError(f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it.")
+    others = dict(others or {})
+    _check(model, edit, others, random)
+    controls, reason = elsewhere(model, task, edit, count=random)
     report = compare(
         model,
         task,
-        {EDIT: edit, **edits},
+        {EDIT: edit, **controls, **others},
         metrics=plan.tests,
         controls={} if never_knew is None else {NEVER_KNEW: never_knew},
         seeds=seeds,
@@ -64,7 +67,20 @@ def audit(
         load=load,
         progress=progress,
     )
-    return Audit(report, plan.kinds)
+    return Audit(report, plan.kinds, reason)
+
+
+def _check(model: Model, edit: Edit | Sequence[Edit], others: Mapping[str, object], random: int) -> None:
+    """Before an edit is repeated; `compare` checks the rest."""
+    taken = sorted({EDIT, NEVER_KNEW, *random_rows(random)} & set(others))
+    if taken:
+        raise ValueError(
+            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
+            + (", or pass random=0." if taken[0] in random_rows(random) else ".")
+        )
+    for each in (edit,) if isinstance(edit, Edit) else edit:
+        if isinstance(each, Edit):
+            each.check(model)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,6 +91,8 @@ class Audit:
     """Every cell, side effects included."""
     kinds: Mapping[str, str]
     """Column -> clean, asked, latent, attack or damage."""
+    no_random: str = ""
+    """Why the edit was not repeated at random places."""
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
@@ -100,7 +118,7 @@ class Audit:
 
     def to_markdown(self) -> str:
         """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
-        return audit_text.markdown(self.report, self.findings, self.kinds)
+        return audit_text.markdown(self.report, self.findings, self.kinds, self.no_random)
 
     def __repr__(self) -> str:
         return self.to_markdown()

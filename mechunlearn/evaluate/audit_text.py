@@ -25,14 +25,14 @@ def verdict(report: Report, found: Sequence[Finding], kinds: Mapping[str, str]) 
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def markdown(report: Report, found: Sequence[Finding], kinds: Mapping[str, str]) -> str:
+def markdown(report: Report, found: Sequence[Finding], kinds: Mapping[str, str], no_random: str = "") -> str:
     """Verdict, what each test found in each model, what is left and recovered, side effects, and what it all means."""
     rows = list(report.weights)
     damage = [name for name, kind in kinds.items() if kind == "damage"]
     parts = [verdict(report, found, kinds), _values(found, rows)]
     parts += [_fractions(found, row) for row in rows if row not in ("original", NEVER_KNEW)]
     parts += [_damage(report, damage)] if damage else []
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(report, found, kinds))])
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(report, found, no_random))])
 
 
 def _what_finds_it(defined: Sequence[Finding], floor: str) -> str:
@@ -93,7 +93,7 @@ def _damage(report: Report, names: Sequence[str]) -> str:
     return _grid([*lines, ["edited weights", *(f"{count:,}" for count in report.weights.values())]])
 
 
-def _notes(report: Report, found: Sequence[Finding], kinds: Mapping[str, str]) -> list[str]:
+def _notes(report: Report, found: Sequence[Finding], no_random: str) -> list[str]:
     rows = list(report.weights)
     never = "never knew" if NEVER_KNEW in rows else "chance"
     return [
@@ -105,7 +105,7 @@ def _notes(report: Report, found: Sequence[Finding], kinds: Mapping[str, str]) -
         "adds to a model that never knew; net = recovered - taught. None is clipped to 0..1",
         f"{WORST}: the largest fraction left, and so somewhat above 0 even where nothing is left: numbers are noisy",
         "intervals: 95 %, bootstrap over facts and, with several seeds, over seeds. Of many, some miss by chance",
-        *_missing(rows),
+        *_missing(rows, no_random),
         *(f"failed: {c.row}, {c.test}: {' '.join(c.error.split())}" for c in report.cells if c.result is None),
     ]
 
@@ -118,7 +118,7 @@ def _senses(found: Iterable[Finding]) -> list[str]:
     return [f"{sense}: {'; '.join(tests)}" for sense, tests in senses.items()]
 
 
-def _missing(rows: Sequence[str]) -> list[str]:
+def _missing(rows: Sequence[str], no_random: str) -> list[str]:
     notes = []
     if NEVER_KNEW not in rows:
         notes.append(
@@ -126,10 +126,13 @@ def _missing(rows: Sequence[str]) -> list[str]:
             'recovers: pass never_knew=..., for the shipped model mu.testbed.load(without="basketball")'
         )
     if set(rows) <= {"original", EDIT, NEVER_KNEW}:
+        why = f" ({no_random})" if no_random else ""
         notes.append(
-            "no other edit was given, so nothing says whether the place matters: pass others={'random': ...}, the same "
-            "editor on mu.localize.random_like(where, model)"
+            f"there is no edit at random places{why}, so nothing says whether the place matters: pass "
+            "others={'random': ...}, the same editor on mu.localize.random_like(where, model)"
         )
+    elif no_random:
+        notes.append(f"there are fewer edits at random places than were asked for: {no_random}")
     return notes
 
 

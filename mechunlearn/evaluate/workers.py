@@ -95,7 +95,8 @@ class Parcel:
 
     @classmethod
     def of(cls, task: Task, edit: Edit | None) -> "Parcel":
-        return cls(_packed((task, edit)))
+        """Without what made the edit, which may hold functions that cannot be sent."""
+        return cls(_packed((task, edit and replace(edit, editor=None))))
 
     def opened(self) -> tuple[Task, Edit | None]:
         task, edit = _unpacked(self.content)

@@ -1,6 +1,6 @@
 """A change of weights as a value."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from mechunlearn.weights.size import EditSize, size_of_change
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from mechunlearn.tasks.task import Task
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,6 +39,8 @@ class Edit:
     """How it was made: editor, settings, seed, versions."""
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
+    editor: "Callable[[Model, Task, ComponentMask], Edit] | None" = None
+    """What made it, with its options: makes the same edit elsewhere. None for one that was loaded, or made by hand."""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape

@@ -13,6 +13,7 @@ import mechunlearn as mu
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Plan, Report, Result, audit, full, quick
 from mechunlearn.evaluate.audit import Audit
+from mechunlearn.evaluate.audit_control import elsewhere
 
 NAMES = ("a", "b")
 KINDS = {"clean": "clean", "question": "asked", "probe": "latent", "relearning": "attack", "text loss": "damage"}
@@ -126,8 +127,8 @@ def test_without_a_model_that_never_knew_chance_stands_in_and_the_audit_says_so(
     assert math.isnan(own.net.value)
     text = audited.to_markdown()
     assert "no model that never knew was given" in text
-    assert "no other edit" not in text
-    assert "no other edit was given" in made("original", "edit", "never knew").to_markdown()
+    assert "no edit at random places" not in text
+    assert "there is no edit at random places" in made("original", "edit", "never knew").to_markdown()
 
 
 @pytest.mark.parametrize("row", ["original", "edit", "never knew"])
@@ -174,10 +175,10 @@ def edited(model, label="L1MLP"):
 
 def test_an_audit_runs_everything_and_leaves_the_models_as_they_were(llama):
     never, task = tiny.bridge("llama", seed=1), tiny.task(llama)
-    others = {"random": edited(llama, "L2MLP")}
+    others = {"other": edited(llama, "L2MLP")}
     with left_as_it_was(llama), left_as_it_was(never):
         found = audit(llama, task, edited(llama), budget=small, never_knew=never, others=others, progress=False)
-    assert list(found.table.index) == ["original", "edit", "random", "never knew"]
+    assert list(found.table.index) == ["original", "edit", "other", "never knew"]
     values = {test: float(found.table.loc["edit", test]) for test in ("clean", "same", "question", "broken")}
     assert values["same"] == values["clean"] != values["question"]
     assert math.isnan(values["broken"])
@@ -194,8 +195,54 @@ def test_an_edit_of_another_model_is_refused_before_anything_runs(llama):
         audit(tiny.bridge("llama", seed=1), tiny.task(llama), edited(llama), budget=lambda task: plan, progress=False)
 
 
+def steps(model, task, mask, **options):
+    return mu.edit.finetune(model, task, mask, steps=2, progress=False, **options)
+
+
+def test_the_edit_is_made_again_at_random_places_by_default(llama):
+    """By the same editor, options included, on as many weights; with other weights as the result."""
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    edit = mu.edit.finetune(llama, task, mask, steps=2, learning_rate=0.0, progress=False)
+    with left_as_it_was(llama):
+        found = audit(llama, task, edit, budget=small, progress=False)
+    assert list(found.table.index) == ["original", "edit", "random"]
+    assert found.report.weights["random"] == found.report.weights["edit"] > 0
+    for test in ("clean", "question"):  # a rate of 0 was the edit's own option
+        assert found.table.loc["random", test] == pytest.approx(float(found.table.loc["original", test]))
+    control = mu.localize.random_like(mask, llama, seed=0)
+    others = {"by hand": steps(llama, task, control)}
+    moved = audit(llama, task, steps(llama, task, mask), budget=small, others=others, progress=False).table
+    assert moved.loc["random", "clean"] == moved.loc["by hand", "clean"] != moved.loc["original", "clean"]
+
+
+def test_of_several_edits_each_is_repeated_on_a_mask_of_its_own(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    edits = [steps(llama, task, mask, seed=seed) for seed in range(2)]
+    rows, reason = elsewhere(llama, task, edits, count=2)
+    assert reason == ""
+    assert list(rows) == ["random 1", "random 2"]
+    expected = [[mu.localize.random_like(mask, llama, seed=seed) for seed in pair] for pair in ((0, 1), (2, 3))]
+    found = {name: row for name, row in rows.items() if isinstance(row, tuple)}
+    assert [[edit.mask for edit in row] for row in found.values()] == expected
+    assert [edit.provenance["seed"] for edit in found["random 1"]] == [0, 1]
+
+
+def test_an_audit_says_why_there_is_no_edit_at_random_places(llama, tmp_path):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    everywhere = steps(llama, task, mu.localize.everything(llama))
+    steps(llama, task, mask).save(tmp_path / "saved")
+    loaded = mu.Edit.load(tmp_path / "saved")
+    cases = ((loaded, 1, "being loaded"), (edited(llama), 1, "made by hand"), (everywhere, 1, "a control equal to"))
+    for edit, random, why in (*cases, (steps(llama, task, mask), 0, "random=0 was passed")):
+        found = audit(llama, task, edit, budget=small, random=random, progress=False)
+        assert list(found.table.index) == ["original", "edit"]
+        assert why in found.to_markdown()
+
+
 def test_names_that_are_taken_are_refused(llama):
-    for name in ("edit", "never knew"):
+    with pytest.raises(ValueError, match="got random=-1"):
+        audit(llama, tiny.task(llama), edited(llama), random=-1, progress=False)
+    for name in ("edit", "never knew", "random"):
         with pytest.raises(ValueError, match=f"got '{name}': rename it"):
             audit(llama, tiny.task(llama), edited(llama), others={name: edited(llama)}, progress=False)
     with pytest.raises(ValueError, match="each column of an audit once, got 'x' twice"):

@@ -1,5 +1,7 @@
 """Rounded weights: the numbers of bitsandbytes, the layout of every model, and an edit that is rounded away."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -8,6 +10,7 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.evaluate.quantized import quantized
 from mechunlearn.weights import read, select
+from mechunlearn.weights.bitsandbytes_rounding import bitsandbytes_int8, bitsandbytes_nf4, roundings_on
 from mechunlearn.weights.rewritten import as_linear, every_entry, from_linear, rewritten
 from mechunlearn.weights.rounding import int4, int8, nf4
 
@@ -38,18 +41,51 @@ def test_nf4_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nf4_is_that_of_bitsandbytes_bit_for_bit(dtype):
-    functional = pytest.importorskip("bitsandbytes.functional")
+    pytest.importorskip("bitsandbytes")
     weight = gaussian(96, 128, dtype=dtype)
-    packed, state = functional.quantize_4bit(weight.clone(), blocksize=64, quant_type="nf4")
-    assert torch.equal(nf4(weight), functional.dequantize_4bit(packed, state))
+    assert torch.equal(nf4(weight), bitsandbytes_nf4(weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_int8_is_that_of_bitsandbytes_bit_for_bit(dtype):
-    functional = pytest.importorskip("bitsandbytes.functional")
+    """It takes half precision."""
+    pytest.importorskip("bitsandbytes")
     weight = gaussian(96, 128, dtype=dtype)
-    steps, top, _ = functional.int8_vectorwise_quant(weight.clone())
-    assert torch.equal(int8(weight), functional.int8_vectorwise_dequant(steps, top).to(dtype))
+    assert torch.equal(int8(weight.half().float()).to(dtype), bitsandbytes_int8(weight))
+    functional = pytest.importorskip("bitsandbytes.functional")
+    steps, top, _ = functional.int8_vectorwise_quant(weight.float())
+    assert torch.equal(int8(weight.float()), functional.int8_vectorwise_dequant(steps, top))
+
+
+def test_bitsandbytes_rounds_where_there_is_a_gpu():
+    """That a default is chosen by device needs none; what it computes is run on CPU above and below."""
+    pytest.importorskip("bitsandbytes")
+    on_gpu = roundings_on(torch.device("cuda", 0))
+    chosen = {"int8, bitsandbytes": bitsandbytes_int8, "int4": int4, "nf4, bitsandbytes": bitsandbytes_nf4}
+    assert on_gpu == chosen
+    assert roundings_on(torch.device("cpu")) == {"int8": int8, "int4": int4, "nf4": nf4}
+
+
+def test_without_bitsandbytes_the_arithmetic_is_ours_and_its_functions_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(sys.modules[roundings_on.__module__], "find_spec", lambda name: None)
+    assert roundings_on(torch.device("cuda", 0)) == {"int8": int8, "int4": int4, "nf4": nf4}
+    for rounding in (bitsandbytes_int8, bitsandbytes_nf4):
+        with pytest.raises(ImportError, match=r"mechunlearn\[bitsandbytes\]"):
+            rounding(gaussian(4, 64))
+
+
+def test_the_numbers_of_bitsandbytes_go_through_the_attack(llama):
+    pytest.importorskip("bitsandbytes")
+    task = tiny.task(llama)
+    with left_as_it_was(llama):
+        theirs = quantized(llama, task, roundings=roundings_on(torch.device("cuda"))).curve
+    from_half = {"int8": lambda weight: int8(weight.half().float()), "int4": int4, "nf4": nf4}
+    ours = quantized(llama, task, roundings=from_half).curve
+    assert theirs is not None
+    assert ours is not None
+    assert theirs.points == ("float32", "int8, bitsandbytes", "int4", "nf4, bitsandbytes")
+    assert torch.equal(theirs.per_prompt, ours.per_prompt)
 
 
 @pytest.mark.parametrize("rounding", [int8, int4, nf4])
