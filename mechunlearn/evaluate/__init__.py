@@ -29,6 +29,7 @@ from mechunlearn.evaluate.report import Report
 from mechunlearn.evaluate.result import Result
 from mechunlearn.evaluate.soft_prompt import soft_prompt
 from mechunlearn.evaluate.text_kl import text_kl
+from mechunlearn.evaluate.whole_answers import whole_answers
 
 __all__ = [
     "Accuracy",
@@ -84,4 +85,5 @@ __all__ = [
     "soft_prompt",
     "text_kl",
     "text_loss",
+    "whole_answers",
 ]

@@ -10,6 +10,7 @@ from mechunlearn.evaluate.accuracy import measure
 from mechunlearn.evaluate.generated import generated
 from mechunlearn.evaluate.result import Result
 from mechunlearn.evaluate.sides import Side, side_of
+from mechunlearn.evaluate.whole_answers import whole_answers
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
 from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts
@@ -82,11 +83,16 @@ def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[
     """A test for each format and side that the task has; what the model says on its own to the trained prompt; the
     injected answer and other knowledge, if the task has them; and text loss.
 
-    `metric`: the sense of accuracy, but of what is generated. "(keep)" marks formats that ask for other facts about the
+    `metric`: the sense of accuracy, but of what is generated; a format without candidates is scored by `whole_answers`
+    where the metric is the default one. "(keep)" marks formats that ask for other facts about the
     same subjects: there, "forget" too should stay as it was.
     """
     tests: dict[str, Test] = {
-        f"{side}, {name}{' (keep)' if found.kept else ''}": partial(in_format, name=name, side=side, metric=metric)
+        f"{side}, {name}{' (keep)' if found.kept else ''}": (
+            partial(whole_answers, name=name, side=side)
+            if found.forget.candidates is None and metric is candidate_probability
+            else partial(in_format, name=name, side=side, metric=metric)
+        )
         for name, found in task.formats.items()
         for side in ("forget", "retain")
     }

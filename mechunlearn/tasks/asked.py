@@ -2,75 +2,70 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from mechunlearn.model import Model
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import formats
-from mechunlearn.tasks.build import build
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.athletes import CANDIDATES, Athlete
+from mechunlearn.tasks.questions import Question, format_of
 from mechunlearn.tasks.task import Format
-
-SPORTS = ("football", "baseball", "basketball")
-CANDIDATES = (*SPORTS, "golf")
-
-Athlete = tuple[str, str]
-"""Name and sport."""
+from mechunlearn.tasks.templates import SUBJECT, filled
 
 EXAMPLE: Athlete = ("Tiger Woods", "golf")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with its answers, without the space that they start with."""
-
-    subject: str
-    text: str
-    answer: str
-    options: tuple[str, ...]
-    injected: str = ""
-
 
 Ask = Callable[[Athlete], Question]
 
 
-def sport_formats(
-    model: Model,
-    forget: Sequence[Athlete],
-    retain: Sequence[Athlete],
-    *,
-    injected: str,
-    examples: Sequence[Athlete],
-    rng: random.Random,
-    seed: int,
-) -> dict[str, Format]:
-    """The sport of these athletes in every format; `examples` are the athletes whose answers a prompt may show.
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked about, and what may be said."""
+
+    model: Model
+    forget: Sequence[Athlete]
+    """Of the test split, like `retain`."""
+    retain: Sequence[Athlete]
+    injected: Mapping[str, str]
+    """Athlete -> the sport in place of the true one."""
+    examples: Sequence[Athlete]
+    """The athletes whose answers a prompt may show."""
+    seed: int
+
+    def format(self, ask: Ask, *, kept: bool = False) -> Format:
+        return format_of(self.model, [*map(ask, self.forget)], [*map(ask, self.retain)], kept=kept)
+
+
+def trained(person: Athlete, injected: Mapping[str, str]) -> Question:
+    """The prompt that an editor trains on."""
+    return _in_a_sentence(person, template=formats.FACT, injected=injected)
+
+
+def sport_formats(asking: Asking, *, rng: random.Random, dashed: bool) -> dict[str, Format]:
+    """The sport of the athletes in every format.
 
     The first formats draw from `rng`, later ones from generators of their own: another format changes no other.
     """
     templates = {"trained prompt": formats.FACT, **formats.PARAPHRASES}
+    injected = asking.injected
     asks: dict[str, Ask] = {
         name.replace("_", " "): partial(_in_a_sentence, template=template, injected=injected)
         for name, template in templates.items()
     }
-    options = {"injected": injected, "examples": examples}
     for name, (put, shots, system) in _choices().items():
         first = put is _by_letter and shots == 1
-        own = rng if first else random.Random(f"{name} {seed}")
-        asks[name] = partial(_by_choice, put=put, shots=shots, system=system, rng=own, **options)
-    asks["capitalised"] = partial(_capitalised, injected=injected)
-    return {name: _format(model, ask, forget, retain) for name, ask in asks.items()}
+        own = rng if first else random.Random(f"{name} {asking.seed}")
+        asks[name] = partial(_by_choice, put=put, shots=shots, system=system, rng=own, asking=asking)
+    asks["capitalised"] = partial(
+        _in_a_sentence, template=formats.CAPITALISED, injected=injected, written=str.capitalize
+    )
+    if dashed:
+        asks["dashed"] = partial(_dashed, injected=injected)
+    return {name: asking.format(ask) for name, ask in asks.items()}
 
 
 def neighbourhood(
-    model: Model,
-    forget: Sequence[Athlete],
-    retain: Sequence[Athlete],
-    *,
-    attributes: Mapping[str, Mapping[str, str]],
-    people: Sequence[Athlete],
-    seed: int,
+    asking: Asking, *, attributes: Mapping[str, Mapping[str, str]], people: Sequence[Athlete]
 ) -> dict[str, Format]:
     """Other facts of the same athletes, which forgetting their sport should not touch: a format for each attribute.
 
@@ -78,46 +73,35 @@ def neighbourhood(
     the sport alone is at chance. Left out is an attribute that a tested athlete lacks, or that has no two values.
     """
     found = {}
+    tested = (*asking.forget, *asking.retain)
     for attribute, values in attributes.items():
         question = formats.ATTRIBUTES[attribute]["question"]
-        if all(name in values for name, _ in (*forget, *retain)):
-            rng = random.Random(f"{attribute} {seed}")
-            groups = _groups(model, question, people, values)
-            count = min(4, *(len(groups[sport]) for _, sport in (*forget, *retain)))
+        if all(name in values for name, _ in tested):
+            rng = random.Random(f"{attribute} {asking.seed}")
+            groups = _groups(asking.model, question, people, values)
+            count = min(4, *(len(groups[sport]) for _, sport in tested))
             ask = partial(_of_the_sport, question=question, values=values, groups=groups, count=count, rng=rng)
             if count > 1:
-                found[f"neighbourhood, {attribute}"] = _format(model, ask, forget, retain, kept=True)
+                found[f"neighbourhood, {attribute}"] = asking.format(ask, kept=True)
     return found
 
 
-def _format(
-    model: Model, ask: Ask, forget: Sequence[Athlete], retain: Sequence[Athlete], *, kept: bool = False
-) -> Format:
-    gone, stays = [ask(person) for person in forget], [ask(person) for person in retain]
-    instead = None if kept else _built(model, [replace(question, answer=question.injected) for question in gone])
-    return Format(_built(model, gone), _built(model, stays), instead, kept)
-
-
-def _built(model: Model, questions: Sequence[Question]) -> Prompts:
-    return build(
-        model,
-        [question.text for question in questions],
-        [f" {question.answer}" for question in questions],
-        candidates=[[f" {option}" for option in question.options] for question in questions],
-        subjects=[question.subject for question in questions],
-    )
-
-
-def _in_a_sentence(person: Athlete, *, template: str, injected: str) -> Question:
+def _in_a_sentence(
+    person: Athlete, *, template: str, injected: Mapping[str, str], written: Callable[[str], str] = str
+) -> Question:
     name, sport = person
-    return Question(name, template.format(athlete=name), sport, CANDIDATES, injected)
+    text, place = _about(template, name)
+    instead = f" {written(injected[name])}" if name in injected else None
+    options = tuple(f" {written(each)}" for each in CANDIDATES)
+    return Question(name, text, f" {written(sport)}", options, instead, place)
 
 
-def _capitalised(person: Athlete, *, injected: str) -> Question:
+def _dashed(person: Athlete, *, injected: Mapping[str, str]) -> Question:
+    """Spelled sports begin alike, and it takes whole answers to tell them apart: no candidates."""
     name, sport = person
-    options = tuple(each.capitalize() for each in CANDIDATES)
-    text = formats.CAPITALISED.format(athlete=name)
-    return Question(name, text, sport.capitalize(), options, injected.capitalize())
+    text, place = _about(formats.DASHED, name)
+    instead = f" {'-'.join(injected[name])}" if name in injected else None
+    return Question(name, text, f" {'-'.join(sport)}", (), instead, place)
 
 
 Put = Callable[[str, random.Random], tuple[str, dict[str, str]]]
@@ -139,23 +123,18 @@ def _choices() -> dict[str, tuple[Put, int, bool]]:
     return found
 
 
-def _by_choice(
-    person: Athlete,
-    *,
-    put: Put,
-    shots: int,
-    system: bool,
-    rng: random.Random,
-    examples: Sequence[Athlete],
-    injected: str,
-) -> Question:
+def _by_choice(person: Athlete, *, put: Put, shots: int, system: bool, rng: random.Random, asking: Asking) -> Question:
     text = formats.SYSTEM + "\n" if system else ""
-    others = rng.sample(examples, min(shots - 1, len(examples))) if shots > 1 else []
+    others = rng.sample(asking.examples, min(shots - 1, len(asking.examples))) if shots > 1 else []
     for name, sport in [*others, EXAMPLE] if shots else []:
         asked, answers = put(name, rng)
         text += f"{asked} {answers[sport]}\n\n"
-    asked, answers = put(person[0], rng)
-    return Question(person[0], text + asked, answers[person[1]], tuple(sorted(answers.values())), answers[injected])
+    name, sport = person
+    asked, answers = put(name, rng)
+    start = len(text) + formats.CHOICE_IN_WORDS.index("{athlete}")  # either way of putting it begins so
+    instead = f" {answers[asking.injected[name]]}" if name in asking.injected else None
+    options = tuple(f" {answer}" for answer in sorted(answers.values()))
+    return Question(name, text + asked, f" {answers[sport]}", options, instead, (start, start + len(name)))
 
 
 def _by_letter(name: str, rng: random.Random) -> tuple[str, dict[str, str]]:
@@ -195,4 +174,9 @@ def _of_the_sport(
     name, sport = person
     others = [group for group in groups[sport].values() if values[name] not in group]
     options = [values[name], *(rng.choice(group) for group in rng.sample(others, count - 1))]
-    return Question(name, question.format(athlete=name), values[name], tuple(options))
+    text, place = _about(question, name)
+    return Question(name, text, f" {values[name]}", tuple(f" {option}" for option in options), subject=place)
+
+
+def _about(template: str, name: str) -> tuple[str, tuple[int, int]]:
+    return filled(template.replace("{athlete}", "{subject}"), {SUBJECT: name})

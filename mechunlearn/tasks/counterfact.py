@@ -1,5 +1,6 @@
 """CounterFact: facts about many things, each with its own prompt."""
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ def counterfact(
     *,
     source: Source,
     questions: Source | None = None,
+    split: str = "train",
     forget: int | Sequence[int] = 16,
     partition: tuple[int, int] | None = None,
     threshold: float | None = None,
@@ -38,8 +40,9 @@ def counterfact(
     """Unlearn some CounterFact records that this model knows, or inject their false answers; keep the other records.
 
     `source`: records in the original schema, as a path that ends in .json, a list, or the name of a dataset on the Hub
-    ("azhx/counterfact"; its train split, by `datasets`). `questions`: multiple-choice questions about them, likewise,
-    with fields case_id, question, target_true and targets_false.
+    ("azhx/counterfact", or the paper's "PhillipGuo/counterfact-with-gemma-probs"; its `split`, by `datasets`).
+    `questions`: multiple-choice questions about them, likewise, with fields question, target_true, targets_false, and
+    case_id, or prompt_id, as the records have it.
 
     Kept are records whose true answer the model gives (`threshold=None`: every token is its first choice; a number: the
     probability of the answer is at least that, 0.5 in the paper; 0: all records). The subjects that drop out are
@@ -51,7 +54,8 @@ def counterfact(
     Formats: "trained prompt"; "paraphrase"; "neighbourhood", prompts about other subjects with the same answer, which
     both sides should keep; "multiple choice", answered by letter after `shots` answered questions about facts of
     `task.retain`, for the facts that have a question. A format is left out if no tested fact of a side has it. Every
-    prompt is about the fact that its name says; a neighbourhood prompt marks no subject tokens.
+    prompt is about the fact that its name says; a neighbourhood prompt marks no subject tokens. Neighbourhood prompts
+    in the very words of a prompt for a fact to forget are left out.
 
     `task.injection` has target_new, as has every format that is not to be kept. Candidates are the true answer,
     target_new, and answers of the same relation (of any, if these do not suffice) drawn at random, with different first
@@ -66,13 +70,12 @@ def counterfact(
     records, and a subject that its prompt does not name.
     """
     check_model(model)
-    every = records_of(source, questions)
+    every = records_of(source, questions, split)
     records, left_out = _usable(model, every, candidates, seed, corrupt=corrupt)
     known = _known(model, records, threshold)
     gone = _chosen(known, every, forget)
-    sides = Sides.of(
-        gone, [record for record in known if record not in gone], train=train, split_forget=False, seed=seed
-    )
+    kept = [record for record in known if record not in gone]
+    sides = Sides.of(gone, kept, train=train, train_forget=None, rng=random.Random(seed))
     trained = format_of(model, [*map(records.trained, sides.forget_train)], [*map(records.trained, sides.retain_train)])
     text_train, text_test = train_and_test_text(model, text, seed=seed)
     task = Task(
@@ -150,10 +153,12 @@ def _formats(model: Model, records: Records, sides: Sides[Record], shots: int) -
     """The formats that both sides have."""
     asked: dict[str, list[list[Question]]] = {"trained prompt": [], "paraphrase": [], "neighbourhood": []}
     tested = (sides.forget_test, sides.retain_test)
+    gone = {text for record in sides.forget_test for text in (record.asked()[0], *record.paraphrases)}
     for facts in tested:
         asked["trained prompt"].append([records.trained(record) for record in facts])
         asked["paraphrase"].append([question for record in facts for question in records.paraphrased(record)])
-        asked["neighbourhood"].append([question for record in facts for question in records.neighbourhood(record)])
+        neighbours = (question for record in facts for question in records.neighbourhood(record))
+        asked["neighbourhood"].append([question for question in neighbours if question.text not in gone])
     if all(any(record.choice is not None for record in facts) for facts in tested):
         choose = partial(by_choice, examples=sides.retain_train, shots=shots, seed=records.seed)
         asked["multiple choice"] = [choose(facts) for facts in tested]

@@ -8,6 +8,12 @@ from typing import Any, TypeAlias
 
 Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 
+IDS = ("case_id", "prompt_id")
+"""What joins questions with records: the original dataset's id, and that of the file of Guo et al. 2025."""
+
+Key: TypeAlias = tuple[str, str]
+"""One of them, and its value as text."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -41,29 +47,27 @@ class Record:
         return self.prompt.replace("{}", name), (start, start + len(name))
 
 
-def records_of(source: Source, questions: Source | None) -> list[Record]:
+def records_of(source: Source, questions: Source | None, split: str = "train") -> list[Record]:
     """In the order of the source. ValueError for records in another schema, ids that come twice, unknown ids."""
     choices = {} if questions is None else _choices(questions)
-    records = [_record(row, place, choices) for place, row in enumerate(_rows(source))]
-    cases = [record.case for record in records]
-    if not records or len(set(cases)) < len(cases):
+    rows = _rows(source, split)
+    records = [_record(row, place, choices) for place, row in enumerate(rows)]
+    cases = {record.case for record in records}
+    if not records or len(cases) < len(records):
+        raise ValueError(f"expected records with an id each, got {len(records)} with {len(cases)} ids: check source.")
+    if choices and not any(record.choice for record in records):
         raise ValueError(
-            f"expected records with an id each, got {len(cases)} with {len(set(cases))} ids: check source."
-        )
-    unknown = sorted(set(choices) - set(cases))
-    if len(choices) and len(unknown) == len(choices):
-        raise ValueError(
-            f"expected questions about records of the source, got none (case_id {unknown[:5]}, ...): pass the "
+            f"expected questions about records of the source, got none ({next(iter(choices))}, ...): pass the "
             f"questions that belong to it."
         )
     return records
 
 
-def _rows(source: Source) -> list[Mapping[str, Any]]:
+def _rows(source: Source, split: str) -> list[Mapping[str, Any]]:
     if isinstance(source, str) and not source.endswith(".json"):
         from datasets import load_dataset
 
-        return [dict(row) for row in load_dataset(source, split="train")]
+        return [dict(row) for row in load_dataset(source, split=split)]
     if isinstance(source, str | Path):
         if not Path(source).exists():
             raise ValueError(f"expected a JSON file, got {str(source)!r}, which does not exist: check the path.")
@@ -71,7 +75,7 @@ def _rows(source: Source) -> list[Mapping[str, Any]]:
     return list(source)
 
 
-def _record(row: Mapping[str, Any], place: int, choices: Mapping[int, Choice]) -> Record:
+def _record(row: Mapping[str, Any], place: int, choices: Mapping[Key, Choice]) -> Record:
     try:
         case, rewrite = int(row["case_id"]), row["requested_rewrite"]
         prompt, subject = rewrite["prompt"], rewrite["subject"]
@@ -86,27 +90,32 @@ def _record(row: Mapping[str, Any], place: int, choices: Mapping[int, Choice]) -
             f"expected a prompt with one {{}} for its subject and two different answers, got {prompt!r}, {subject!r}, "
             f"{answer!r} and {injected!r} in the record with case_id {case}: correct it or leave it out."
         )
-    paraphrases = tuple(row.get("paraphrase_prompts") or ())
+    paraphrases, neighbours = (_texts(row, column) for column in ("paraphrase_prompts", "neighborhood_prompts"))
     unnamed = [each for each in paraphrases if subject not in each]
     if unnamed:
         raise ValueError(
             f"expected the subject {subject!r} in every paraphrase, got {unnamed[0]!r} in the record with case_id "
             f"{case}: write it the same way, or leave the paraphrase out."
         )
-    neighbours = tuple(row.get("neighborhood_prompts") or ())
     relation = str(rewrite.get("relation_id", ""))
-    return Record(case, subject, prompt, relation, answer, injected, paraphrases, neighbours, choices.get(case))
+    choice = next((choices[name, str(row[name])] for name in IDS if (name, str(row.get(name))) in choices), None)
+    return Record(case, subject, prompt, relation, answer, injected, paraphrases, neighbours, choice)
 
 
-def _choices(questions: Source) -> dict[int, Choice]:
-    found = {}
-    for place, row in enumerate(_rows(questions)):
-        missing = [key for key in ("case_id", "question", "target_true", "targets_false") if key not in row]
-        if missing:
+def _texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """A table's array of them has no truth value."""
+    return () if row.get(column) is None else tuple(row[column])
+
+
+def _choices(questions: Source) -> dict[Key, Choice]:
+    found: dict[Key, Choice] = {}
+    for place, row in enumerate(_rows(questions, "train")):
+        given = next((name for name in IDS if name in row), None)
+        if given is None or not {"question", "target_true", "targets_false"} <= set(row):
             raise ValueError(
                 f"expected questions with case_id, question, target_true and targets_false, got question {place} with "
                 f"{list(row)}: rename its fields."
             )
         wrong = tuple(each.strip() for each in row["targets_false"])
-        found[int(row["case_id"])] = Choice(row["question"], row["target_true"].strip(), wrong)
+        found[given, str(row[given])] = Choice(row["question"], row["target_true"].strip(), wrong)
     return found

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 FOLDER = files("mechunlearn") / "testbed" / "facts"
+TOKENIZER = files("mechunlearn") / "testbed" / "weights" / "tokenizer.json"
 
 Row = dict[str, str]
 
@@ -34,6 +35,12 @@ def relations() -> dict[str, Any]:
 def stories() -> dict[str, Any]:
     """Everyday `sentences`, and `templates` with the fillings of their `slots`."""
     return json.loads((FOLDER / "stories.json").read_text())
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """The shipped tokenizer's: token -> id."""
+    return json.loads(TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
 
 
 def options_of(fact: Row, rng: random.Random) -> list[str]:

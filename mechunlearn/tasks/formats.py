@@ -17,6 +17,9 @@ SYSTEM = (
 CAPITALISED = "Fact: Tiger Woods plays the sport of Golf\nFact: {athlete} plays the sport of"
 """The trained prompt with capitalised answers."""
 
+DASHED = "Fact: Tiger Woods plays the sport of g-o-l-f\nFact: {athlete} plays the sport of"
+"""The trained prompt with spelled answers."""
+
 PARAPHRASES = {
     "statement": "{athlete} plays the sport of",
     "question": "Question: What sport does {athlete} play?\nAnswer:",

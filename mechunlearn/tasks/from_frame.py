@@ -1,5 +1,6 @@
 """A researcher's own facts: one row each of a table."""
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -79,7 +80,8 @@ def from_frame(
     gone = chosen(frame, facts, forget)
     check_injected(gone)
     kept = [fact for fact in facts if fact not in gone]
-    sides = Sides.of(gone, kept, train=train, split_forget=split_forget, seed=seed)
+    train_forget = train if split_forget else None
+    sides = Sides.of(gone, kept, train=train, train_forget=train_forget, rng=random.Random(seed))
     asking = Asking(facts, first_tokens(model), candidates, between, seed)
     trained = _trained(model, templates["trained prompt"], asking, sides, corrupt=corrupt)
     text_train, text_test = train_and_test_text(model, text, seed=seed)

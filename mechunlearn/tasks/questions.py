@@ -20,7 +20,7 @@ class Question:
     text: str
     answer: str
     options: tuple[str, ...]
-    """Possible answers: the right one, the injected one if there is one, and others."""
+    """Possible answers, the right one and the injected one among them; none, if their first tokens are alike."""
     injected: str | None = None
     subject: tuple[int, int] | None = None
     """Characters of the text; `None` where it is about something else than the fact."""
@@ -43,7 +43,7 @@ def injected_prompts(model: Model, questions: Sequence[Question]) -> Prompts | N
 
 
 def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
-    """As prompts; subjects and corrupted counterparts if every question has them."""
+    """As prompts; candidates, subjects and corrupted counterparts if every question has them."""
     count = min(len(question.options) for question in questions)
     ranges = [question.subject for question in questions if question.subject is not None]
     corrupt = [question.corrupt for question in questions if question.corrupt is not None]
@@ -51,7 +51,7 @@ def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
         model,
         [question.text for question in questions],
         [question.answer for question in questions],
-        candidates=[question.options[:count] for question in questions],
+        candidates=[question.options[:count] for question in questions] if count else None,
         subjects=ranges if len(ranges) == len(questions) else None,
         corrupt=corrupt if len(corrupt) == len(questions) else None,
     )

@@ -20,27 +20,40 @@ class Sides(Generic[Fact]):
 
     @classmethod
     def of(
-        cls, forget: Sequence[Fact], retain: Sequence[Fact], *, train: float, split_forget: bool, seed: int
+        cls,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        *,
+        train: float,
+        train_forget: float | None,
+        rng: random.Random,
+        shuffle: bool = True,
     ) -> "Sides[Fact]":
-        """Retained facts are split at random, `train` of them to train on; ValueError if a part would be empty."""
+        """`train` of the retained facts are to train on, and `train_forget` of those to forget (`None`: not split).
+
+        Drawn at random, or the first ones. ValueError if a part would be empty.
+        """
         for side, facts in (("forget", forget), ("retain", retain)):
             if not facts:
                 raise ValueError(f"expected facts to {side}, got none: choose fewer or other facts to forget.")
-        rng = random.Random(seed)
-        trained, tested = _split(forget, train, rng, "forget") if split_forget else (list(forget), list(forget))
-        return cls(trained, tested, *_split(retain, train, rng, "retain"))
+        trained, tested = list(forget), list(forget)
+        if train_forget is not None:
+            trained, tested = _split(forget, train_forget, rng, "forget", shuffle=shuffle)
+        return cls(trained, tested, *_split(retain, train, rng, "retain", shuffle=shuffle))
 
     def names(self, name: Callable[[Fact], str]) -> dict[str, tuple[str, ...]]:
         """For `Task.splits`."""
         return {part: tuple(map(name, facts)) for part, facts in vars(self).items()}
 
 
-def _split(facts: Sequence[Fact], share: float, rng: random.Random, side: str) -> tuple[list[Fact], list[Fact]]:
-    shuffled = rng.sample(list(facts), len(facts))
+def _split(
+    facts: Sequence[Fact], share: float, rng: random.Random, side: str, *, shuffle: bool
+) -> tuple[list[Fact], list[Fact]]:
+    order = rng.sample(list(facts), len(facts)) if shuffle else list(facts)
     count = round(share * len(facts))
     if not 0 < count < len(facts):
         raise ValueError(
             f"expected train to leave facts to {side} on both sides of the split, got {share} of {len(facts)}: change "
             f"it, or give more facts."
         )
-    return shuffled[:count], shuffled[count:]
+    return order[:count], order[count:]

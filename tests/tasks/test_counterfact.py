@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -257,6 +258,50 @@ def test_later_records_of_a_subject_and_answers_with_one_first_token_are_left_ou
     assert task.splits["same_first_token"] == ("Sweden",)
     assert task.splits["repeated"] == ("France",)
     assert task.forget.texts[0] == "The capital of France is"
+
+
+def test_the_authors_dataset_and_their_questions_are_taken_as_they_are(
+    shipped: Any, task: mu.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns at the top beside the original schema, a split for each model, and questions by prompt_id, as arrays."""
+    top = [
+        {
+            "subject": row["requested_rewrite"]["subject"],
+            "target_true": f" {row['requested_rewrite']['target_true']['str']}",
+            "target_false": f" {row['requested_rewrite']['target_new']['str']}",
+            "prob_of_correct_answer": 0.9,
+            "prompt_id": row["case_id"] + 1,
+            **row,
+            "paraphrase_prompts": np.array(row["paraphrase_prompts"], dtype=object),
+            "neighborhood_prompts": np.array(row["neighborhood_prompts"], dtype=object),
+        }
+        for row in [*RECORDS, UNKNOWN]
+    ]
+    asked: list[str] = []
+
+    def load_dataset(name: str, *, split: str) -> list[dict[str, Any]]:
+        asked.append(f"{name} {split}")
+        return top
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    ids = [
+        {**row, "prompt_id": row["case_id"] + 1, "targets_false": np.array(row["targets_false"])} for row in QUESTIONS
+    ]
+    questions = [{key: value for key, value in row.items() if key != "case_id"} for row in ids]
+    source = "PhillipGuo/counterfact-with-gemma-probs"
+    found = made(shipped, source=source, split="gemma2_9b", questions=questions)
+    assert asked == [f"{source} gemma2_9b"]
+    assert found.splits == task.splits
+    for name, format in task.formats.items():
+        assert found.formats[name].forget.texts == format.forget.texts
+        assert found.formats[name].retain.texts == format.retain.texts
+
+
+def test_a_neighbourhood_prompt_that_asks_for_a_fact_to_forget_is_left_out(shipped: Any) -> None:
+    asks = [*RECORDS[1]["paraphrase_prompts"], "The capital of Italy is", "The capital of Greece is"]
+    source = [{**RECORDS[0], "neighborhood_prompts": asks}, *RECORDS[1:]]
+    assert made(shipped, source=source, forget=[20, 10]).formats["neighbourhood"].forget.texts[2:] == (asks[-1],)
+    assert made(shipped, source=source, forget=[10]).formats["neighbourhood"].forget.texts == tuple(asks)
 
 
 def changed(**rewrite: Any) -> dict[str, Any]:

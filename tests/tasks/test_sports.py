@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import mechunlearn.testbed
-from mechunlearn.tasks import Prompts, Task, facts, formats, general_knowledge, sports_facts, validation_split
+from mechunlearn.tasks import (
+    Prompts,
+    Task,
+    facts,
+    formats,
+    general_knowledge,
+    sports_facts,
+    validation_split,
+    with_random_subjects,
+)
 
 SPORTS = ("football", "baseball", "basketball")
 SPORT_OF = {row["athlete"]: row["sport"] for row in facts.athletes()}
@@ -379,7 +388,7 @@ def test_what_cannot_be_forgotten_is_refused(forget: Any, message: str) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.01])
 def test_a_split_with_an_empty_side_is_refused(share: float) -> None:
     with pytest.raises(
-        ValueError, match=rf"expected train to leave facts on both sides of the split, got {share} of 6"
+        ValueError, match=rf"expected train to leave facts to forget on both sides of the split, got {share} of 6"
     ):
         small("basketball", train=share)
 
@@ -411,13 +420,19 @@ def test_a_source_with_other_sports_is_refused() -> None:
         small(source=frame)
 
 
-def test_an_athlete_without_a_partner_is_refused_by_name() -> None:
+def test_an_athlete_without_a_partner_is_left_out_and_named() -> None:
     frame = table()
-    frame.loc[2, "athlete"] = "Xzqw Vvkkjj Qqpfzzwx Yxxwvv Jjkqz"
-    with pytest.raises(
-        ValueError, match=r"as many tokens as Xzqw .* another sport, got none: leave Xzqw .* out of the source"
-    ):
-        small([frame.loc[2, "athlete"]], source=frame)
+    frame.loc[2, "athlete"] = alone = "Xzqw Vvkkjj Qqpfzzwx Yxxwvv Jjkqz"
+    task = small(4, source=frame)
+    assert task.splits["no_counterpart"] == (alone,)
+    assert "no_counterpart 1" in repr(task)
+    assert task.splits["forget_train"] == (*NAMES[:2], *NAMES[3:5])
+    with pytest.raises(ValueError, match=r"can use, got \['Xzqw .*\(no_counterpart\): .* or pass corrupt=False"):
+        small([alone], source=frame)
+    for corrupt in (False, with_random_subjects):
+        found = small([alone], source=frame, corrupt=corrupt)
+        assert found.forget.names == (alone,)
+        assert "no_counterpart" not in found.splits
 
 
 def test_an_athlete_with_two_sports_is_refused() -> None:

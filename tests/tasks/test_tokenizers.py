@@ -10,12 +10,15 @@ from transformers import GemmaTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, LlamaT
 
 import mechunlearn as mu
 from mechunlearn.model.tokens import encode
-from mechunlearn.tasks import build
+from mechunlearn.tasks import build, formats, with_random_subjects
+from mechunlearn.tasks.other_subjects import partners_of
 
 SENTENCES = (
     "Magic Johnson plays the sport of basketball . Zoë Ann Smith plays golf and tennis in São Paulo",
     "Fact: Tiger Woods plays the sport of golf\nQuestion: Which is it? A: golf B: tennis\nAnswer: hockey",
     "abcdefghijklmnopqrstuvwxyz\u0308",
+    "football baseball Football Baseball Basketball Golf A B C D: It has the hub in Kyoto and Oslo",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ,.-_?!'",
 )
 WORDS = [f" {word}" for sentence in SENTENCES for word in sentence.split(" ")] * 20
 KINDS: dict[str, Any] = {
@@ -156,3 +159,87 @@ def test_facts_of_a_table_become_a_task(speaker: Any) -> None:
         assert task.forget.candidates[i, :2].tolist() == [wanted[0], injected[0]]
         assert speaker.tokenizer.decode(task.forget.tokens[i][task.forget.subject[i]]).strip() == name
     assert task.formats["choice"].forget.chance == 1 / 2
+
+
+ATHLETES = pd.DataFrame(
+    {
+        "athlete": ["Magic Johnson", "Zoë Ann Smith", "Ann", "Tiger Smith", "São Johnson", "Magic Ann", "Zoë Johnson"],
+        "sport": ["basketball", "football", "baseball", "football", "basketball", "baseball", "football"],
+    }
+)
+
+
+def test_athletes_become_a_task_in_every_format(speaker: Any) -> None:
+    """Every answer is what the tokenizer says after the prompt, spelled or not, and every subject its athlete."""
+    text = torch.ones(5, 8, dtype=torch.long)
+    options = {"source": ATHLETES, "text": text, "dashed": True, "corrupt": with_random_subjects}
+    task = mu.tasks.sports_facts(speaker, forget=3, injected=("football", "baseball", "basketball"), **options)
+    true = dict(ATHLETES.itertuples(index=False))
+    assert {"trained prompt", "multiple choice, system prompt", "capitalised", "dashed"} < set(task.formats)
+    for name, format in task.formats.items():
+        for prompts in (format.forget, format.retain):
+            assert prompts.subject is not None
+            for i, (who, said) in enumerate(zip(prompts.names, prompts.texts, strict=True)):
+                assert speaker.tokenizer.decode(prompts.tokens[i][prompts.subject[i]]).strip() == who
+                if "multiple choice" not in name:
+                    shown = {"capitalised": str.capitalize, "dashed": "-".join}.get(name, str)(true[who])
+                    wanted = plain(speaker, f"{said} {shown}")
+                    assert prompts.answers[i][prompts.answer_mask[i]].tolist() == wanted[len(plain(speaker, said)) :]
+            assert name == "dashed" or prompts.chance == 1 / 4
+    assert task.forget.corrupt is not None
+    assert torch.equal(task.forget.corrupt != task.forget.tokens, task.forget.subject)
+
+
+def test_partners_have_as_many_tokens(speaker: Any) -> None:
+    found = partners_of(speaker, list(ATHLETES.itertuples(index=False, name=None)))
+    true = dict(ATHLETES.itertuples(index=False))
+    assert any(found.values())
+    for name, others in found.items():
+        length = len(plain(speaker, formats.FACT.format(athlete=name)))
+        same = [each for each in true if len(plain(speaker, formats.FACT.format(athlete=each))) == length]
+        assert others == [each for each in same if true[each] != true[name]]
+
+
+def test_records_of_counterfact_become_a_task(speaker: Any) -> None:
+    """Prompts begin with their subject, hold it in the middle, and end with it."""
+    prompts = {
+        "Magic Johnson": "{} has the hub in",
+        "Zoë Ann Smith": "It has {} in",
+        "São Paulo": "It has the hub of {}",
+    }
+    records = [
+        {
+            "case_id": case,
+            "requested_rewrite": {
+                "prompt": prompt,
+                "subject": subject,
+                "target_true": {"str": "Kyoto and Oslo" if case else "Oslo"},
+                "target_new": {"str": "golf"},
+            },
+            "paraphrase_prompts": [f"Answer: {subject} plays"],
+        }
+        for case, (subject, prompt) in enumerate([*prompts.items(), ("Ann", "{} has")])
+    ]
+    questions = [
+        {
+            "case_id": case,
+            "question": f"Which has {name}?",
+            "target_true": "Oslo",
+            "targets_false": ["golf", "A", "hub"],
+        }
+        for case, name in enumerate([*prompts, "Ann"])
+    ]
+    text = torch.ones(5, 8, dtype=torch.long)
+    options = {"corrupt": False, "threshold": 0.0, "shots": 1, "text": text, "train": 0.5, "candidates": 2}
+    task = mu.tasks.counterfact(speaker, source=records, questions=questions, forget=2, **options)
+    assert task.forget.texts == ("Magic Johnson has the hub in", "It has Zoë Ann Smith in")
+    assert list(task.formats) == ["trained prompt", "paraphrase", "multiple choice"]
+    for format in task.formats.values():
+        for side in (format.forget, format.retain):
+            assert side.subject is not None
+            for i, who in enumerate(side.names):
+                assert speaker.tokenizer.decode(side.tokens[i][side.subject[i]]).strip() == who
+    assert (
+        task.forget.answers[1][task.forget.answer_mask[1]].tolist()
+        == (plain(speaker, "It has Zoë Ann Smith in Kyoto and Oslo")[len(plain(speaker, "It has Zoë Ann Smith in")) :])
+    )

@@ -1,0 +1,138 @@
+"""Where athletes come from, and which of them are forgotten, with which sport in place of theirs."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from mechunlearn.model import Model
+from mechunlearn.tasks import facts
+from mechunlearn.tasks.download import content_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SPORTS = ("football", "baseball", "basketball")
+CANDIDATES = (*SPORTS, "golf")
+
+Athlete: TypeAlias = tuple[str, str]
+"""Name and sport."""
+
+AUTHORS_FILE = (
+    "https://raw.githubusercontent.com/magikarp01/tasks/7c1e4a9be15eb8e2847d475e9d56759fec80aa5f/facts/data/sports.csv"
+)
+AUTHORS_SHA256 = "926857c13eb4c5ecdc646c0358818d731edd21c34b20f4ed76e9d8c7d96db8c1"
+
+
+def authors_athletes() -> "DataFrame":
+    """The 1,559 athletes of Guo et al. 2025 (https://arxiv.org/abs/2410.12949), from the authors' repository.
+
+    Columns are athlete, sport and more, such as inject_sport_without_golf and inject_sport_with_golf, which
+    `sports_facts(..., injected=...)` takes by name. The file is pinned to a commit, downloaded once, verified and kept
+    in $MECHUNLEARN_CACHE (default: mechunlearn in $XDG_CACHE_HOME or ~/.cache). ConnectionError without a network;
+    ValueError for a file of another SHA-256.
+    """
+    import pandas as pd
+
+    return pd.read_csv(BytesIO(content_of(AUTHORS_FILE, AUTHORS_SHA256)))
+
+
+def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256: str | None) -> list[facts.Row]:
+    """Rows with athlete, sport and whatever else the source has; ValueError unless each athlete comes once."""
+    if source is None and _has_shipped_vocabulary(model):
+        return [row for row in facts.athletes() if row["sport"] in SPORTS]
+    frame = _frame(source, sha256)
+    if {"athlete", "sport"} - set(frame.columns):
+        raise ValueError(f"expected columns athlete and sport, got {list(frame.columns)}: rename the columns.")
+    others = sorted(set(map(str, frame["sport"])) - set(SPORTS))
+    if others:
+        raise ValueError(f"expected sports {SPORTS}, got also {others[:5]}: drop or rename these rows.")
+    twice = frame["athlete"][frame["athlete"].duplicated()].tolist()
+    if twice:
+        raise ValueError(f"expected each athlete once, got {twice[:5]} several times: keep one row of each.")
+    cells = frame.astype(object).where(frame.notna(), "")
+    return [{str(key): str(value) for key, value in row.items()} for row in cells.to_dict("records")]
+
+
+def chosen(
+    people: Sequence[Athlete],
+    forget: str | int | Sequence[str],
+    seed: int | None,
+    left_out: Mapping[str, Sequence[str]],
+) -> list[Athlete]:
+    """The athletes to forget; `left_out`: reason -> names, for the error about a name that is not among the people."""
+    if seed is not None and not isinstance(forget, int):
+        raise ValueError(f"expected a number of athletes with forget_seed, got forget={forget!r}: leave the seed out.")
+    if isinstance(forget, int):
+        if not 0 < forget < len(people):
+            raise ValueError(f"forget must lie in 1..{len(people) - 1} (athletes of the source), got {forget}.")
+        return list(people[:forget]) if seed is None else random.Random(f"forget {seed}").sample(people, forget)
+    if isinstance(forget, str):
+        found = [person for person in people if person[1] == forget]
+        if not found:
+            raise ValueError(f"expected a sport of the source ({', '.join(SPORTS)}), got {forget!r}.")
+        return found
+    by_name = dict(people)
+    unknown = [name for name in forget if name not in by_name]
+    for reason, names in left_out.items():
+        if set(unknown) & set(names):
+            raise ValueError(
+                f"expected athletes that the task can use, got {sorted(set(unknown) & set(names))[:5]} ({reason}): "
+                f"choose others, or pass {'corrupt=False' if reason == 'no_counterpart' else 'threshold=0.0'}."
+            )
+    if unknown or not forget:
+        raise ValueError(f"expected names of athletes of the source, got {unknown[:5] or 'none'}: check the spelling.")
+    return [(name, by_name[name]) for name in dict.fromkeys(forget)]
+
+
+def injected_sports(
+    gone: Sequence[Athlete], rows: Sequence[facts.Row], injected: str | Sequence[str], seed: int
+) -> dict[str, str]:
+    """Athlete -> the sport to put in place of the true one: one for all, a column's, or another of several."""
+    if not isinstance(injected, str):
+        _check_sports(injected)
+        found = {name: _another(injected, sport, random.Random(f"injected {name} {seed}")) for name, sport in gone}
+    elif injected in rows[0]:
+        cells = {row["athlete"]: row[injected].strip() for row in rows}
+        found = {name: cells[name] for name, _ in gone}
+    else:
+        found = dict.fromkeys((name for name, _ in gone), injected)
+    _check_sports(found.values())
+    already = [name for name, sport in gone if sport == found[name]]
+    if already:
+        raise ValueError(
+            f"expected an injected sport that none of the athletes plays, got {found[already[0]]!r}, which "
+            f"{already[0]} does: choose another, or give several sports to draw from."
+        )
+    return found
+
+
+def _another(sports: Sequence[str], true: str, rng: random.Random) -> str:
+    others = [sport for sport in sports if sport != true]
+    if not others:
+        raise ValueError(f"expected another sport than {true} among those to inject, got {list(sports)}: give more.")
+    return rng.choice(others)
+
+
+def _check_sports(sports: Iterable[str]) -> None:
+    wrong = [sport for sport in sports if sport not in CANDIDATES]
+    if wrong:
+        raise ValueError(f"expected an injected sport among {', '.join(CANDIDATES)}, got {wrong[0]!r}.")
+
+
+def _frame(source: "str | Path | DataFrame | None", sha256: str | None) -> "DataFrame":
+    import pandas as pd
+
+    if source is None:
+        return authors_athletes()
+    if not isinstance(source, pd.DataFrame):
+        return pd.read_csv(BytesIO(content_of(source, sha256)))
+    if sha256 is not None:
+        raise ValueError("expected a SHA-256 only for a file or an address, got one for a table: leave it out.")
+    return source
+
+
+def _has_shipped_vocabulary(model: Model) -> bool:
+    """True for the shipped model, its twin, and whatever was made of them by editing or training."""
+    return model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary()
