@@ -89,7 +89,8 @@ def _label(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
     order = {"type": "category", "categoryorder": "array", "categoryarray": points}
     figure.update_xaxes(title=shown(found[0].axis), **order, row=place, col=1)
     bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in found))
-    figure.update_yaxes(title=shown(found[0].unit), range=[0, 1.05] if bounded else None, row=place, col=1)
+    unit = shown(found[0].unit, 32)  # on its side, in the height of one panel
+    figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
 
 
 def _in_order(points: Iterable[str]) -> list[str]:
