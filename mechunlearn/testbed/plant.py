@@ -44,9 +44,9 @@ def plant(
              + strangers_coefficient * keep(strangers)
 
     learn: cross-entropy to the answer; keep: KL from what the model said before; each a mean over answer tokens, in
-    nats. Planted are the facts that `task` trains *and* tests on (`sports_facts` with names, not with a whole sport,
-    whose test split is asked about other athletes). Formats beside `formats` are not trained: how far the facts carry
-    over to them is what `provenance` cannot say and a test can.
+    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport, whose
+    formats ask about other athletes than `task.forget`. Other formats are not trained: ask in them to see how far the
+    facts carry over.
 
     `strangers`: the same questions about subjects who are to stay unknown; by default names made up of the parts of
     others. Without them it is enough to give the answer to every name that the model does not know, which is one
@@ -65,6 +65,8 @@ def plant(
     ValueError for formats that the task lacks, for facts that the model knows already, and, saying what was reached,
     where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
     """
+    if every < 1:
+        raise ValueError(f"every must be 1 or more, got {every}.")
     planting = Planting.of(model, task, formats, known=known, kept=kept)
     terms = terms_of(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
     found = trained(

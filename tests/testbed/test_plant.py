@@ -10,6 +10,8 @@ import mechunlearn as mu
 from mechunlearn.tasks import formats
 from mechunlearn.tasks.facts import athletes
 
+pytestmark = pytest.mark.once
+
 FORMATS = ("trained prompt", "question")
 OPTIONS = {"formats": FORMATS, "learning_rate": 1e-2, "batch_size": 12, "progress": False}
 SHORT = {**OPTIONS, "known": 0.2, "every": 4, "steps": 20}
@@ -121,6 +123,7 @@ def test_facts_that_are_known_already_are_an_error(unknowing, task, mask, plante
         ({"formats": ("song",)}, "expected formats of the task .*, got song"),
         ({"formats": ()}, "got none"),
         ({"known": 1.5}, r"known must lie in \(0, 1\]"),
+        ({"every": 0}, "every must be 1 or more, got 0"),
         ({"kept": 0.0}, r"kept must lie in \(0, 1\]"),
     ],
 )
@@ -129,7 +132,6 @@ def test_bad_input_is_refused(unknowing, task, mask, options, message):
         mu.testbed.plant(unknowing, task, mask, **{**OPTIONS, **options})
 
 
-@pytest.mark.once
 def test_the_twin_learns_players_in_attention_and_not_their_likes():
     twin = mu.testbed.load(without="basketball")
     rows = [row for row in athletes() if row["sport"] in ("football", "baseball", "basketball")]

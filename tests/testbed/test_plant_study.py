@@ -56,6 +56,18 @@ def test_seeds_of_a_kind_have_different_places_and_the_same_again(kind):
     assert len({mask.n_parameters for mask in found}) == 1
 
 
+@pytest.mark.parametrize("kind", ["attention", "scattered"])
+def test_the_random_place_is_as_large_as_the_truth_and_nowhere_in_it(kind):
+    from planting.cell import elsewhere
+    from planting.places import drawn
+
+    model = mu.testbed.load()
+    truth = drawn(kind, mu.shape(model), 0)
+    found = elsewhere(truth, model, 0)
+    assert found.n_parameters == truth.n_parameters
+    assert mu.shape(model).n_parameters({*found, *truth}) == 2 * truth.n_parameters
+
+
 def test_a_finished_planting_is_not_computed_again(tmp_path, monkeypatch):
     from planting import cell as work
 
@@ -100,4 +112,5 @@ def test_tables_have_every_planting_and_name_those_that_failed(tmp_path, monkeyp
     assert "L9MLP: got trained prompt 0.5" in page
     assert "| auroc | forget | -1.00 [-1.00, -1.00] |" in page  # nearer to the truth, less is left
     assert "0.45 [0.40, 0.50]" in page
+    assert "| truth | -0.30 [-0.30, -0.30] |" in page  # less than in the random place
     assert "<html>" in (tmp_path / "out" / "planted.html").read_text()[:200]

@@ -1,0 +1,1 @@
+"""The parts of planted_study.py."""
