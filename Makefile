@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 
 # -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
-	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS)
+	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -30,7 +30,7 @@ check: $(VENV)/installed-dev
 
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
-	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) -m documents
+	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 benchmarks: $(VENV)/installed

@@ -32,7 +32,8 @@ FULLY_BRIDGED = ("gpt2", "gemma2")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On TransformerLens 3 leave out what TransformerLens 4 tests as well, unless EVERY_CASE=1.
 
-    These are tests marked `once` and, but for tests/model, bridges of five architectures.
+    These are tests marked `once` and, but for tests/model and tests/testbed, those of the shipped model, which is one
+    bridge, and bridges of five architectures.
     """
     if not HAS_HOOKED or os.environ.get("EVERY_CASE"):
         return
@@ -44,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_spared(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
     spared = any(isinstance(p, tuple) and p[:1] == ("bridge",) and p[1] not in FULLY_BRIDGED for p in parameters)
-    return item.get_closest_marker("once") is not None or (spared and "tests/model" not in item.path.as_posix())
+    spared |= "shipped" in getattr(item, "fixturenames", ())
+    about_models = any(folder in item.path.as_posix() for folder in ("tests/model", "tests/testbed"))
+    return item.get_closest_marker("once") is not None or (spared and not about_models)
 
 
 @cache

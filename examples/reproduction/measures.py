@@ -1,0 +1,75 @@
+"""What is asked of the original model, of every edit, and of the twin that never knew."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+import mechunlearn as mu
+from mechunlearn.evaluate import Result, Test, in_format
+from reproduction.facts import CHOICE, PARAPHRASES, is_sports
+from reproduction.setup import Setup
+
+SIDES: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
+
+
+def formats_of(name: str) -> dict[str, Test]:
+    """Both sides of each format: a broken format is not forgetting."""
+    sports = is_sports(name)
+    asked: dict[str, Test] = {
+        "trained prompt": in_format,
+        "multiple choice": partial(in_format, name=CHOICE[sports]),
+        "paraphrases": partial(in_formats, names=PARAPHRASES[sports]),
+        "capitalised" if sports else "neighbourhood (keep)": partial(
+            in_format, name="capitalised" if sports else "neighbourhood"
+        ),
+    }
+    return {f"{side}, {format}": partial(test, side=side) for format, test in asked.items() for side in SIDES}
+
+
+def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
+    """Every column of a task; those of formats that the task lacks are left out."""
+    tests = formats_of(name)
+    choice = CHOICE[is_sports(name)]
+    tests |= {
+        "injected, trained prompt": partial(mu.evaluate.injected, format="trained prompt"),
+        "injected, multiple choice": partial(mu.evaluate.injected, format=choice),
+        "other knowledge": mu.evaluate.knowledge,
+        "text loss": mu.evaluate.text_loss,
+        "relearning": _relearning(setup),
+        "relearning, multiple choice": partial(_relearning(setup), format=choice, at=(0, setup.relearn_steps)),
+    }
+    if is_sports(name):
+        probe = mu.evaluate.binary_probes if name == "sport" else mu.evaluate.multinomial_probe
+        tests["probe"] = partial(probe, splits=1)
+    if setup.soft_prompt:
+        tests["soft prompt"] = mu.evaluate.soft_prompt
+    lacking = [format for format in (choice, "neighbourhood") if format not in task.formats]
+    return {test: found for test, found in tests.items() if not _asks(found, lacking)}
+
+
+def in_formats(model: Any, task: mu.Task, *, names: Sequence[str], side: Literal["forget", "retain"]) -> Result:
+    """The mean over formats, of each prompt; where a format asks several times about a fact, of each fact."""
+    found = [in_format(model, task, name=name, side=side) for name in names]
+    if len(found) == 1:
+        return found[0]
+    values = torch.stack([result.per_example for result in found]).mean(0)
+    return replace(found[0], per_example=values, sense=f"{found[0].sense}, mean of {len(names)} formats")
+
+
+def _relearning(setup: Setup) -> Test:
+    """On the half of the forgotten facts that is not asked, with one rate; at 0, a quarter, a half and all steps."""
+    steps = setup.relearn_steps
+    options = {"steps": steps, "batch_size": setup.relearn_batch_size, "micro_batch_size": setup.micro_batch_size}
+    options |= {"text_batch_size": max(1, setup.relearn_batch_size // 2)}
+    options |= {"at": tuple(sorted({0, steps // 4, steps // 2, steps}))}
+    if setup.lora:
+        return partial(mu.evaluate.relearn_halves, rank=setup.rank, **options)
+    return partial(mu.evaluate.relearn, learning_rates=(setup.relearn_rate,), **options)
+
+
+def _asks(test: Test, formats: Sequence[str]) -> bool:
+    options = test.keywords if isinstance(test, partial) else {}
+    return any(options.get(option) in formats for option in ("name", "format"))

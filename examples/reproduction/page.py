@@ -1,0 +1,285 @@
+"""docs/results.md, from the CSV files alone: every number and every verdict in it is computed here."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reproduction.setup import LOCALIZATIONS
+from reproduction.tables import COLUMNS, TABLES
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+
+LESS = {
+    "forget, multiple choice": "multiple choice",
+    "forget, paraphrases": "paraphrases",
+    "relearning": "relearning",
+    "relearning, multiple choice": "relearning, asked by multiple choice",
+    "probe": "probe, best layer",
+}
+"""Test -> its name: what should be low after forgetting, and lowest, says the paper, after fact lookup."""
+
+BESIDE = {"forget, trained prompt": "trained prompt", "retain, multiple choice": "retained, multiple choice"}
+"""What a comparison must be read with: one edit may simply have forgotten more, or broken the format. Not counted."""
+
+LEAST = 0.01
+"""A smaller difference says nothing, whatever its interval."""
+
+TWO = {"erase": "erasure", "inject": "injection"}
+
+
+def page(folder: Path) -> str:
+    """The page of the CSV files in a folder."""
+    frames = {path.stem: read(path) for path in sorted((folder / "reproduction").glob("*.csv"))}
+    results, differences, about = frames["results"], frames["differences"], provenance(folder / "reproduction")
+    blocks = [
+        "# Results",
+        *_run(results, about),
+        *_places(frames["masks"]),
+        *_tables(results),
+        *_ordering(differences, frames["masks"]),
+        *_against_published(results),
+        *_sizes(frames.get("sizes", pd.DataFrame())),
+        *_stages(results),
+        *_pictures(folder / "reproduction"),
+        *_tried(folder),
+        *_planted(folder / "planted"),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, comment="#")
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """The first line of results.csv."""
+    return json.loads((folder / "results.csv").read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+
+
+def _run(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
+    setup, seeds = about["setup"], about["seeds"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    model = "the shipped model" if setup["model"] == "shipped" else f"`{setup['model']}`"
+    yield (
+        "The experiments of [Guo et al. 2025](https://arxiv.org/abs/2410.12949), whether it matters *where* knowledge"
+        f" is edited, on {model} (fingerprint `{setup['fingerprint']}`). `examples/write_results.py` writes this page"
+        " from the CSV files in `docs/results/reproduction`, which `examples/reproduce_paper.py` writes; no number in"
+        " it is typed."
+    )
+    rates = ", ".join(f"{rate:g}" for rate in setup["learning_rates"])
+    yield (
+        f"Seeds: {len(seeds)}. Edits of {setup['steps']} steps (single athletes: {setup['athletes_steps']}; each part "
+        f"of a sequence: {max(1, setup['steps'] // 2)}) of {setup['batch_size']} prompts a term and "
+        f"{setup['text_batch_size']} rows of text; for every localization the same search, over rates {rates}, "
+        "on facts that no number here uses, with seed 0; the other seeds take what it chose. Seeds differ in the order "
+        "of batches, in random localizations, and in which half of the facts attacks see. Relearning: "
+        f"{setup['relearn_steps']} steps, the best point of the curve. Accuracy is the paper's, mean probability over "
+        f"the candidates. Brackets: 95 %, over facts and seeds together. Versions: {versions}."
+    )
+    n = results[results["test"] == "forget, trained prompt"].groupby("task", sort=False)["n"].first()
+    yield "Tested facts to forget: " + ", ".join(f"{task} {int(count)}" for task, count in n.items()) + "."
+
+
+def _places(masks: pd.DataFrame) -> Iterator[str]:
+    yield "## Where"
+    yield (
+        "All localizations cover at most as many weights as fact lookup's, but for all MLPs and no localization. "
+        "Random ones, drawn anew for each seed, are not listed."
+    )
+    yield markdown(masks[["task", "part", "localization", "weights", "shared with fact lookup", "components"]])
+
+
+def _tables(results: pd.DataFrame) -> Iterator[str]:
+    yield "## Tables 1 to 4"
+    yield (
+        "In brackets, where the paper has a number: Gemma-7B, in the workshop version. The paper's other knowledge is "
+        "MMLU; here it is general knowledge by multiple choice. *never knew*: the same model, trained without "
+        "basketball, is what perfect forgetting looks like."
+    )
+    published = pd.read_csv(PUBLISHED)
+    published = published[published["source"].str.startswith("workshop")]
+    for title, (task, mode) in TABLES.items():
+        chosen = _of(results, task, mode)
+        if len(chosen):
+            yield f"### {title.capitalize()}: {TWO[mode]}, {task}"
+            theirs = _of(published, task, mode)
+            yield markdown(_wide(chosen, list(COLUMNS.values()), theirs))
+
+
+def _wide(own: pd.DataFrame, tests: Iterable[str], published: pd.DataFrame) -> pd.DataFrame:
+    """A line for each row: value [low, high] (published)."""
+    lines = []
+    for row in dict.fromkeys(own["row"]):
+        if " after " not in row:
+            lines.append({"": row} | {test: _cell(own, published, row, test) for test in tests})
+    return pd.DataFrame(lines)
+
+
+def _cell(own: pd.DataFrame, published: pd.DataFrame, row: str, test: str) -> str:
+    ours, theirs = (frame[(frame["row"] == row) & (frame["test"] == test)] for frame in (own, published))
+    text = "" if ours.empty else interval(ours.iloc[0])
+    return text if theirs.empty else f"{text} ({theirs.iloc[0]['value']:.2f})"
+
+
+def _ordering(differences: pd.DataFrame, masks: pd.DataFrame) -> Iterator[str]:
+    yield "## Does the paper's ordering hold here?"
+    yield (
+        "The paper: after edits at fact lookup, less is found in other formats, by relearning and by probes than after "
+        "edits elsewhere. Below, each other localization minus fact lookup, on the same facts and seeds: positive, and "
+        "the paper's ordering holds (✓), negative, and it is reversed (✗); an interval that contains 0, or a "
+        f"difference below {LEAST}, does not say. The first two columns are not counted: where less is left in the "
+        "trained prompt already, or the format is broken for what was to be kept, the others do not compare like with "
+        "like."
+    )
+    every = differences[differences["test"].isin({**BESIDE, **LESS})]
+    every = every.assign(verdict=[_verdict(one) for one in every.itertuples()])
+    same = {(m.task, m.localization) for m in masks.itertuples() if m.weights and _same(masks, m)}
+    every = every[[(task, row) not in same for task, row in zip(every["task"], every["row"], strict=True)]]
+    found = every[every["test"].isin(LESS)]
+    if same:
+        named = ", ".join(f"{localization} ({task})" for task, localization in sorted(same))
+        yield f"Left out, since they chose the same components as fact lookup: {named}."
+    yield _sentence(found)
+    counts = found.groupby(["row", "verdict"], sort=False).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=["holds", "cannot say", "reversed"], fill_value=0)
+    order = [name for name in LOCALIZATIONS if name in counts.index]
+    yield markdown(counts.loc[order].reset_index().rename(columns={"row": "compared with"}))
+    for (task, mode), some in every.groupby(["task", "mode"], sort=False):
+        yield f"### {task}, {TWO[str(mode)]}"
+        table = [{"": row} | _line(lines) for row, lines in some.groupby("row", sort=False)]
+        yield markdown(pd.DataFrame(table).fillna(""))
+
+
+def _line(lines: pd.DataFrame) -> dict[str, str]:
+    marks = {"holds": " ✓", "reversed": " ✗", "cannot say": ""}
+    named = {one.test: one for one in lines.itertuples()}
+    beside = {name: signed(named[test]) for test, name in BESIDE.items() if test in named}
+    return beside | {
+        name: signed(named[test]) + marks[named[test].verdict] for test, name in LESS.items() if test in named
+    }
+
+
+def _sentence(found: pd.DataFrame) -> str:
+    """What came out, in one sentence, and for each kind of test."""
+    parts = []
+    for test, name in [("", "in all"), *LESS.items()]:
+        some = found if not test else found[found["test"] == test]
+        n = some["verdict"].value_counts()
+        if len(some):
+            parts.append(f"{name}: holds in {n.get('holds', 0)} of {len(some)}, reversed in {n.get('reversed', 0)}")
+    return f"Comparisons of one localization with fact lookup, in one task and mode, by one test: {'; '.join(parts)}."
+
+
+def _against_published(results: pd.DataFrame) -> Iterator[str]:
+    yield "## Injection, next to the published means"
+    yield (
+        "In brackets: means over Gemma-7B, Gemma-2-9B and Llama-3-8B and over the tasks named, one run each, from the "
+        "result files that the authors published with the ICML version. Their probe number is a mean over layers, "
+        "so it is not put beside the best layer here."
+    )
+    published = pd.read_csv(PUBLISHED)
+    published = published[published["source"].str.startswith("ICML")]
+    for tasks in dict.fromkeys(published["task"]):
+        theirs = published[published["task"] == tasks]
+        for task in tasks.split(" and "):
+            chosen = _of(results, task, "inject")
+            if len(chosen):
+                tests = [test for test in dict.fromkeys(theirs["test"]) if test in set(chosen["test"])]
+                yield f"### {task} (published: {tasks})"
+                yield markdown(_wide(chosen, tests, theirs))
+
+
+def _sizes(sizes: pd.DataFrame) -> Iterator[str]:
+    if len(sizes):
+        yield "## Weight masks: how much is left after setting weights to zero"
+        yield (
+            "Erasure of the whole sport by learned weight masks (no search: the library's defaults), made into edits "
+            "that set the k weights with the smallest numbers to zero; *at random*: k others of the same components."
+        )
+        lines = []
+        for (name, how, k), some in sizes.groupby(["localization", "how", "weights"], sort=False):
+            values = {one["test"]: interval(one) for _, one in some.iterrows()}
+            lines.append({"localization": name, "": how, "k": int(k), **values})
+        yield markdown(pd.DataFrame(lines).fillna(""))
+
+
+def _stages(results: pd.DataFrame) -> Iterator[str]:
+    stages = results[results["row"].str.contains(" after ")]
+    if len(stages):
+        yield "## In sequence: 64 CounterFact facts as 4 x 16"
+        yield "All 64 facts are asked after each part; earlier parts are not rehearsed."
+        tests = ["forget, trained prompt", "forget, multiple choice", "forget, paraphrases", "retain, trained prompt"]
+        for mode, some in stages.groupby("mode", sort=False):
+            yield f"### {TWO[str(mode)].capitalize()}"
+            lines = [{"": row} | _values(own, tests) for row, own in some.groupby("row", sort=False)]
+            yield markdown(pd.DataFrame(lines).fillna(""))
+
+
+def _values(own: pd.DataFrame, tests: Iterable[str]) -> dict[str, str]:
+    return {one["test"]: interval(one) for _, one in own.iterrows() if one["test"] in tests}
+
+
+def _pictures(folder: Path) -> Iterator[str]:
+    found = sorted(folder.glob("*.png"))
+    if found:
+        yield "## Figures"
+        for path in found:
+            yield f"![{path.stem}](results/reproduction/{path.name.replace(' ', '%20')})"
+
+
+def _tried(folder: Path) -> Iterator[str]:
+    """What no table can say, in a file of its own."""
+    if (folder / "tried.md").exists():
+        yield (folder / "tried.md").read_text(encoding="utf-8").strip()
+
+
+def _planted(folder: Path) -> Iterator[str]:
+    """What `planted_study.py` wrote from its own tables."""
+    if (folder / "planted.md").exists():
+        yield "## Where the truth is known"
+        yield (folder / "planted.md").read_text(encoding="utf-8").strip()
+        for path in sorted(folder.glob("*.png")):
+            yield f"![{path.stem}](results/planted/{path.name.replace(' ', '%20')})"
+
+
+def interval(one: Any) -> str:
+    return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+
+def signed(one: Any) -> str:
+    return f"{one.difference:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table; numbers of weights with commas."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
+    lines += [[_shown(value) for value in row] for row in frame.itertuples(index=False, name=None)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _of(frame: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:
+    return frame[(frame["task"] == task) & (frame["mode"] == mode)]
+
+
+def _verdict(one: Any) -> str:
+    if one.low <= 0 <= one.high or abs(one.difference) < LEAST:
+        return "cannot say"
+    return "holds" if one.difference > 0 else "reversed"
+
+
+def _same(masks: pd.DataFrame, mask: Any) -> bool:
+    """Whether a localization chose, in every part of its task, what fact lookup chose."""
+    if mask.localization == "fact lookup":
+        return False
+    own = masks[(masks["task"] == mask.task) & (masks["localization"] == mask.localization)]
+    lookup = masks[(masks["task"] == mask.task) & (masks["localization"] == "fact lookup")]
+    return set(zip(own["part"], own["components"], strict=True)) == set(
+        zip(lookup["part"], lookup["components"], strict=True)
+    )

@@ -1,0 +1,184 @@
+"""The numbers of a run as CSV files: every table and figure is made from these."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import mechunlearn as mu
+from mechunlearn.evaluate import Cell, Report
+from mechunlearn.files import read_json
+from reproduction.facts import TASKS
+from reproduction.setup import LOCALIZATIONS
+
+TABLES = {
+    "table 1": ("sport", "erase"),
+    "table 2": ("athletes-16", "erase"),
+    "table 3": ("sport", "inject"),
+    "table 4": ("athletes-16", "inject"),
+}
+"""Of the workshop version of the paper."""
+
+COLUMNS = {
+    "forget": "forget, trained prompt",
+    "retain": "retain, trained prompt",
+    "forget, multiple choice": "forget, multiple choice",
+    "retain, multiple choice": "retain, multiple choice",
+    "other knowledge": "other knowledge",
+}
+"""Of those tables."""
+
+
+def write_tables(out: Path) -> list[Path]:
+    """results.csv, differences.csv, curves.csv, sizes.csv, masks.csv, search.csv and Tables 1 to 4, in a folder."""
+    reports, about = reports_of(out), provenance_of(out)
+    frames = {
+        "results": _stacked(reports, results_frame),
+        "differences": _stacked(reports, differences_frame),
+        "curves": _stacked(reports, curves_frame),
+        "sizes": sizes_frame(out),
+        "masks": masks_frame(out),
+        "search": search_frame(out),
+    }
+    for name, (task, mode) in TABLES.items():
+        if (task, mode) in reports:
+            frames[f"{name}, {task}, {mode}"] = paper_table(frames["results"], task, mode)
+    (out / "tables").mkdir(exist_ok=True)
+    return [write_csv(frame, out / "tables" / f"{name}.csv", about) for name, frame in frames.items() if len(frame)]
+
+
+def write_csv(frame: pd.DataFrame, path: Path, about: Mapping[str, Any]) -> Path:
+    """The first line is a comment with where the numbers are from; `pandas.read_csv(path, comment="#")` skips it."""
+    text = f"# {json.dumps(about, sort_keys=True)}\n{frame.round(5).to_csv(index=False)}"
+    path.with_suffix(".part").write_text(text, encoding="utf-8")
+    return path.with_suffix(".part").replace(path)
+
+
+def reports_of(out: Path) -> dict[tuple[str, str], Report]:
+    """Task and mode -> what is finished: the original model, the twin, every localization, all seeds."""
+    found = {}
+    for name in TASKS:
+        originals = _reports(out, name, "original")
+        for mode in ("erase", "inject"):
+            own = _reports(out, name, mode)
+            if own:
+                found[name, mode] = _merged([*originals, *own], {**provenance_of(out), "task": {"name": name}})
+    return found
+
+
+def provenance_of(out: Path) -> dict[str, Any]:
+    """Setup, model, versions and how many seeds are finished; ValueError for reports of different versions."""
+    setup = json.loads((out / "setup.json").read_text())
+    every = [report.provenance for name in TASKS for mode in _modes(out, name) for report in _reports(out, name, mode)]
+    versions = {json.dumps(each["versions"], sort_keys=True) for each in every if "versions" in each}
+    if len(versions) != 1:
+        raise ValueError(f"expected finished work of one set of versions, got {len(versions)} in {out}: {versions}.")
+    seeds = sorted({seed for each in every for seed in each.get("seeds", ())})
+    return {"setup": setup, "versions": json.loads(versions.pop()), "seeds": seeds, "mechunlearn": mu.__version__}
+
+
+def results_frame(report: Report) -> pd.DataFrame:
+    """A line for each row and test; `control`: the same test where there is nothing to find."""
+    frame = report.intervals.reset_index().drop(columns=["sense"])
+    results = report.results
+    controls = [results[row].get(test) for row, test in zip(frame["row"], frame["test"], strict=True)]
+    values = [None if each is None or each.control is None else each.control.value for each in controls]
+    return frame.assign(control=values)
+
+
+def differences_frame(report: Report) -> pd.DataFrame:
+    """Each localization minus fact lookup on the same facts, with the same seeds."""
+    if "fact lookup" not in report.weights:
+        return pd.DataFrame()
+    rows = [row for row in report.weights if row in LOCALIZATIONS]
+    return report.select(rows=rows).against("fact lookup").reset_index().dropna()
+
+
+def curves_frame(report: Report) -> pd.DataFrame:
+    """Relearning by step and probes by layer: means over seeds, intervals over facts."""
+    found = []
+    for row, results in report.results.items():
+        for test, result in results.items():
+            if result.curve is not None:
+                below = result.control.curve if result.control is not None else None
+                beside = {} if below is None else dict(zip(below.points, below.mean.tolist(), strict=True))
+                points = result.curve.interval().reset_index()
+                about = {"row": row, "test": test, "axis": result.curve.axis, "chance": result.curve.chance}
+                found.append(points.assign(**about, control=points["point"].map(beside)))
+    return pd.concat(found) if found else pd.DataFrame()
+
+
+def sizes_frame(out: Path) -> pd.DataFrame:
+    """What is left after setting so many weights to zero: those that a weight mask chose, and as many at random."""
+    found = _reports(out, "sport", "weight masks")
+    if not found:
+        return pd.DataFrame()
+    frame = _merged(found, {}).intervals.reset_index().drop(columns=["sense"])
+    parts = frame["row"].str.extract(r"^(?P<localization>.+), (?P<weights>\d+) weights(?P<how> at random)?$")
+    parts["how"] = parts["how"].fillna("chosen").str.strip()
+    return pd.concat([parts, frame.drop(columns=["row"])], axis=1)
+
+
+def masks_frame(out: Path) -> pd.DataFrame:
+    """Which components each localization chose; random ones are drawn anew for each seed."""
+    rows = []
+    for path in sorted((out / "masks").glob("*/*/*.json")):
+        mask = mu.ComponentMask.load(path)
+        lookup = mu.ComponentMask.load(path.parent / "fact lookup.json")
+        about = {"task": path.parts[-3], "part": path.parts[-2], "localization": path.stem}
+        shared = len(mask.components & lookup.components)
+        chosen = " ".join(str(component) for component in mask)
+        numbers = {"weights": mask.n_parameters, "shared with fact lookup": shared, "components": chosen}
+        rows.append({**about, **numbers})
+    return pd.DataFrame(rows)
+
+
+def search_frame(out: Path) -> pd.DataFrame:
+    """Every trial of every search."""
+    rows = []
+    for path in sorted((out / "search").glob("*/trial-*.json")):
+        trial = read_json(path, "Trial")
+        task, mode, localization = path.parent.name.split(", ")
+        about = {"task": task, "mode": mode, "localization": localization}
+        rows.append({**about, **trial["options"], "score": trial["score"], "failure": trial["failure"]})
+    return pd.DataFrame(rows)
+
+
+def paper_table(results: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:
+    """A line for each localization, a column for each number and each end of its interval."""
+    chosen = results[(results["task"] == task) & (results["mode"] == mode)]
+    lines = []
+    for row in dict.fromkeys(chosen["row"]):
+        line: dict[str, Any] = {"row": row}
+        for column, test in COLUMNS.items():
+            for each in chosen[(chosen["row"] == row) & (chosen["test"] == test)].to_dict("records"):
+                line |= {column: each["value"], f"{column}, low": each["low"], f"{column}, high": each["high"]}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _modes(out: Path, name: str) -> list[str]:
+    return [path.name for path in sorted((out / "reports" / name).glob("*")) if path.name != "localize"]
+
+
+def _reports(out: Path, name: str, mode: str) -> list[Report]:
+    """In the order of localizations and seeds."""
+    paths = sorted((out / "reports" / name / mode).glob("*/seed-*.json"), key=lambda path: int(path.stem[5:]))
+    order = ["original", *LOCALIZATIONS]
+    return [Report.load(path) for path in sorted(paths, key=lambda path: order.index(path.parent.name))]
+
+
+def _merged(reports: list[Report], about: Mapping[str, Any]) -> Report:
+    weights: dict[str, int] = {}
+    for report in reports:
+        weights |= report.weights
+    cells: tuple[Cell, ...] = tuple(cell for report in reports for cell in report.cells)
+    return Report(cells, weights, about)
+
+
+def _stacked(reports: Mapping[tuple[str, str], Report], made: Any) -> pd.DataFrame:
+    frames = [made(report).assign(task=task, mode=mode) for (task, mode), report in reports.items()]
+    frames = [frame[["task", "mode", *frame.columns.drop(["task", "mode"])]] for frame in frames if len(frame)]
+    return pd.concat(frames) if frames else pd.DataFrame()

@@ -1,0 +1,98 @@
+"""One command runs the paper's experiments on any of its architectures, and goes on after being killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from paper_data import athletes, checkpoint, counterfact
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "reproduce_paper.py"
+
+PAPER = [("gemma", "gemma-7b"), ("gemma2", "gemma-2-9b"), ("llama", "llama-3-8b")]
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The folder that the script's own modules are found in."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    athletes(folder / "athletes.csv")
+    counterfact(folder, 24)
+    return folder
+
+
+def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    given = ["--model", str(model), "--out", str(out), "--layers", "0", "--athletes", str(data / "athletes.csv")]
+    given += ["--counterfact", str(data / "records.json"), "--questions", str(data / "questions.json")]
+    given += ["--threshold", "0", "--shots", "1", "--everyday-text", "--quick", "--seeds", "1", "--workers", "1"]
+    return [*given, "--no-figures", *more]
+
+
+def called(monkeypatch, given: list[str]) -> None:
+    import reproduce_paper
+
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", *given])
+    reproduce_paper.main()
+
+
+def results(out: Path):
+    import pandas as pd
+
+    return pd.read_csv(out / "tables" / "results.csv", comment="#")
+
+
+@pytest.mark.parametrize(("architecture", "settings"), PAPER)
+def test_the_command_runs_on_each_architecture_of_the_paper(
+    architecture, settings, examples, data, tmp_path, monkeypatch
+):
+    """A sport's and CounterFact's protocol, with the rates that the paper chose for that model."""
+    model, out = checkpoint(architecture, tmp_path / "model"), tmp_path / "out"
+    tasks = ["--task", "athletes-16", "counterfact-16", "--mode", "inject", "--localization", "fact lookup"]
+    called(monkeypatch, arguments(model, data, out, *tasks, "--settings", settings))
+    found = results(out)
+    assert set(found["row"]) == {"original", "fact lookup"}
+    assert set(found["task"]) == {"athletes-16", "counterfact-16"}
+    assert not found["value"].isna().any()
+    assert not (out / "search").exists()
+
+
+def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(examples, data, tmp_path, monkeypatch):
+    model, killed = checkpoint("llama", tmp_path / "model"), tmp_path / "killed"
+    tasks = ["--task", "athletes-16", "--mode", "erase", "--localization", "random"]
+    tasks += ["--settings", "llama-3-8b"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments(model, data, killed, *tasks)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        first = killed / "reports" / "athletes-16" / "original" / "original" / "seed-0.json"
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob("reports/**/*.json")}
+    assert first in finished
+    assert not (killed / "tables").exists()
+    called(monkeypatch, arguments(model, data, killed, *tasks))
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    whole = tmp_path / "whole"
+    called(monkeypatch, arguments(model, data, whole, *tasks))
+    assert results(killed).equals(results(whole))
+
+
+def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeypatch):
+    from reproduction.run import check
+    from reproduction.setup import Setup
+
+    model = str(checkpoint("llama", tmp_path / "model"))
+    check(Setup(model=model), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"expected the settings that .* was begun with, got steps=3"):
+        check(Setup(model=model, steps=3), tmp_path / "out")
