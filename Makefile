@@ -13,7 +13,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP = $(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check documents benchmarks clean
+.PHONY: demo test check documents results benchmarks clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py
@@ -32,6 +32,11 @@ check: $(VENV)/installed-dev
 documents: $(VENV)/installed-dev
 	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# docs/results.md from nothing, in about two hours on two cores. Killed, it goes on from out/results.
+results: $(VENV)/installed
+	$(ONE_THREAD) $(VENV)/bin/python examples/planted_study.py --out docs/results/planted --raw out/results/planted
+	$(ONE_THREAD) $(VENV)/bin/python examples/reproduce_paper.py --out out/results/paper --docs docs/results.md
 
 benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/attribution.py

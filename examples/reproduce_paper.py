@@ -35,6 +35,8 @@ def main() -> None:
             failed = run(setup, arguments.out, todo, pool)
     else:
         failed = run(setup, arguments.out, todo)
+    if failed and not any((arguments.out / "reports").glob("*/original/*/*.json")):
+        raise SystemExit(f"{len(failed)} pieces of work failed, the first: {next(iter(failed.items()))}.")
     tables = write_tables(arguments.out)
     if not arguments.no_figures:
         write_figures(arguments.out)
@@ -56,7 +58,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--localization", nargs="+", choices=LOCALIZATIONS, default=list(LOCALIZATIONS))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="processes; 1 with a GPU")
+    parser.add_argument("--workers", type=int, help="processes; default: 2 for the shipped model, else 1")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps an edit, no results")
     parser.add_argument("--full", action="store_true", help="also soft prompts, and relearning by LoRA")
     parser.add_argument("--keep-edits", action="store_true", help="as files, so that they need not be made again")
@@ -73,7 +75,9 @@ def parsed() -> argparse.Namespace:
     own.add_argument("--steps", type=int)
     own.add_argument("--batch-size", type=int)
     own.add_argument("--everyday-text", action="store_true", help="sentences of the package in place of the Pile")
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.workers = (2 if found.model == SHIPPED else 1) if found.workers is None else max(1, found.workers)
+    return found
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:

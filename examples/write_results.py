@@ -30,6 +30,8 @@ def main() -> None:
 def publish(run: Path, path: Path) -> None:
     """Take over the tables and some figures of a run, next to the page, and write the page."""
     folder = path.with_suffix("") / "reproduction"
+    if not (run / "tables" / "results.csv").exists():
+        raise SystemExit(f"expected tables in {run}, found none: let reproduce_paper.py finish some work first.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     wanted = [f"{start}, {name}.png" for start in PICTURES for name in SHOWN] + ["sport, sizes of edits.png"]

@@ -29,7 +29,7 @@ def finish(folder: Path, kind: str, seed: int) -> str:
         return "was finished"
     try:
         content = computed(folder, kind, seed)
-    except NotPlantedError as problem:  # a finding, and the same when tried again
+    except mu.testbed.NotPlantedError as problem:  # a finding, and the same when tried again
         truth = drawn(kind, mu.shape(twin()), seed)
         about = {"truth": [str(component) for component in truth], "weights": truth.n_parameters}
         content = {"kind": kind, "seed": seed, **about, "failed": str(problem)}
@@ -56,6 +56,9 @@ def computed(folder: Path, kind: str, seed: int) -> dict[str, Any]:
             model, task, edits, metrics=tests(seed), controls={NEVER: another_twin()}, progress=False
         )
         seconds["evaluate"] = clock.lap()
+    wrong = [f"{each.row}, {each.test}: {each.error}" for each in report.cells if each.result is None]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} tests failed, the first: {wrong[0]}")
     return {
         "kind": kind,
         "seed": seed,
@@ -79,10 +82,6 @@ def elsewhere(truth: mu.ComponentMask, model: Any, seed: int) -> mu.ComponentMas
     return next(mask for mask in drawn_masks if not mask & truth)
 
 
-class NotPlantedError(Exception):
-    """The components could not take the facts up."""
-
-
 class Clock:
     """CPU seconds of this process since the last lap."""
 
@@ -97,11 +96,7 @@ class Clock:
 def _planted(path: Path, task: mu.Task, truth: mu.ComponentMask, seed: int) -> mu.Edit:
     """Kept in a file, since it takes longest."""
     if not path.exists():
-        try:
-            edit = mu.testbed.plant(twin(), task, truth, seed=seed, progress=False)
-        except ValueError as problem:
-            raise NotPlantedError(str(problem)) from problem
-        edit.save(path)
+        mu.testbed.plant(twin(), task, truth, seed=seed, progress=False).save(path)
     return mu.Edit.load(path)
 
 

@@ -50,8 +50,12 @@ KINDS: dict[str, Draw] = {
 def drawn(kind: str, shape: mu.ModelShape, seed: int) -> mu.ComponentMask:
     """The place of that kind and seed; no two seeds of a kind have the same."""
     rng, seen = random.Random(f"planted {kind}"), []
-    while len(seen) <= seed:
+    for _ in range(100 * (seed + 1)):
+        if len(seen) > seed:
+            break
         mask = mu.ComponentMask.of(KINDS[kind](shape, rng), shape)
         if mask not in seen:
             seen.append(mask)
+    else:
+        raise ValueError(f"expected a seed below {len(seen)}, as many places as {kind!r} has, got {seed}.")
     return mu.ComponentMask(seen[seed].components, shape, {"method": "planted", "kind": kind, "seed": seed})

@@ -15,8 +15,8 @@ from reproduction.setup import Setup
 SIDES: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
 
 
-def formats_of(name: str) -> dict[str, Test]:
-    """Both sides of each format: a broken format is not forgetting."""
+def formats_of(name: str, task: mu.Task) -> dict[str, Test]:
+    """Both sides of each format that the task has: a broken format is not forgetting."""
     sports = is_sports(name)
     asked: dict[str, Test] = {
         "trained prompt": in_format,
@@ -26,12 +26,13 @@ def formats_of(name: str) -> dict[str, Test]:
             in_format, name="capitalised" if sports else "neighbourhood"
         ),
     }
-    return {f"{side}, {format}": partial(test, side=side) for format, test in asked.items() for side in SIDES}
+    tests: dict[str, Test] = {f"{s}, {format}": partial(test, side=s) for format, test in asked.items() for s in SIDES}
+    return {test: found for test, found in tests.items() if not _asks(found, _lacking(name, task))}
 
 
 def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
     """Every column of a task; those of formats that the task lacks are left out."""
-    tests = formats_of(name)
+    tests = formats_of(name, task)
     choice = CHOICE[is_sports(name)]
     tests |= {
         "injected, trained prompt": partial(mu.evaluate.injected, format="trained prompt"),
@@ -46,8 +47,7 @@ def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
         tests["probe"] = partial(probe, splits=1)
     if setup.soft_prompt:
         tests["soft prompt"] = mu.evaluate.soft_prompt
-    lacking = [format for format in (choice, "neighbourhood") if format not in task.formats]
-    return {test: found for test, found in tests.items() if not _asks(found, lacking)}
+    return {test: found for test, found in tests.items() if not _asks(found, _lacking(name, task))}
 
 
 def in_formats(model: Any, task: mu.Task, *, names: Sequence[str], side: Literal["forget", "retain"]) -> Result:
@@ -68,6 +68,10 @@ def _relearning(setup: Setup) -> Test:
     if setup.lora:
         return partial(mu.evaluate.relearn_halves, rank=setup.rank, **options)
     return partial(mu.evaluate.relearn, learning_rates=(setup.relearn_rate,), **options)
+
+
+def _lacking(name: str, task: mu.Task) -> list[str]:
+    return [format for format in (CHOICE[is_sports(name)], "neighbourhood") if format not in task.formats]
 
 
 def _asks(test: Test, formats: Sequence[str]) -> bool:

@@ -15,8 +15,8 @@ PUBLISHED = Path(__file__).parent / "published.csv"
 LESS = {
     "forget, multiple choice": "multiple choice",
     "forget, paraphrases": "paraphrases",
-    "relearning": "relearning",
-    "relearning, multiple choice": "relearning, asked by multiple choice",
+    "relearning, less nobody": "relearning, less nobody",
+    "relearning, multiple choice, less nobody": "relearning, asked by multiple choice, less nobody",
     "probe": "probe, best layer",
 }
 """Test -> its name: what should be low after forgetting, and lowest, says the paper, after fact lookup."""
@@ -27,15 +27,28 @@ BESIDE = {"forget, trained prompt": "trained prompt", "retain, multiple choice":
 LEAST = 0.01
 """A smaller difference says nothing, whatever its interval."""
 
+NOT_RUN = (
+    "**The experiments of the paper have not been run in full yet.** `examples/reproduce_paper.py` runs them on the "
+    "shipped model, and writes their tables here. What follows is the study in which the truth is known."
+)
+
 TWO = {"erase": "erasure", "inject": "injection"}
 
 
 def page(folder: Path) -> str:
-    """The page of the CSV files in a folder."""
+    """The page of the CSV files in a folder: of a run of the paper's experiments, and of the planted study."""
+    paper = _paper(folder) if (folder / "reproduction" / "results.csv").exists() else [NOT_RUN]
+    blocks = ["# Results", *paper, *_tried(folder), *_planted(folder / "planted")]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _paper(folder: Path) -> list[str]:
     frames = {path.stem: read(path) for path in sorted((folder / "reproduction").glob("*.csv"))}
-    results, differences, about = frames["results"], frames["differences"], provenance(folder / "reproduction")
-    blocks = [
-        "# Results",
+    results, about = frames["results"], provenance(folder / "reproduction")
+    differences = frames.get(
+        "differences", pd.DataFrame(columns=["task", "mode", "row", "test", "difference", "low", "high"])
+    )
+    return [
         *_run(results, about),
         *_places(frames["masks"]),
         *_tables(results),
@@ -44,10 +57,7 @@ def page(folder: Path) -> str:
         *_sizes(frames.get("sizes", pd.DataFrame())),
         *_stages(results),
         *_pictures(folder / "reproduction"),
-        *_tried(folder),
-        *_planted(folder / "planted"),
     ]
-    return "\n\n".join(blocks) + "\n"
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -70,11 +80,16 @@ def _run(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
         " it is typed."
     )
     rates = ", ".join(f"{rate:g}" for rate in setup["learning_rates"])
+    chosen = (
+        f"for every localization the same search, over rates {rates}, on facts that no number here uses, with seed 0; "
+        "the other seeds take what it chose"
+        if setup["paper"] is None
+        else f"learning rates and coefficients are those of the paper for {setup['paper']}"
+    )
     yield (
         f"Seeds: {len(seeds)}. Edits of {setup['steps']} steps (single athletes: {setup['athletes_steps']}; each part "
         f"of a sequence: {max(1, setup['steps'] // 2)}) of {setup['batch_size']} prompts a term and "
-        f"{setup['text_batch_size']} rows of text; for every localization the same search, over rates {rates}, "
-        "on facts that no number here uses, with seed 0; the other seeds take what it chose. Seeds differ in the order "
+        f"{setup['text_batch_size']} rows of text; {chosen}. Seeds differ in the order "
         "of batches, in random localizations, and in which half of the facts attacks see. Relearning: "
         f"{setup['relearn_steps']} steps, the best point of the curve. Accuracy is the paper's, mean probability over "
         f"the candidates. Brackets: 95 %, over facts and seeds together. Versions: {versions}."
@@ -132,7 +147,8 @@ def _ordering(differences: pd.DataFrame, masks: pd.DataFrame) -> Iterator[str]:
         "the paper's ordering holds (✓), negative, and it is reversed (✗); an interval that contains 0, or a "
         f"difference below {LEAST}, does not say. The first two columns are not counted: where less is left in the "
         "trained prompt already, or the format is broken for what was to be kept, the others do not compare like with "
-        "like."
+        "like. Relearning counts by how much more it finds about the facts than, by the same questions, about made-up "
+        "subjects: an attack can teach an answer."
     )
     every = differences[differences["test"].isin({**BESIDE, **LESS})]
     every = every.assign(verdict=[_verdict(one) for one in every.itertuples()])
@@ -197,7 +213,8 @@ def _sizes(sizes: pd.DataFrame) -> Iterator[str]:
         yield "## Weight masks: how much is left after setting weights to zero"
         yield (
             "Erasure of the whole sport by learned weight masks (no search: the library's defaults), made into edits "
-            "that set the k weights with the smallest numbers to zero; *at random*: k others of the same components."
+            "that set the k weights with the smallest numbers to zero; *at random*: any k weights of the same "
+            "components. Fewer seeds than above may have been run."
         )
         lines = []
         for (name, how, k), some in sizes.groupby(["localization", "how", "weights"], sort=False):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import Executor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -37,7 +38,9 @@ def check(setup: Setup, out: Path) -> None:
     """Begin a folder, or ValueError if it was begun with another setup or model."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "setup.json"
-    own = json.loads(json.dumps({**setup.identity(), "fingerprint": mu.fingerprint(load(setup.model))}))
+    versions = {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens", "transformers")}
+    about = {**setup.identity(), "fingerprint": mu.fingerprint(load(setup.model)), "versions": versions}
+    own = json.loads(json.dumps(about))
     if not path.exists():
         path.with_suffix(".part").write_text(json.dumps(own, indent=1) + "\n")
         path.with_suffix(".part").rename(path)

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Cell, Report
+from mechunlearn.evaluate import Cell, Report, Result
 from mechunlearn.files import read_json
 from reproduction.facts import TASKS
 from reproduction.setup import LOCALIZATIONS
@@ -64,8 +65,22 @@ def reports_of(out: Path) -> dict[tuple[str, str], Report]:
         for mode in ("erase", "inject"):
             own = _reports(out, name, mode)
             if own:
-                found[name, mode] = _merged([*originals, *own], {**provenance_of(out), "task": {"name": name}})
+                merged = _merged([*originals, *own], {**provenance_of(out), "task": {"name": name}})
+                found[name, mode] = with_less_nobody(merged)
     return found
+
+
+def with_less_nobody(report: Report) -> Report:
+    """Also what relearning finds beyond what the same attacked model says about nobody: what it taught to say of anyone
+    was not brought back. At the budget at which most is found about the facts."""
+    more = []
+    for cell in report.cells:
+        result = cell.result
+        if cell.test.startswith("relearning") and result is not None and result.control is not None:
+            values = result.per_example - result.control.per_example
+            less = Result(values, f"{result.sense}, less nobody", 0.0, result.unit, result.names)
+            more.append(replace(cell, test=f"{cell.test}, less nobody", result=less))
+    return Report((*report.cells, *more), report.weights, report.provenance)
 
 
 def provenance_of(out: Path) -> dict[str, Any]:

@@ -69,7 +69,12 @@ def finish(setup: Setup, out: Path, work: Work) -> None:
         return
     torch.set_num_threads(setup.threads)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work.do(setup, out, work).save(path)
+    report = work.do(setup, out, work)
+    wrong = [f"{cell.row}, {cell.test}: {cell.error}" for cell in report.cells if cell.result is None]
+    if wrong:  # what is finished stays in the file of cells
+        raise RuntimeError(f"{len(wrong)} of {len(report.cells)} cells failed, the first: {wrong[0]}")
+    report.save(path)
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
 def located(setup: Setup, out: Path, work: Work) -> Report:
@@ -90,20 +95,19 @@ def edited(setup: Setup, out: Path, work: Work) -> Report:
     """A localization's edit, in every test."""
     edit = edit_of(setup, out, work.name, work.mode, work.localization, work.seed)
     report = _compared(setup, work, {work.localization: edit}, _own_cells(out, work))
-    _own_cells(out, work).unlink()
     return report.select(rows=[work.localization])
 
 
 def sequential(setup: Setup, out: Path, work: Work) -> Report:
     """A localization's edits of one part after the other: the formats after each, every test after the last."""
-    task, tests = divided(setup, work.name).final, formats_of(work.name)
+    task = divided(setup, work.name).final
+    tests = formats_of(work.name, task)
 
     def after(model: Any) -> dict[str, Result]:
         return {test: ask(model, task) for test, ask in tests.items()}
 
     found = sequence_of(setup, out, work.name, work.mode, work.localization, work.seed, after)
     report = _compared(setup, work, {work.localization: found.combined}, _own_cells(out, work))
-    _own_cells(out, work).unlink()
     last = report.select(rows=[work.localization])
     return _with_stages(last, work, found.evaluations)
 
@@ -116,7 +120,7 @@ def masked(setup: Setup, out: Path, work: Work) -> Report:
         edits[f"{work.localization}, {k} weights"] = learned.discretize(k=k)
         edits[f"{work.localization}, {k} weights at random"] = learned.zeroed_at_random(k=k, seed=work.seed)
     model, task = load(setup.model), divided(setup, work.name).final
-    tests = formats_of(work.name)
+    tests = formats_of(work.name, task)
     chosen = {test: tests[test] for test in list(tests)[:4]}
     report = compare(model, task, edits, metrics=chosen, seeds=[work.seed], progress=False)
     return report.select(rows=list(edits))

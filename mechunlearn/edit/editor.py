@@ -1,6 +1,6 @@
 """What an editor is, for functions that are given one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
@@ -21,12 +21,17 @@ _OF_ONE_RUN = ("model", "task", "mask", "checkpoint", "on_step")
 
 
 def repeatable(editor: Callable[Given, Edit]) -> Callable[Given, Edit]:
-    """An editor whose edits say how to make the same elsewhere (`Edit.editor`): with its options, but no checkpoint."""
+    """An editor whose edits say how to make the same elsewhere (`Edit.editor`): with its options, but no checkpoint.
+
+    Not where an option is an iterator, such as a stream of text that is used up.
+    """
 
     @wraps(editor)
     def made(*arguments: Given.args, **options: Given.kwargs) -> Edit:
         again = {name: value for name, value in options.items() if name not in _OF_ONE_RUN}
-        return replace(editor(*arguments, **options), editor=partial(made, **again))
+        edit = editor(*arguments, **options)
+        is_used_up = any(isinstance(value, Iterator) for value in again.values())
+        return edit if is_used_up else replace(edit, editor=partial(made, **again))
 
     return made
 

@@ -19,13 +19,16 @@ def elsewhere(
     if count == 0:
         return {}, "random=0 was passed"
     if any(not isinstance(each, Edit) or each.editor is None for each in several):
-        return {}, "the edit does not say how to repeat it, being loaded, combined, learned as a mask, or made by hand"
+        return {}, "how to repeat it is not known: loaded, combined, learned as a mask, made by hand, or from a stream"
+    other = [each.provenance.get("task") for each in several if each.provenance.get("task", task.name) != task.name]
+    if other:
+        return {}, f"the edit was made on another task, {other[0]}"
     rows = {}
     try:
         for row, name in enumerate(random_rows(count)):
             made = tuple(_made(model, task, each, row * len(several) + i) for i, each in enumerate(several))
             rows[name] = made[0] if isinstance(edit, Edit) else made
-    except (ValueError, FloatingPointError) as problem:
+    except Exception as problem:  # memory may do elsewhere what it did not do here
         return rows, f"{type(problem).__name__}: {problem}"
     return rows, ""
 

@@ -132,7 +132,7 @@ def _missing(rows: Sequence[str], no_random: str) -> list[str]:
             "others={'random': ...}, the same editor on mu.localize.random_like(where, model)"
         )
     elif no_random:
-        notes.append(f"there are fewer edits at random places than were asked for: {no_random}")
+        notes.append(f"random places: {no_random}")
     return notes
 
 

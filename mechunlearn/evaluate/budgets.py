@@ -9,7 +9,7 @@ from mechunlearn.evaluate.extraction_strength import extraction_strength
 from mechunlearn.evaluate.few_shot import few_shot
 from mechunlearn.evaluate.generated import generated
 from mechunlearn.evaluate.halves import formatted
-from mechunlearn.evaluate.in_task import Test, in_format, knowledge, text_loss
+from mechunlearn.evaluate.in_task import Test, format_test, in_format, knowledge, text_loss
 from mechunlearn.evaluate.lens_extraction import by_both_ends, by_change, lens_extraction
 from mechunlearn.evaluate.multinomial_probe import multinomial_probe
 from mechunlearn.evaluate.noised import noised
@@ -98,14 +98,14 @@ def _clean(task: Task) -> Test:
 def _formats(task: Task) -> dict[str, Test]:
     """The other ways to ask for what is forgotten."""
     names = [name for name, found in task.formats.items() if not found.kept]
-    return {name: partial(in_format, name=name, side="forget") for name in names[1:]}
+    return {name: format_test(task, name, "forget") for name in names[1:]}
 
 
 def _damage(task: Task) -> Mapping[str, Test]:
     """What is to be kept, in every format."""
-    tests: dict[str, Test] = {f"retain, {name}": partial(in_format, name=name, side="retain") for name in task.formats}
+    tests: dict[str, Test] = {f"retain, {name}": format_test(task, name, "retain") for name in task.formats}
     kept = [name for name, found in task.formats.items() if found.kept]
-    tests |= {f"forget, {name} (keep)": partial(in_format, name=name, side="forget") for name in kept}
+    tests |= {f"forget, {name} (keep)": format_test(task, name, "forget") for name in kept}
     known: dict[str, Test] = {} if task.knowledge is None else {"other knowledge": knowledge}
     return {**tests, **known, "text loss": text_loss, "text KL": text_kl}
 

@@ -79,6 +79,13 @@ def text_loss(model: Model, task: Task) -> Result:
     return Result(found.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
+def format_test(task: Task, name: str, side: Side, *, metric: Metric = candidate_probability) -> Test:
+    """`in_format` of one side, or `whole_answers` where the answers have no candidates to be told from."""
+    if task.formats[name].forget.candidates is None and metric is candidate_probability:
+        return partial(whole_answers, name=name, side=side)
+    return partial(in_format, name=name, side=side, metric=metric)
+
+
 def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[str, Test]:
     """A test for each format and side that the task has; what the model says on its own to the trained prompt; the
     injected answer and other knowledge, if the task has them; and text loss.
@@ -88,11 +95,7 @@ def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[
     same subjects: there, "forget" too should stay as it was.
     """
     tests: dict[str, Test] = {
-        f"{side}, {name}{' (keep)' if found.kept else ''}": (
-            partial(whole_answers, name=name, side=side)
-            if found.forget.candidates is None and metric is candidate_probability
-            else partial(in_format, name=name, side=side, metric=metric)
-        )
+        f"{side}, {name}{' (keep)' if found.kept else ''}": format_test(task, name, side, metric=metric)
         for name, found in task.formats.items()
         for side in ("forget", "retain")
     }

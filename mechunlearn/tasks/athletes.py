@@ -40,6 +40,8 @@ def authors_athletes() -> "DataFrame":
 
 def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256: str | None) -> list[facts.Row]:
     """Rows with athlete, sport and whatever else the source has; ValueError unless each athlete comes once."""
+    if source is None and sha256 is not None:
+        raise ValueError("expected a source with its SHA-256, got no source: the authors' file has its own.")
     if source is None and _has_shipped_vocabulary(model):
         return [row for row in facts.athletes() if row["sport"] in SPORTS]
     frame = _frame(source, sha256)
@@ -48,6 +50,9 @@ def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256:
     others = sorted(set(map(str, frame["sport"])) - set(SPORTS))
     if others:
         raise ValueError(f"expected sports {SPORTS}, got also {others[:5]}: drop or rename these rows.")
+    blank = frame.index[frame["athlete"].fillna("").astype(str).str.strip() == ""].tolist()
+    if blank:
+        raise ValueError(f"expected a name in each row, got none in rows {blank[:5]}: drop these rows.")
     twice = frame["athlete"][frame["athlete"].duplicated()].tolist()
     if twice:
         raise ValueError(f"expected each athlete once, got {twice[:5]} several times: keep one row of each.")

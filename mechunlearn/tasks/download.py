@@ -2,8 +2,8 @@
 
 import hashlib
 import os
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -17,6 +17,7 @@ def content_of(source: str | Path, sha256: str | None = None) -> bytes:
     $XDG_CACHE_HOME (default: ~/.cache), and read from there the next time. ValueError for another SHA-256 and for a
     file that is not there; ConnectionError if nothing can be downloaded.
     """
+    sha256 = sha256 and sha256.lower()
     if isinstance(source, Path) or urlsplit(source).scheme not in SCHEMES:
         if not Path(source).is_file():
             raise ValueError(f"expected a file or an address, got {str(source)!r}, which is no file: check the path.")
@@ -39,7 +40,7 @@ def _downloaded(address: str) -> bytes:
     try:
         with urlopen(address, timeout=60) as answer:
             return answer.read()
-    except (URLError, TimeoutError) as error:
+    except (OSError, HTTPException) as error:
         raise ConnectionError(
             f"expected a file at {address}, got none ({error}): check the address and the network, or download the "
             f"file elsewhere and pass its path."

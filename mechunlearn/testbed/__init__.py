@@ -3,10 +3,12 @@
 from mechunlearn.testbed.agreement import Agreement, agreement, within
 from mechunlearn.testbed.facts_as_records import counterfact
 from mechunlearn.testbed.plant import plant
+from mechunlearn.testbed.planting import NotPlantedError
 from mechunlearn.testbed.shipped import bridge, hooked, load, load_huggingface
 
 __all__ = [
     "Agreement",
+    "NotPlantedError",
     "agreement",
     "bridge",
     "counterfact",

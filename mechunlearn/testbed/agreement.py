@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mechunlearn.components import Component, ComponentMask, ComponentScores, heads_and_mlps
+from mechunlearn.components.component import Cover
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,13 @@ def within(scores: ComponentScores, parameters: int) -> ComponentMask:
     """
     ranks = {component: (-abs(value), component) for component, value in scores.items()}
     chosen: list[Component] = []
+    cover, count = Cover(scores.shape), 0
     for component in sorted(ranks, key=lambda each: ranks[each]):
-        if scores.shape.n_parameters([*chosen, component]) <= parameters:
+        gain = cover.gain(component)
+        if count + gain <= parameters:
             chosen.append(component)
+            cover.add(component)
+            count += gain
     if not chosen:
         raise ValueError(f"expected a budget that holds at least one component, got {parameters:,} weights.")
     about = {"method": scores.method, "metric": scores.metric, "settings": dict(scores.settings), "within": parameters}

@@ -23,6 +23,10 @@ WIDER = 2.0
 """Formats that are longer than the shortest by more than this factor are batched apart: padding costs time."""
 
 
+class NotPlantedError(ValueError):
+    """The components did not take the facts up."""
+
+
 @dataclass(frozen=True, eq=False)
 class Planting:
     """The facts in every planted format, and when they count as planted."""
@@ -80,7 +84,7 @@ class Planting:
             if share < self._least(name, side)
         }
         if short:
-            raise ValueError(
+            raise NotPlantedError(
                 f"expected {mask!r} to take up {self.count} facts within {steps} steps, with a share of {self.known} "
                 f"known in each format, and {self.kept} of what was known of the others kept, got {_shown(short)}: "
                 f"give more components, more steps, fewer facts or formats, or another learning rate."

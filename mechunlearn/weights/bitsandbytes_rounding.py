@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.weights.rounding import Rounding, int4, int8, nf4
+from mechunlearn.weights.rounding import Rounding, int4, int8_of_half, nf4
 
 
 def roundings_on(device: torch.device) -> Mapping[str, Rounding]:
@@ -17,7 +17,7 @@ def roundings_on(device: torch.device) -> Mapping[str, Rounding]:
     bitsandbytes has no plain int4 with one scale per row: that is ours everywhere.
     """
     if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        return {"int8": int8, "int4": int4, "nf4": nf4}
+        return {"int8": int8_of_half, "int4": int4, "nf4": nf4}
     return {"int8, bitsandbytes": bitsandbytes_int8, "int4": int4, "nf4, bitsandbytes": bitsandbytes_nf4}
 
 

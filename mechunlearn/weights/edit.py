@@ -40,7 +40,8 @@ class Edit:
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
     editor: "Callable[[Model, Task, ComponentMask], Edit] | None" = None
-    """What made it, with its options: makes the same edit elsewhere. None for one that was loaded, or made by hand."""
+    """What made it, with its options: makes the same edit elsewhere. None for one that was loaded, made by hand, or
+    trained on a stream that is used up."""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -65,6 +66,10 @@ class Edit:
         bad = [label for label, value in self.values.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise ValueError(f"expected finite values, got NaN or infinity in {', '.join(bad[:5])}: train it again.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process it has lost its editor, whose options may be functions that cannot be sent."""
+        return {**self.__dict__, "editor": None}
 
     @property
     def n_parameters(self) -> int:

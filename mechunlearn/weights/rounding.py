@@ -46,6 +46,12 @@ def integers(weight: Float[Tensor, "out in"], *, largest: int) -> Float[Tensor, 
 int8 = partial(integers, largest=127)
 """8 bits, one scale per row, as the weights of LLM.int8(). Dettmers et al. 2022, https://arxiv.org/abs/2208.07339."""
 
+
+def int8_of_half(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """`int8` of the weight in half precision, which is what bitsandbytes takes: its numbers, bit for bit."""
+    return int8(weight.half().float()).to(weight.dtype)
+
+
 int4 = partial(integers, largest=7)
 """4 bits, one scale per row: the coarsest rounding in use."""
 

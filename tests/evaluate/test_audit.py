@@ -1,6 +1,7 @@
 """The audit's numbers by hand, its words, and what it says where something is missing."""
 
 import math
+import pickle
 from dataclasses import replace
 from functools import partial
 
@@ -232,11 +233,42 @@ def test_an_audit_says_why_there_is_no_edit_at_random_places(llama, tmp_path):
     everywhere = steps(llama, task, mu.localize.everything(llama))
     steps(llama, task, mask).save(tmp_path / "saved")
     loaded = mu.Edit.load(tmp_path / "saved")
-    cases = ((loaded, 1, "being loaded"), (edited(llama), 1, "made by hand"), (everywhere, 1, "a control equal to"))
-    for edit, random, why in (*cases, (steps(llama, task, mask), 0, "random=0 was passed")):
+    streamed = steps(llama, task, mask, text=iter([[1, 2, 3] * 100] * 40), text_length=8)
+    elsewhere_made = steps(llama, replace(task, name="another"), mask)
+
+    def out_of_memory(model, task, mask):
+        raise torch.OutOfMemoryError("no")
+
+    large = replace(steps(llama, task, mask), editor=out_of_memory)
+    cases = ((loaded, "loaded"), (streamed, "from a stream"), (edited(llama), "by hand"), (everywhere, "equal to"))
+    cases = (*cases, (elsewhere_made, "on another task, another"), (large, "OutOfMemoryError: no"))
+    for edit, why, random in (*((*case, 1) for case in cases), (steps(llama, task, mask), "random=0 was passed", 0)):
         found = audit(llama, task, edit, budget=small, random=random, progress=False)
         assert list(found.table.index) == ["original", "edit"]
         assert why in found.to_markdown()
+
+
+def test_a_note_says_why_only_other_edits_are_there(llama):
+    found = audit(llama, tiny.task(llama), edited(llama), budget=small, others={"by hand": edited(llama, "L2MLP")})
+    assert "random places: how to repeat it is not known" in found.to_markdown()
+
+
+def test_an_edit_that_is_sent_has_lost_its_editor_whose_options_may_not_be_sendable(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    edit = steps(llama, task, mask, until=lambda row: False)
+    sent = pickle.loads(pickle.dumps(edit))
+    assert edit.editor is not None
+    assert sent.editor is None
+    assert all(torch.equal(edit.values[label], value) for label, value in sent.values.items())
+    assert (sent.mask, sent.fingerprint, sent.provenance["seed"]) == (edit.mask, edit.fingerprint, 0)
+
+
+def test_a_format_without_candidates_is_scored_by_whole_answers(llama):
+    task = tiny.task(llama)
+    bare = replace(task.forget, candidates=None)
+    plan = quick(replace(task, formats={**task.formats, "spelled": mu.tasks.Format(bare, bare)}))
+    assert {"spelled", "retain, spelled"} <= set(plan.tests)
+    assert all(plan.tests[name].func is mu.evaluate.whole_answers for name in ("spelled", "retain, spelled"))
 
 
 def test_names_that_are_taken_are_refused(llama):

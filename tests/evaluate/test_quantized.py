@@ -12,7 +12,7 @@ from mechunlearn.evaluate.quantized import quantized
 from mechunlearn.weights import read, select
 from mechunlearn.weights.bitsandbytes_rounding import bitsandbytes_int8, bitsandbytes_nf4, roundings_on
 from mechunlearn.weights.rewritten import as_linear, every_entry, from_linear, rewritten
-from mechunlearn.weights.rounding import int4, int8, nf4
+from mechunlearn.weights.rounding import int4, int8, int8_of_half, nf4
 
 
 def gaussian(*shape, dtype=torch.float32):
@@ -51,7 +51,7 @@ def test_int8_is_that_of_bitsandbytes_bit_for_bit(dtype):
     """It takes half precision."""
     pytest.importorskip("bitsandbytes")
     weight = gaussian(96, 128, dtype=dtype)
-    assert torch.equal(int8(weight.half().float()).to(dtype), bitsandbytes_int8(weight))
+    assert torch.equal(int8_of_half(weight), bitsandbytes_int8(weight))
     functional = pytest.importorskip("bitsandbytes.functional")
     steps, top, _ = functional.int8_vectorwise_quant(weight.float())
     assert torch.equal(int8(weight.float()), functional.int8_vectorwise_dequant(steps, top))
@@ -63,13 +63,13 @@ def test_bitsandbytes_rounds_where_there_is_a_gpu():
     on_gpu = roundings_on(torch.device("cuda", 0))
     chosen = {"int8, bitsandbytes": bitsandbytes_int8, "int4": int4, "nf4, bitsandbytes": bitsandbytes_nf4}
     assert on_gpu == chosen
-    assert roundings_on(torch.device("cpu")) == {"int8": int8, "int4": int4, "nf4": nf4}
+    assert roundings_on(torch.device("cpu")) == {"int8": int8_of_half, "int4": int4, "nf4": nf4}
 
 
 def test_without_bitsandbytes_the_arithmetic_is_ours_and_its_functions_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(sys.modules[roundings_on.__module__], "find_spec", lambda name: None)
-    assert roundings_on(torch.device("cuda", 0)) == {"int8": int8, "int4": int4, "nf4": nf4}
+    assert roundings_on(torch.device("cuda", 0)) == {"int8": int8_of_half, "int4": int4, "nf4": nf4}
     for rounding in (bitsandbytes_int8, bitsandbytes_nf4):
         with pytest.raises(ImportError, match=r"mechunlearn\[bitsandbytes\]"):
             rounding(gaussian(4, 64))
@@ -80,8 +80,7 @@ def test_the_numbers_of_bitsandbytes_go_through_the_attack(llama):
     task = tiny.task(llama)
     with left_as_it_was(llama):
         theirs = quantized(llama, task, roundings=roundings_on(torch.device("cuda"))).curve
-    from_half = {"int8": lambda weight: int8(weight.half().float()), "int4": int4, "nf4": nf4}
-    ours = quantized(llama, task, roundings=from_half).curve
+    ours = quantized(llama, task).curve
     assert theirs is not None
     assert ours is not None
     assert theirs.points == ("float32", "int8, bitsandbytes", "int4", "nf4, bitsandbytes")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,39 @@ def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(examples
     whole = tmp_path / "whole"
     called(monkeypatch, arguments(model, data, whole, *tasks))
     assert results(killed).equals(results(whole))
+
+
+def test_work_with_a_failed_test_is_not_finished_and_its_cells_are_kept(examples, tmp_path):
+    import torch
+    from reproduction.setup import Setup
+    from reproduction.work import Work, finish
+
+    from mechunlearn.evaluate import Cell, Report, Result
+
+    cells = [Cell("a", "x", 0, Result(torch.ones(2), "accuracy")), Cell("a", "y", 0, None, "OutOfMemoryError: no")]
+    work = Work(lambda setup, out, work: Report(tuple(cells), {"a": 1}, {}), "sport", "erase", "a", 0)
+    kept = (tmp_path / work.path).with_suffix(".jsonl")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(RuntimeError, match="1 of 2 cells failed, the first: a, y: OutOfMemoryError: no"):
+        finish(Setup(), tmp_path, work)
+    assert kept.exists()
+    cells.pop()
+    finish(Setup(), tmp_path, work)
+    assert (tmp_path / work.path).exists()
+    assert not kept.exists()
+
+
+def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
+    import tiny
+    from reproduction.measures import formats_of
+
+    task = tiny.task(llama)
+    asked = next(iter(task.formats.values()))
+    with_choice = formats_of("counterfact-sequential", replace(task, formats={"multiple choice": asked}))
+    without = formats_of("counterfact-sequential", task)
+    assert set(with_choice) - set(without) == {"forget, multiple choice", "retain, multiple choice"}
+    assert "forget, trained prompt" in without
 
 
 def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.once
 
 ABOUT = (
     '# {"seeds": [0, 1], "versions": {"torch": "2"}, "setup": {"model": "shipped", "fingerprint": "abc", "steps": 2, '
-    '"athletes_steps": 2, "batch_size": 4, "text_batch_size": 2, "learning_rates": [0.001], "relearn_steps": 2}}\n'
+    '"athletes_steps": 2, "batch_size": 4, "text_batch_size": 2, "learning_rates": [0.001], '
+    '"relearn_steps": 2, "paper": null}}\n'
 )
 
 
@@ -44,11 +45,11 @@ def folder(tmp_path) -> Path:
             {**about, "row": row, "test": test, "difference": difference, "low": low, "high": high}
             for row, test, difference, low, high in (
                 ("random", "forget, multiple choice", 0.5, 0.25, 0.75),  # holds
-                ("random", "relearning", -0.5, -0.75, -0.25),  # reversed
+                ("random", "relearning, less nobody", -0.5, -0.75, -0.25),  # reversed
                 ("random", "forget, paraphrases", 0.005, 0.004, 0.006),  # too small to say
-                ("all mlps", "relearning", 0.5, -0.1, 1.1),  # too uncertain to say
+                ("all mlps", "relearning, less nobody", 0.5, -0.1, 1.1),  # too uncertain to say
                 ("all mlps", "forget, trained prompt", 0.5, 0.4, 0.6),  # not counted
-                (mlps, "relearning", 0.5, 0.4, 0.6),  # the same components: left out
+                (mlps, "relearning, less nobody", 0.5, 0.4, 0.6),  # the same components: left out
             )
         ],
         "masks": [
@@ -67,7 +68,7 @@ def test_the_verdict_is_counted_from_intervals(examples, folder):
 
     written = page(folder)
     assert "in all: holds in 1 of 4, reversed in 1" in written
-    assert "relearning: holds in 0 of 2, reversed in 1" in written
+    assert "relearning, less nobody: holds in 0 of 2, reversed in 1" in written
     assert "| random | 1 | 1 | 1 |" in written
     assert "| all mlps | 0 | 1 | 0 |" in written
     assert "the same components as fact lookup: attribution patching mlps (sport)" in written
@@ -78,6 +79,23 @@ def test_published_numbers_stand_beside_our_own(examples, folder):
 
     assert "| fact lookup | 0.12 [0.12, 0.12] (0.00)" in page(folder)  # the paper's 0.002
     assert "| original | 1.00 [1.00, 1.00] |" in page(folder)
+
+
+def test_relearning_counts_less_what_is_said_of_nobody(examples):
+    """By hand: .9 and .5 of the facts, .4 of nobody each."""
+    import torch
+    from reproduction.tables import with_less_nobody
+
+    from mechunlearn.evaluate import Cell, Report, Result
+
+    nobody = Result(torch.tensor([0.4, 0.4]), "accuracy", 0.25)
+    found = Result(torch.tensor([0.9, 0.5]), "accuracy", 0.25, "share", ("a", "b"), control=nobody)
+    cells = (Cell("edit", "relearning", 0, found), Cell("edit", "probe", 0, found))
+    made = with_less_nobody(Report(cells, {"edit": 7}, {})).cells
+    assert [cell.test for cell in made] == ["relearning", "probe", "relearning, less nobody"]
+    assert made[2].result is not None
+    assert made[2].result.per_example.tolist() == pytest.approx([0.5, 0.1])
+    assert made[2].result.names == ("a", "b")
 
 
 def test_equal_files_give_an_equal_page_without_a_run(examples, folder, monkeypatch):

@@ -70,6 +70,19 @@ def test_another_file_than_expected_is_refused_with_both_digests_and_not_kept(fi
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_digest_may_be_in_capitals_but_needs_a_source(file: Path, shipped: Any) -> None:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert download.content_of(file, digest.upper()) == file.read_bytes()
+    with pytest.raises(ValueError, match="expected a source with its SHA-256, got no source"):
+        mu.tasks.sports_facts(shipped, sha256=digest)
+
+
+def test_a_row_without_a_name_is_refused(shipped: Any) -> None:
+    frame = pd.DataFrame({"athlete": ["LeBron James", None, " "], "sport": ["basketball", "football", "baseball"]})
+    with pytest.raises(ValueError, match=r"expected a name in each row, got none in rows \[1, 2\]"):
+        mu.tasks.sports_facts(shipped, source=frame, forget=1)
+
+
 def test_a_file_of_unknown_digest_is_read_anew(file: Path, tmp_path: Path) -> None:
     download.content_of(file.as_uri())
     file.write_text("other")

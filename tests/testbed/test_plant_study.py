@@ -56,6 +56,13 @@ def test_seeds_of_a_kind_have_different_places_and_the_same_again(kind):
     assert len({mask.n_parameters for mask in found}) == 1
 
 
+def test_more_seeds_than_places_are_refused():
+    from planting.places import drawn
+
+    with pytest.raises(ValueError, match="expected a seed below 7, as many places as 'single layer' has, got 7"):
+        drawn("single layer", SHAPE, 7)
+
+
 @pytest.mark.parametrize("kind", ["attention", "scattered"])
 def test_the_random_place_is_as_large_as_the_truth_and_nowhere_in_it(kind):
     from planting.cell import elsewhere
@@ -112,5 +119,5 @@ def test_tables_have_every_planting_and_name_those_that_failed(tmp_path, monkeyp
     assert "L9MLP: got trained prompt 0.5" in page
     assert "| auroc | forget | -1.00 [-1.00, -1.00] |" in page  # nearer to the truth, less is left
     assert "0.45 [0.40, 0.50]" in page
-    assert "| truth | -0.30 [-0.30, -0.30] |" in page  # less than in the random place
+    assert "| truth | 2 | -0.30 [-0.30, -0.30] |" in page  # less than in the random place
     assert "<html>" in (tmp_path / "out" / "planted.html").read_text()[:200]
