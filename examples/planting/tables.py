@@ -160,12 +160,35 @@ def page(frames: dict[str, pd.DataFrame], cells: Sequence[dict[str, Any]]) -> st
         return "\n".join(lines) + "\n"
     places, robust = frames["localizations"], frames["robustness"]
     by_kind = places.pivot_table(index="method", columns="kind", values="auroc", sort=False)
-    lines += ["", verdict(robust), "", ABOUT, "### Agreement with the truth", "", *grouped(places, "method", AGREEMENT)]
+    lines += [
+        "",
+        about(frames["plantings"]),
+        "",
+        verdict(robust),
+        "",
+        ABOUT,
+        "### Agreement with the truth",
+        "",
+        *grouped(places, "method", AGREEMENT),
+    ]
     lines += ["", "### AUROC by kind of place", "", *_table(["method", *by_kind.columns], _rows(by_kind))]
     lines += ["", "### Robustness of unlearning", "", *grouped(robust, "place", dict.fromkeys(ROBUSTNESS))]
     lines += ["", f"### Less what is left in the {CONTROL}", "", *grouped(less_control(robust), "place", OUTCOMES)]
     lines += ["", "### Better located, better unlearned?", "", *correlations(robust)]
     return "\n".join(lines) + "\n"
+
+
+def about(plantings: pd.DataFrame) -> str:
+    """What was planted."""
+    done = plantings[plantings["facts"].notna()]
+    return (
+        f"Each planting trains {int(done['facts'].iloc[0])} basketball players, in several formats, into the "
+        "components of one place in a model that never knew a basketball player (`mu.testbed.plant`), and no other "
+        "weight changes. The answer needs the rest of the model too, so that a method may find more than the truth and "
+        "be right. Of other players, whom nobody planted, "
+        f"{_interval(done['said of strangers'].tolist())} are said to play basketball afterwards, and "
+        f"{_interval(done['said of strangers before'].tolist())} before: what is planted is not only facts about names."
+    )
 
 
 def verdict(frame: pd.DataFrame) -> str:
