@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,6 @@ def _unreadable(path: str | Path, kind: str, reason: str) -> ValueError:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")  # no other writer has it
+    temporary = path.with_name(path.name + ".partial")
     write(temporary)
     os.replace(temporary, path)

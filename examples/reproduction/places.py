@@ -63,15 +63,9 @@ def _computed(setup: Setup, folder: Path, name: str, place: int, task: mu.Task) 
 
 def matched(scores: mu.ComponentScores, like: mu.ComponentMask, only: set | None = None) -> mu.ComponentMask:
     """In order of |score|, every component that still fits into the number of weights of another mask."""
-    chosen: list[Any] = []
-    members = [component for component in scores if only is None or component in only]
-    for component in sorted(members, key=lambda component: -abs(scores[component])):
-        if mu.ComponentMask.of([*chosen, component], like.shape).n_parameters <= like.n_parameters:
-            chosen.append(component)
-    if not chosen:
-        raise ValueError(f"expected fact lookup to cover at least one layer, got {like}.")
-    about = {"method": scores.method, "metric": scores.metric, "matched": like.n_parameters}
-    return mu.ComponentMask(frozenset(chosen), like.shape, about)
+    kept = {component: score for component, score in scores.items() if only is None or component in only}
+    about = {"method": scores.method, "metric": scores.metric, "settings": scores.settings}
+    return mu.testbed.within(mu.ComponentScores.of(kept, like.shape, **about), like.n_parameters)
 
 
 def _fact_lookup(setup: Setup, folder: Path, name: str, place: int, task: mu.Task) -> mu.ComponentMask:

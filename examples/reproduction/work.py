@@ -40,7 +40,7 @@ class Work:
 def rounds(
     setup: Setup, names: list[str], localizations: list[str], seeds: int, modes: tuple[str, ...] = MODES
 ) -> list[list[Work]]:
-    """Work that must be finished before the next may begin: places, then for each seed originals, then edits.
+    """Work that must be finished before the next may begin: places, then for each seed originals, edits, sequences.
 
     Seed 0 of everything comes first, since the other seeds take its options; and a run that ends early has all tasks.
     """
@@ -48,17 +48,17 @@ def rounds(
     found = [[Work(located, name, "localize", "all", 0) for name in asked]]
     for seed in range(seeds):
         found.append([Work(original, name, "original", "original", seed) for name in names])
-        found.append(
-            [
-                Work(sequential if name.endswith("sequential") else edited, name, mode, localization, seed)
-                for name in names
-                for mode in modes
-                if not (setup.paper is not None and mode == "erase" and not is_sports(name))
-                for localization in localizations
-            ]
-        )
+        edits = [
+            Work(sequential if name.endswith("sequential") else edited, name, mode, localization, seed)
+            for name in names
+            for mode in modes
+            if not (setup.paper is not None and mode == "erase" and not is_sports(name))
+            for localization in localizations
+        ]
         if "sport" in names and "erase" in modes and seed < setup.masked_seeds:
-            found[-1] += [Work(masked, "sport", "weight masks", each, seed) for each in localizations]
+            edits += [Work(masked, "sport", "weight masks", each, seed) for each in localizations]
+        # A sequence takes the options of all facts at once: their search must not have two writers.
+        found += [[work for work in edits if work.do is not sequential], [w for w in edits if w.do is sequential]]
     return found
 
 

@@ -49,8 +49,8 @@ def audit(
     in its cells, and the others go on.
 
     Cost: the edit once more for each random mask (also where `results` has its cells), and that of `compare` with the
-    columns of the budget. ValueError,
-    before anything runs, for an edit of other weights, or one of `others` with the name of another row.
+    columns of the budget. ValueError, before anything runs, for an edit of other weights, or one of `others` with the
+    name of another row.
     """
     plan = budget(task)
     others = dict(others or {})

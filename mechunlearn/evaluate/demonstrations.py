@@ -6,8 +6,7 @@ from random import Random
 
 from mechunlearn.evaluate.halves import check_apart, formatted
 from mechunlearn.model import Model, device_of
-from mechunlearn.model.continuation import continuation
-from mechunlearn.tasks.build import build
+from mechunlearn.tasks.build import answer_texts, build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -105,13 +104,7 @@ def _line(text: str, name: str) -> int:
 def _answers(model: Model, prompts: Prompts) -> list[str]:
     """The answers as text."""
     _check_texts(prompts)
-    found = []
-    for tokens, real, place, answer in zip(
-        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
-    ):
-        before = tokens[: int(place) + 1][real[: int(place) + 1]]
-        found.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
-    return found
+    return answer_texts(model, prompts)
 
 
 def _check_texts(prompts: Prompts) -> None:

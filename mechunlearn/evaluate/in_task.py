@@ -91,8 +91,8 @@ def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[
     injected answer and other knowledge, if the task has them; and text loss.
 
     `metric`: the sense of accuracy, but of what is generated; a format without candidates is scored by `whole_answers`
-    where the metric is the default one. "(keep)" marks formats that ask for other facts about the
-    same subjects: there, "forget" too should stay as it was.
+    where the metric is the default one. "(keep)" marks formats that ask for other facts about the same subjects: there,
+    "forget" too should stay as it was.
     """
     tests: dict[str, Test] = {
         f"{side}, {name}{' (keep)' if found.kept else ''}": format_test(task, name, side, metric=metric)

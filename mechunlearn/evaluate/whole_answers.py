@@ -9,9 +9,7 @@ from mechunlearn.evaluate.result import Result
 from mechunlearn.evaluate.sides import Side, side_of
 from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import Model
-from mechunlearn.model.continuation import continuation
-from mechunlearn.tasks.build import answered
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.build import answer_texts, answered
 from mechunlearn.tasks.task import Task
 
 
@@ -27,7 +25,7 @@ def whole_answers(
     `answers`.
     """
     prompts = side_of(task, format=name, side=side)
-    right = _texts(model, prompts)
+    right = answer_texts(model, prompts)
     options = list(dict.fromkeys(answers if answers is not None else _all_answers(model, task, name)))
     unknown = sorted(set(right) - set(options))
     if unknown or len(options) < 2:
@@ -44,15 +42,4 @@ def _all_answers(model: Model, task: Task, name: str | None) -> list[str]:
     first = next(iter(task.formats)) if name is None else name
     found = task.formats[first]
     sides = (found.forget, found.retain, *([] if found.injected is None else [found.injected]))
-    return sorted({answer for prompts in sides for answer in _texts(model, prompts)})
-
-
-def _texts(model: Model, prompts: Prompts) -> list[str]:
-    """The answers, as text."""
-    found = []
-    for tokens, real, place, answer in zip(
-        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
-    ):
-        before = tokens[: int(place) + 1][real[: int(place) + 1]]
-        found.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
-    return found
+    return sorted({answer for prompts in sides for answer in answer_texts(model, prompts)})

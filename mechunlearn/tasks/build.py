@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechunlearn.model.continuation import continuation
 from mechunlearn.model.kinds import Model, device_of
 from mechunlearn.model.tokens import Encoding, encode, pad_token
 from mechunlearn.tasks.prompts import IGNORED, Prompts
@@ -161,3 +162,14 @@ def _corrupt(
                 f"got {len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
             )
     return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]
+
+
+def answer_texts(model: Model, prompts: Prompts) -> list[str]:
+    """The answers as text, each as it continues its prompt: with the space before it, if there is one."""
+    found = []
+    for tokens, real, place, answer in zip(
+        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
+    ):
+        before = tokens[: int(place) + 1][real[: int(place) + 1]]
+        found.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
+    return found
