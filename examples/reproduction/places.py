@@ -6,8 +6,8 @@ from typing import Any
 import mechunlearn as mu
 from mechunlearn.components import layers, mlps
 from mechunlearn.metrics import Metric
-from reproduction.facts import is_sports, parts
-from reproduction.setup import LOCALIZATIONS, Setup, load
+from reproduction.facts import divided, is_sports, parts
+from reproduction.setup import FOUND, Setup, load
 
 Masks = dict[str, mu.ComponentMask]
 
@@ -34,12 +34,12 @@ def localize(setup: Setup, out: Path, name: str) -> None:
 
 def _kept(setup: Setup, folder: Path, name: str, place: int, task: mu.Task) -> Masks:
     """From the folder; what is not there yet is computed."""
-    names = [each for each in LOCALIZATIONS[:5] if not (folder / f"{each}.json").exists()]
+    names = [each for each in FOUND if not (folder / f"{each}.json").exists()]
     if names:
         folder.mkdir(parents=True, exist_ok=True)
         for each, mask in _computed(setup, folder, name, place, task).items():
             mask.save(folder / f"{each}.json")
-    return {each: mu.ComponentMask.load(folder / f"{each}.json") for each in LOCALIZATIONS[:5]}
+    return {each: mu.ComponentMask.load(folder / f"{each}.json") for each in FOUND}
 
 
 def _computed(setup: Setup, folder: Path, name: str, place: int, task: mu.Task) -> Masks:
@@ -69,15 +69,19 @@ def matched(scores: mu.ComponentScores, like: mu.ComponentMask, only: set | None
 
 
 def _fact_lookup(setup: Setup, folder: Path, name: str, place: int, task: mu.Task) -> mu.ComponentMask:
-    """The paper's layers for its models, yours if you gave some, else by probes (sports) or paths (CounterFact)."""
+    """The paper's layers for its models, yours if you gave some, else by probes (sports) or paths (CounterFact).
+
+    As in the paper, the probes read all athletes' sports once, whoever of them is to be forgotten.
+    """
     model = load(setup.model)
     if setup.layers:
         return mu.ComponentMask.of([f"L{layer}MLP" for layer in setup.layers], mu.shape(model))
     if setup.paper is not None:
         return mu.localize.paper_fact_lookup(model, setup.paper, task=PAPER_SLICES.get(name, ("sports",))[place])
     if is_sports(name):
-        several = mu.tasks.joined(task.forget, task.retain)
-        found = mu.localize.fact_lookup_by_probes(model, several, text=task.text[:16])
+        every = divided(setup, "sport").final
+        several = mu.tasks.joined(every.forget, every.retain)
+        found = mu.localize.fact_lookup_by_probes(model, several, text=every.text[:16])
     else:
         found = mu.localize.fact_lookup_by_paths(model, task.forget[: setup.traced], metric=_metric(name))
     found.save(folder / "fact lookup.safetensors")

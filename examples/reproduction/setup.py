@@ -31,6 +31,9 @@ LOCALIZATIONS = (
 )
 """By the names that `mu.edit.paper_settings` knows them by."""
 
+FOUND = LOCALIZATIONS[:5]
+"""Those that look at the model; the others are controls."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -56,12 +59,12 @@ class Setup:
     """Answered examples before a CounterFact question."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Searched for each localization."""
-    athletes_steps: int = 50
+    athletes_steps: int = 32
     """Of an edit of single athletes, who have to be learned one by one."""
     steps: int = 24
     """Of an edit; half as many for each part of a sequence."""
     batch_size: int = 16
-    text_batch_size: int = 4
+    text_batch_size: int = 2
     micro_batch_size: int | None = None
     traced: int = 32
     """How many prompts are traced and patched along paths."""
@@ -69,8 +72,8 @@ class Setup:
     """Of edits made from weight masks: how many weights are set to zero."""
     masked_seeds: int = 3
     """How many of the seeds have weight masks."""
-    relearn_rate: float = 3e-4
-    relearn_steps: int = 16
+    relearn_rate: float = 4e-4
+    relearn_steps: int = 12
     relearn_batch_size: int = 4
     lora: bool = False
     """Relearn by LoRA, as the paper does, in place of all weights."""

@@ -33,7 +33,7 @@ COLUMNS = {
 
 
 def write_tables(out: Path) -> list[Path]:
-    """results.csv, differences.csv, curves.csv, sizes.csv, masks.csv, search.csv and Tables 1 to 4, in a folder."""
+    """results, differences, curves, sizes, masks, search, costs and Tables 1 to 4, each a CSV file in the folder."""
     reports, about = reports_of(out), provenance_of(out)
     frames = {
         "results": _stacked(reports, results_frame),
@@ -42,6 +42,7 @@ def write_tables(out: Path) -> list[Path]:
         "sizes": sizes_frame(out),
         "masks": masks_frame(out),
         "search": search_frame(out),
+        "costs": costs_frame(out),
     }
     for name, (task, mode) in TABLES.items():
         if (task, mode) in reports:
@@ -159,6 +160,16 @@ def search_frame(out: Path) -> pd.DataFrame:
         about = {"task": task, "mode": mode, "localization": localization}
         rows.append({**about, **trial["options"], "score": trial["score"], "failure": trial["failure"]})
     return pd.DataFrame(rows)
+
+
+def costs_frame(out: Path) -> pd.DataFrame:
+    """What each kind of work took, for each task: pieces, and CPU seconds of the workers."""
+    rows = []
+    for path in sorted((out / "reports").glob("*/*/*/seed-*.json")):
+        task, mode = path.parts[-4:-2]
+        rows.append({"task": task, "work": mode, "CPU seconds": Report.load(path).provenance["CPU seconds"]})
+    found = pd.DataFrame(rows).groupby(["task", "work"], sort=False)["CPU seconds"].agg(["count", "sum"]).reset_index()
+    return found.rename(columns={"count": "pieces", "sum": "CPU seconds"})
 
 
 def paper_table(results: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:

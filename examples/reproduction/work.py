@@ -1,8 +1,9 @@
 """The pieces of work of a run: each writes one file when it is finished, and is never done again."""
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from reproduction import places
 from reproduction.edits import edit_of, learned_mask, sequence_of
 from reproduction.facts import MODES, PARTS, divided, is_sports
 from reproduction.measures import formats_of, tests_of
-from reproduction.setup import Setup, load, load_never_knew
+from reproduction.setup import FOUND, Setup, load, load_never_knew
+
+STAGES = (
+    "forget, trained prompt",
+    "retain, trained prompt",
+    "forget, multiple choice",
+    "retain, multiple choice",
+    "forget, paraphrases",
+)
+"""What is asked after each part of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,10 @@ def rounds(
         found.append([Work(original, name, "original", "original", seed) for name in names])
         edits = [
             Work(sequential if name.endswith("sequential") else edited, name, mode, localization, seed)
+            for localization in localizations  # first, so that those that chose the same place find it finished
             for name in names
             for mode in modes
             if not (setup.paper is not None and mode == "erase" and not is_sports(name))
-            for localization in localizations
         ]
         if "sport" in names and "erase" in modes and seed < setup.masked_seeds:
             edits += [Work(masked, "sport", "weight masks", each, seed) for each in localizations]
@@ -69,11 +79,13 @@ def finish(setup: Setup, out: Path, work: Work) -> None:
         return
     torch.set_num_threads(setup.threads)
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = work.do(setup, out, work)
+    started = time.process_time()
+    report = _of_the_same_place(setup, out, work) or work.do(setup, out, work)
     wrong = [f"{cell.row}, {cell.test}: {cell.error}" for cell in report.cells if cell.result is None]
     if wrong:  # what is finished stays in the file of cells
         raise RuntimeError(f"{len(wrong)} of {len(report.cells)} cells failed, the first: {wrong[0]}")
-    report.save(path)
+    spent = round(time.process_time() - started, 2)
+    replace(report, provenance={**report.provenance, "CPU seconds": spent}).save(path)
     path.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
@@ -101,7 +113,7 @@ def edited(setup: Setup, out: Path, work: Work) -> Report:
 def sequential(setup: Setup, out: Path, work: Work) -> Report:
     """A localization's edits of one part after the other: the formats after each, every test after the last."""
     task = divided(setup, work.name).final
-    tests = formats_of(work.name, task)
+    tests = {test: ask for test, ask in formats_of(work.name, task).items() if test in STAGES}
 
     def after(model: Any) -> dict[str, Result]:
         return {test: ask(model, task) for test, ask in tests.items()}
@@ -110,6 +122,26 @@ def sequential(setup: Setup, out: Path, work: Work) -> Report:
     report = _compared(setup, work, {work.localization: found.combined}, _own_cells(out, work))
     last = report.select(rows=[work.localization])
     return _with_stages(last, work, found.evaluations)
+
+
+def _of_the_same_place(setup: Setup, out: Path, work: Work) -> Report | None:
+    """What is finished for another localization that chose the same components, under this one's name: where both get
+    the same search, that gives the same edit, bit for bit."""
+    if work.do is not edited or setup.paper is not None or work.localization not in FOUND:
+        return None
+    masks = places.masks_of(setup, out, work.name, work.seed)[0]
+    for other in FOUND[: FOUND.index(work.localization)]:
+        path = out / replace(work, localization=other).path
+        if path.exists() and masks[other] == masks[work.localization]:
+            return renamed(Report.load(path), other, work.localization)
+    return None
+
+
+def renamed(report: Report, old: str, new: str) -> Report:
+    """The same rows under another localization's name."""
+    cells = tuple(replace(cell, row=new + cell.row.removeprefix(old)) for cell in report.cells)
+    weights = {new + row.removeprefix(old): n for row, n in report.weights.items()}
+    return Report(cells, weights, {**report.provenance, "same edit as": old})
 
 
 def masked(setup: Setup, out: Path, work: Work) -> Report:

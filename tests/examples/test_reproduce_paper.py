@@ -130,3 +130,39 @@ def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeyp
     check(Setup(model=model), tmp_path / "out")
     with pytest.raises(ValueError, match=r"expected the settings that .* was begun with, got steps=3"):
         check(Setup(model=model, steps=3), tmp_path / "out")
+
+
+def test_localizations_that_chose_the_same_components_share_their_edit(examples, tmp_path, monkeypatch):
+    """Where each gets the same search; not where the paper chose a rate for each, and not for random places."""
+    import torch
+    from reproduction import places
+    from reproduction.setup import Setup
+    from reproduction.work import Work, finish
+
+    import mechunlearn as mu
+    from mechunlearn.evaluate import Cell, Report, Result
+
+    shape = mu.ModelShape(n_layers=2, n_heads=2, n_kv_heads=2, d_model=4, d_head=2, d_mlp=8, gated=True)
+    same, other = (mu.ComponentMask.of([label], shape) for label in ("L0MLP", "L1MLP"))
+    masks = {"fact lookup": same, "attribution patching": other, "causal tracing": same, "random": same}
+    monkeypatch.setattr(places, "masks_of", lambda setup, out, name, seed: [masks])
+    asked = []
+
+    def made(setup, out, work):
+        asked.append(work.localization)
+        result = Result(torch.tensor([len(asked) / 4]), "accuracy")
+        return Report((Cell(work.localization, "x", 0, result),), {work.localization: 7}, {})
+
+    monkeypatch.setattr("reproduction.work.edited", made)
+
+    def value(localization: str, setup: Setup = Setup(), out: Path = tmp_path / "searched") -> float:  # noqa: B008
+        work = Work(made, "sport", "erase", localization, 0)
+        finish(setup, out, work)
+        report = Report.load(out / work.path)
+        assert report.weights == {localization: 7}
+        return float(report.table.loc[localization, "x"])
+
+    assert [value(name) for name in masks] == [0.25, 0.5, 0.25, 0.75]
+    assert asked == ["fact lookup", "attribution patching", "random"]
+    chosen = [value(name, Setup(paper="gemma-7b"), tmp_path / "chosen") for name in ("fact lookup", "causal tracing")]
+    assert chosen == [1.0, 1.25]
