@@ -1,11 +1,10 @@
 """The scatter plot: how well the edited place agrees with the truth, against how robust the unlearning is."""
 
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pictures import write_pngs
 
 PANELS = {
     "forget": "trained prompt (never knew: 0)",
@@ -19,17 +18,10 @@ WIDTH, HEIGHT = 1200, 800
 
 
 def write_figure(frame: pd.DataFrame, out: Path) -> list[Path]:
-    """One page that needs no network and, where Chromium is there, a picture of it."""
-    html, png = out / "planted.html", out / "planted.png"
-    figure(frame).write_html(html, include_plotlyjs=True, config={"displayModeBar": False})
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        return [html]
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000"]
-    size = f"--window-size={WIDTH},{HEIGHT}"
-    command = [browser, *options, size, f"--screenshot={png.absolute()}", html.absolute().as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return [html, png]
+    """One page that needs no network and, where there is a browser, a picture of it."""
+    html, png, drawn = out / "planted.html", out / "planted.png", figure(frame)
+    drawn.write_html(html, include_plotlyjs=True, config={"displayModeBar": False})
+    return [html] if write_pngs({png: drawn}) else [html, png]
 
 
 def figure(frame: pd.DataFrame) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from pictures import write_pngs
 from plotly.subplots import make_subplots
 
 from mechunlearn.evaluate import Report
 from reproduction.facts import PARTS
-from reproduction.png import write_pngs
 from reproduction.setup import LOCALIZATIONS
 from reproduction.tables import curves_frame, provenance_of, reports_of, results_frame, sizes_frame, write_csv
 

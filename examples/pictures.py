@@ -9,7 +9,9 @@ from shutil import which
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-WIDTH = 1100
+WIDTH, HEIGHT = 1100, 500
+"""Of a figure that does not say."""
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 SLOW = 120_000
@@ -40,8 +42,8 @@ def write_pngs(figures: Mapping[Path, Figure]) -> str | None:
         page.add_script_tag(content=get_plotlyjs())
         for path, figure in figures.items():
             content = json.loads(figure.to_json() or "")
-            height = content["layout"].get("height", 500)
-            picture = page.evaluate(_DRAW, [content["data"], content["layout"], WIDTH, height])
+            size = [content["layout"].get(name, default) for name, default in (("width", WIDTH), ("height", HEIGHT))]
+            picture = page.evaluate(_DRAW, [content["data"], content["layout"], *size])
             path.write_bytes(base64.b64decode(picture))
         opened.close()
     return None
