@@ -12,22 +12,19 @@ killed, the study goes on where it was when it is called again. Tables (CSV, Mar
 """
 
 import argparse
-import os
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from workers import processes
 
 
 def main() -> None:
     arguments = parsed()
     raw = arguments.raw or arguments.out / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
     todo = [(kind, seed) for seed in range(arguments.seeds) for kind in arguments.kinds]
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    with processes(arguments.workers) as pool:
         failed = run(raw, todo, pool)
     from planting.tables import write
 

@@ -10,14 +10,13 @@ called again. Tables, figures and their numbers are written to the folder; `--do
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from reproduction.facts import MODES, TASKS
 from reproduction.setup import LOCALIZATIONS, PAPER_MODELS, SHIPPED, Setup, paper_setup
+from workers import processes
 
 
 def main() -> None:
@@ -30,8 +29,7 @@ def main() -> None:
 
     todo = rounds(setup, arguments.task, arguments.localization, arguments.seeds, tuple(arguments.mode))
     if arguments.workers > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        with processes(arguments.workers) as pool:
             failed = run(setup, arguments.out, todo, pool)
     else:
         failed = run(setup, arguments.out, todo)
