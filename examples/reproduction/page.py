@@ -37,27 +37,35 @@ TWO = {"erase": "erasure", "inject": "injection"}
 
 def page(folder: Path) -> str:
     """The page of the CSV files in a folder: of a run of the paper's experiments, and of the planted study."""
-    paper = _paper(folder) if (folder / "reproduction" / "results.csv").exists() else [NOT_RUN]
+    paper = _paper(folder / "reproduction") if (folder / "reproduction" / "results.csv").exists() else [NOT_RUN]
     blocks = ["# Results", *paper, *_tried(folder), *_planted(folder / "planted")]
     return "\n\n".join(blocks) + "\n"
 
 
-def _paper(folder: Path) -> list[str]:
-    frames = {path.stem: read(path) for path in sorted((folder / "reproduction").glob("*.csv"))}
-    results, about = frames["results"], provenance(folder / "reproduction")
-    differences = frames.get(
-        "differences", pd.DataFrame(columns=["task", "mode", "row", "test", "difference", "low", "high"])
+def _paper(folder: Path) -> Iterator[str]:
+    frames, about = _frames(folder), provenance(folder)
+    results = frames["results"]
+    yield (
+        "The experiments of [Guo et al. 2025](https://arxiv.org/abs/2410.12949), whether it matters *where* knowledge"
+        " is edited, on the shipped model. `examples/write_results.py` writes this page from the CSV files in"
+        " `docs/results`, which the scripts named here wrote; no number in it is typed."
     )
-    return [
-        *_run(results, about),
-        *_places(frames["masks"]),
-        *_tables(results),
-        *_ordering(differences, frames["masks"]),
-        *_against_published(results),
-        *_sizes(frames.get("sizes", pd.DataFrame())),
-        *_stages(results),
-        *_pictures(folder / "reproduction"),
-    ]
+    yield from _run(results, about, frames["costs"])
+    yield from _places(frames["masks"])
+    yield from _tables(results)
+    yield from _ordering(frames["differences"], frames["masks"])
+    yield from _against_published(results)
+    yield from _sizes(frames["sizes"])
+    yield from _stages(results)
+    yield from _pictures(folder)
+
+
+def _frames(folder: Path) -> dict[str, pd.DataFrame]:
+    """Of a run's CSV files; those that a run has nothing for are empty."""
+    found = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+    differences = pd.DataFrame(columns=["task", "mode", "row", "test", "difference", "low", "high"])
+    costs = pd.DataFrame(columns=["task", "work", "pieces", "CPU seconds"])
+    return {"differences": differences, "sizes": pd.DataFrame(), "costs": costs, **found}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -69,16 +77,10 @@ def provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.csv").read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
 
 
-def _run(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
+def _run(results: pd.DataFrame, about: dict[str, Any], costs: pd.DataFrame) -> Iterator[str]:
     setup, seeds = about["setup"], about["seeds"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     model = "the shipped model" if setup["model"] == "shipped" else f"`{setup['model']}`"
-    yield (
-        "The experiments of [Guo et al. 2025](https://arxiv.org/abs/2410.12949), whether it matters *where* knowledge"
-        f" is edited, on {model} (fingerprint `{setup['fingerprint']}`). `examples/write_results.py` writes this page"
-        " from the CSV files in `docs/results/reproduction`, which `examples/reproduce_paper.py` writes; no number in"
-        " it is typed."
-    )
     rates = ", ".join(f"{rate:g}" for rate in setup["learning_rates"])
     chosen = (
         f"for every localization the same search, over rates {rates}, on facts that no number here uses, with seed 0; "
@@ -87,7 +89,8 @@ def _run(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
         else f"learning rates and coefficients are those of the paper for {setup['paper']}"
     )
     yield (
-        f"Seeds: {len(seeds)}. Edits of {setup['steps']} steps (single athletes: {setup['athletes_steps']}; each part "
+        f"Model: {model}, fingerprint `{setup['fingerprint']}`. Seeds: {len(seeds)}. "
+        f"Edits of {setup['steps']} steps (single athletes: {setup['athletes_steps']}; each part "
         f"of a sequence: {max(1, setup['steps'] // 2)}) of {setup['batch_size']} prompts a term and "
         f"{setup['text_batch_size']} rows of text; {chosen}. Seeds differ in the order "
         "of batches, in random localizations, and in which half of the facts attacks see. Relearning: "
@@ -96,6 +99,12 @@ def _run(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
     )
     n = results[results["test"] == "forget, trained prompt"].groupby("task", sort=False)["n"].first()
     yield "Tested facts to forget: " + ", ".join(f"{task} {int(count)}" for task, count in n.items()) + "."
+    if len(costs):
+        minutes = costs["CPU seconds"].sum() / 60
+        yield (
+            f"`examples/reproduce_paper.py` took {minutes:.0f} CPU minutes for {costs['pieces'].sum():,} pieces of work"
+            f" (`costs.csv`), in two processes {minutes / 2:.0f} minutes."
+        )
 
 
 def _places(masks: pd.DataFrame) -> Iterator[str]:
