@@ -8,37 +8,24 @@ from typing import Any
 import pandas as pd
 
 from reproduction.setup import LOCALIZATIONS
+from reproduction.summary import LEAST, LESS, TWO, compared, counted, in_short
 from reproduction.tables import COLUMNS, TABLES
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 
-LESS = {
-    "forget, multiple choice": "multiple choice",
-    "forget, paraphrases": "paraphrases",
-    "relearning, less nobody": "relearning, less nobody",
-    "relearning, multiple choice, less nobody": "relearning, asked by multiple choice, less nobody",
-    "probe": "probe, best layer",
-}
-"""Test -> its name: what should be low after forgetting, and lowest, says the paper, after fact lookup."""
-
 BESIDE = {"forget, trained prompt": "trained prompt", "retain, multiple choice": "retained, multiple choice"}
 """What a comparison must be read with: one edit may simply have forgotten more, or broken the format. Not counted."""
-
-LEAST = 0.01
-"""A smaller difference says nothing, whatever its interval."""
 
 NOT_RUN = (
     "**The experiments of the paper have not been run in full yet.** `examples/reproduce_paper.py` runs them on the "
     "shipped model, and writes their tables here. What follows is the study in which the truth is known."
 )
 
-TWO = {"erase": "erasure", "inject": "injection"}
-
 
 def page(folder: Path) -> str:
     """The page of the CSV files in a folder: of a run of the paper's experiments, and of the planted study."""
     paper = _paper(folder / "reproduction") if (folder / "reproduction" / "results.csv").exists() else [NOT_RUN]
-    blocks = ["# Results", *paper, *_tried(folder), *_planted(folder / "planted")]
+    blocks = ["# Results", *paper, *_planted(folder / "planted")]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -50,10 +37,15 @@ def _paper(folder: Path) -> Iterator[str]:
         " is edited, on the shipped model. `examples/write_results.py` writes this page from the CSV files in"
         " `docs/results`, which the scripts named here wrote; no number in it is typed."
     )
+    every, same = compared(frames["differences"], frames["masks"])
+    yield "## In short"
+    yield from (markdown(block) if isinstance(block, pd.DataFrame) else block for block in in_short(results, every))
+    yield from _reading(folder.parent)
+    yield "## What was run"
     yield from _run(results, about, frames["costs"])
     yield from _places(frames["masks"])
     yield from _tables(results)
-    yield from _ordering(frames["differences"], frames["masks"])
+    yield from _ordering(every, same)
     yield from _against_published(results)
     yield from _sizes(frames["sizes"])
     yield from _stages(results)
@@ -113,7 +105,12 @@ def _places(masks: pd.DataFrame) -> Iterator[str]:
         "All localizations cover at most as many weights as fact lookup's, but for all MLPs and no localization. "
         "Random ones, drawn anew for each seed, are not listed."
     )
-    yield markdown(masks[["task", "part", "localization", "weights", "shared with fact lookup", "components"]])
+    lines = []
+    for (task, part), some in masks.groupby(["task", "part"], sort=False):
+        chosen = {one.localization: one.components for one in some.itertuples()}
+        about = {"": f"{task}, {part.replace('-', ' ')}" if (masks["task"] == task).sum() > len(some) else task}
+        lines.append(about | {name: chosen[name] for name in LOCALIZATIONS if name in chosen})
+    yield markdown(pd.DataFrame(lines))
 
 
 def _tables(results: pd.DataFrame) -> Iterator[str]:
@@ -148,7 +145,7 @@ def _cell(own: pd.DataFrame, published: pd.DataFrame, row: str, test: str) -> st
     return text if theirs.empty else f"{text} ({theirs.iloc[0]['value']:.2f})"
 
 
-def _ordering(differences: pd.DataFrame, masks: pd.DataFrame) -> Iterator[str]:
+def _ordering(every: pd.DataFrame, same: set[tuple[str, str]]) -> Iterator[str]:
     yield "## Does the paper's ordering hold here?"
     yield (
         "The paper: after edits at fact lookup, less is found in other formats, by relearning and by probes than after "
@@ -159,17 +156,13 @@ def _ordering(differences: pd.DataFrame, masks: pd.DataFrame) -> Iterator[str]:
         "like. Relearning counts by how much more it finds about the facts than, by the same questions, about made-up "
         "subjects: an attack can teach an answer."
     )
-    every = differences[differences["test"].isin({**BESIDE, **LESS})]
-    every = every.assign(verdict=[_verdict(one) for one in every.itertuples()])
-    same = {(m.task, m.localization) for m in masks.itertuples() if m.weights and _same(masks, m)}
-    every = every[[(task, row) not in same for task, row in zip(every["task"], every["row"], strict=True)]]
+    every = every[every["test"].isin({**BESIDE, **LESS})]
     found = every[every["test"].isin(LESS)]
     if same:
         named = ", ".join(f"{localization} ({task})" for task, localization in sorted(same))
         yield f"Left out, since they chose the same components as fact lookup: {named}."
     yield _sentence(found)
-    counts = found.groupby(["row", "verdict"], sort=False).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=["holds", "cannot say", "reversed"], fill_value=0)
+    counts = counted(found, "row")
     order = [name for name in LOCALIZATIONS if name in counts.index]
     yield markdown(counts.loc[order].reset_index().rename(columns={"row": "compared with"}))
     for (task, mode), some in every.groupby(["task", "mode"], sort=False):
@@ -256,10 +249,10 @@ def _pictures(folder: Path) -> Iterator[str]:
             yield f"![{path.stem}](results/reproduction/{path.name.replace(' ', '%20')})"
 
 
-def _tried(folder: Path) -> Iterator[str]:
+def _reading(folder: Path) -> Iterator[str]:
     """What no table can say, in a file of its own."""
-    if (folder / "tried.md").exists():
-        yield (folder / "tried.md").read_text(encoding="utf-8").strip()
+    if (folder / "reading.md").exists():
+        yield (folder / "reading.md").read_text(encoding="utf-8").strip()
 
 
 def _planted(folder: Path) -> Iterator[str]:
@@ -292,20 +285,3 @@ def _shown(value: Any) -> str:
 
 def _of(frame: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:
     return frame[(frame["task"] == task) & (frame["mode"] == mode)]
-
-
-def _verdict(one: Any) -> str:
-    if one.low <= 0 <= one.high or abs(one.difference) < LEAST:
-        return "cannot say"
-    return "holds" if one.difference > 0 else "reversed"
-
-
-def _same(masks: pd.DataFrame, mask: Any) -> bool:
-    """Whether a localization chose, in every part of its task, what fact lookup chose."""
-    if mask.localization == "fact lookup":
-        return False
-    own = masks[(masks["task"] == mask.task) & (masks["localization"] == mask.localization)]
-    lookup = masks[(masks["task"] == mask.task) & (masks["localization"] == "fact lookup")]
-    return set(zip(own["part"], own["components"], strict=True)) == set(
-        zip(lookup["part"], lookup["components"], strict=True)
-    )

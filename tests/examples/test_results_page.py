@@ -71,7 +71,21 @@ def test_the_verdict_is_counted_from_intervals(examples, folder):
     assert "relearning, less nobody: holds in 0 of 2, reversed in 1" in written
     assert "| random | 1 | 1 | 1 |" in written
     assert "| all mlps | 0 | 1 | 0 |" in written
+    assert "| erasure | attention too | 1 | 1 | 1 | 1 / 0 / 0 |" in written
+    assert "| erasure | other MLPs | 0 | 1 | 0 | 0 / 0 / 0 |" in written
     assert "the same components as fact lookup: attribution patching mlps (sport)" in written
+
+
+def test_means_over_tasks_are_of_each_localization(examples, folder):
+    """0.125 for the sport and 0.375 for another task; what no row was asked has no column."""
+    from reproduction.page import page
+
+    path = folder / "reproduction" / "results.csv"
+    lines = path.read_text()
+    path.write_text(lines + 'counterfact-16,erase,fact lookup,"forget, trained prompt",0.375,0.375,0.375,13\n')
+    written = page(folder)
+    assert "### Erasure, means over 2 tasks\n\n|  | trained prompt |\n| --- | --- |\n| original | 1.00 |" in written
+    assert "| fact lookup | 0.25 |" in written
 
 
 def test_published_numbers_stand_beside_our_own(examples, folder):
