@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
@@ -27,14 +28,24 @@ _DRAW = """async ([data, layout, width, height]) => {
 
 
 def write_pngs(figures: Mapping[Path, Figure]) -> str | None:
-    """Write every figure to its path; or say what is missing."""
+    """Write every figure to its path; or say why not. Pictures of an earlier run are not left there."""
+    for path in figures:
+        path.unlink(missing_ok=True)
     browser = next((found for name in BROWSERS if (found := which(name))), None)
     if browser is None:
         return "no browser was found: install Chromium."
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Error, sync_playwright
     except ImportError:
         return "the package playwright, which drives the browser, is not installed: pip install playwright."
+    try:
+        _draw(figures, browser, sync_playwright)
+    except Error as problem:
+        return f"the browser {browser} did not draw them: {problem}"
+    return None
+
+
+def _draw(figures: Mapping[Path, Figure], browser: str, sync_playwright: Any) -> None:
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser, args=[*QUIET], timeout=SLOW)
         page = opened.new_page()
@@ -46,4 +57,3 @@ def write_pngs(figures: Mapping[Path, Figure]) -> str | None:
             picture = page.evaluate(_DRAW, [content["data"], content["layout"], *size])
             path.write_bytes(base64.b64decode(picture))
         opened.close()
-    return None

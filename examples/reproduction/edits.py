@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 import mechunlearn as mu
+from mechunlearn.metrics import Metric
 from reproduction.facts import PAPER_TASKS, divided, parts
+from reproduction.measures import in_its_sense
 from reproduction.places import Masks, masks_of
 from reproduction.setup import Setup, load
 
@@ -63,9 +65,11 @@ def options_of(setup: Setup, out: Path, name: str, mode: str, localization: str)
     return dict(found.best[localization])
 
 
-def kept_minus_left(model: Any, task: mu.Task) -> float:
+def kept_minus_left(model: Any, task: mu.Task, *, metric: Metric = mu.metrics.candidate_probability) -> float:
     """What a search maximises, on validation facts: accuracy on retained facts minus that on forgotten ones."""
-    retain, forget = (mu.evaluate.in_format(model, task, side=side).value for side in ("retain", "forget"))
+    retain, forget = (
+        mu.evaluate.in_format(model, task, side=side, metric=metric).value for side in ("retain", "forget")
+    )
     return retain - forget
 
 
@@ -92,7 +96,7 @@ def _searched(setup: Setup, out: Path, name: str, mode: str, localization: str) 
         load(setup.model),
         divided(setup, name),
         {localization: mask},
-        score=kept_minus_left,
+        score=in_its_sense(kept_minus_left, name),
         edit=editor(setup, name, mode, 0),
         stages=({"learning_rate": setup.learning_rates},),
         folder=out / "search" / f"{name}, {mode}, {localization}",

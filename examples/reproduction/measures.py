@@ -1,6 +1,6 @@
 """What is asked of the original model, of every edit, and of the twin that never knew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import torch
 
 import mechunlearn as mu
 from mechunlearn.evaluate import Result, Test, in_format
+from mechunlearn.metrics import Metric
 from reproduction.facts import CHOICE, PARAPHRASES, is_sports
 from reproduction.setup import Setup
 
@@ -18,13 +19,12 @@ SIDES: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
 def formats_of(name: str, task: mu.Task) -> dict[str, Test]:
     """Both sides of each format that the task has: a broken format is not forgetting."""
     sports = is_sports(name)
+    last = "capitalised" if sports else "neighbourhood"
     asked: dict[str, Test] = {
-        "trained prompt": in_format,
+        "trained prompt": in_its_sense(in_format, name),
         "multiple choice": partial(in_format, name=CHOICE[sports]),
-        "paraphrases": partial(in_formats, names=PARAPHRASES[sports]),
-        "capitalised" if sports else "neighbourhood (keep)": partial(
-            in_format, name="capitalised" if sports else "neighbourhood"
-        ),
+        "paraphrases": in_its_sense(partial(in_formats, names=PARAPHRASES[sports]), name),
+        last if sports else f"{last} (keep)": in_its_sense(partial(in_format, name=last), name),
     }
     tests: dict[str, Test] = {f"{s}, {format}": partial(test, side=s) for format, test in asked.items() for s in SIDES}
     return {test: found for test, found in tests.items() if not _asks(found, _lacking(name, task))}
@@ -35,11 +35,11 @@ def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
     tests = formats_of(name, task)
     choice = CHOICE[is_sports(name)]
     tests |= {
-        "injected, trained prompt": partial(mu.evaluate.injected, format="trained prompt"),
+        "injected, trained prompt": in_its_sense(partial(mu.evaluate.injected, format="trained prompt"), name),
         "injected, multiple choice": partial(mu.evaluate.injected, format=choice),
         "other knowledge": mu.evaluate.knowledge,
         "text loss": mu.evaluate.text_loss,
-        "relearning": _relearning(setup),
+        "relearning": in_its_sense(_relearning(setup), name),
         "relearning, multiple choice": partial(_relearning(setup), format=choice, at=(0, setup.relearn_steps)),
     }
     if is_sports(name):
@@ -50,9 +50,23 @@ def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
     return {test: found for test, found in tests.items() if not _asks(found, _lacking(name, task))}
 
 
-def in_formats(model: Any, task: mu.Task, *, names: Sequence[str], side: Literal["forget", "retain"]) -> Result:
+def in_its_sense(test: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Accuracy as the paper has it, but for multiple choice, where it is always the probability among the letters: of a
+    sport among four sports, which is the default, and of a CounterFact answer among all tokens. After erasure that may
+    be the likeliest of four candidates and yet never be said."""
+    return test if is_sports(name) else partial(test, metric=mu.metrics.answer_probability)
+
+
+def in_formats(
+    model: Any,
+    task: mu.Task,
+    *,
+    names: Sequence[str],
+    side: Literal["forget", "retain"],
+    metric: Metric = mu.metrics.candidate_probability,
+) -> Result:
     """The mean over formats, of each prompt; where a format asks several times about a fact, of each fact."""
-    found = [in_format(model, task, name=name, side=side) for name in names]
+    found = [in_format(model, task, name=name, side=side, metric=metric) for name in names]
     if len(found) == 1:
         return found[0]
     values = torch.stack([result.per_example for result in found]).mean(0)

@@ -1,6 +1,6 @@
-"""What came out, in two small tables: whether the paper's ordering holds, and the means over tasks."""
+"""What came out, in short: sentences and small tables, computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,9 +12,14 @@ LESS = {
     "forget, paraphrases": "paraphrases",
     "relearning, less nobody": "relearning, less nobody",
     "relearning, multiple choice, less nobody": "relearning, asked by multiple choice, less nobody",
-    "probe": "probe, best layer",
+    "probe, mean over layers": "probe, mean over layers",
 }
 """Test -> its name: what should be low after forgetting, and lowest, says the paper, after fact lookup."""
+
+COST = ("forget, trained prompt", "retain, trained prompt", "retain, multiple choice", "other knowledge")
+"""What must be alike for two edits to be compared like with like."""
+
+ALIKE = 0.05
 
 SHOWN = {
     "forget, trained prompt": "trained prompt",
@@ -22,10 +27,19 @@ SHOWN = {
     "forget, multiple choice": "multiple choice",
     "retain, multiple choice": "retained, multiple choice",
     "forget, paraphrases": "paraphrases",
+    "relearning, less nobody": "relearning, less nobody",
     "relearning, multiple choice, less nobody": "relearning, asked by multiple choice, less nobody",
-    "other knowledge": "other knowledge",
 }
 """Columns of the means."""
+
+ATTACKS = {
+    "relearning": "relearning",
+    "relearning, less nobody": "relearning, less nobody",
+    "relearning, multiple choice": "relearning, asked by multiple choice",
+    "probe": "probe, best layer",
+    "probe, mean over layers": "probe, mean over layers",
+}
+"""What is shown next to the model that never knew."""
 
 TWO = {"erase": "erasure", "inject": "injection"}
 
@@ -42,54 +56,124 @@ VERDICTS = ["holds", "cannot say", "reversed"]
 
 
 def compared(differences: pd.DataFrame, masks: pd.DataFrame) -> tuple[pd.DataFrame, set[tuple[str, str]]]:
-    """Every comparison with fact lookup and its verdict; and the (task, localization) that are left out of them, since
-    they chose the same components."""
+    """Every comparison with fact lookup, its verdict, and whether both edits cost and forget alike; and the
+    (task, localization) that are left out of them, since they chose the same components."""
     every = differences.assign(verdict=[_verdict(one) for one in differences.itertuples()])
+    costs = every[every["test"].isin(COST)]
+    worst = costs.assign(size=costs["difference"].abs()).groupby(["task", "mode", "row"])["size"].max()
+    found = [worst.get((one.task, one.mode, one.row), float("inf")) for one in every.itertuples()]
+    every = every.assign(alike=[size <= ALIKE for size in found])
     same = {(m.task, m.localization) for m in masks.itertuples() if m.weights and _same(masks, m)}
     kept = [(task, row) not in same for task, row in zip(every["task"], every["row"], strict=True)]
-    return every[kept], same
+    return every[pd.Series(kept, index=every.index, dtype=bool)], same
 
 
-def counted(found: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
+def counted(found: pd.DataFrame, by: str) -> pd.DataFrame:
     """How many of the comparisons hold, and how many are reversed, for each value of a column."""
-    counts = found.groupby([*([by] if isinstance(by, str) else by), "verdict"], sort=False).size()
-    return counts.unstack(fill_value=0).reindex(columns=VERDICTS, fill_value=0)
+    counts = found.groupby([by, "verdict"], sort=False).size().unstack(fill_value=0)
+    return counts.reindex(columns=VERDICTS, fill_value=0)
 
 
 def in_short(results: pd.DataFrame, every: pd.DataFrame) -> Iterator[str | pd.DataFrame]:
     """Text and tables."""
     found = every[every["test"].isin(LESS)]
+    if len(found):
+        yield "\n".join(f"- {sentence}" for sentence in _sentences(results, found))
+        yield _verdicts(found)
+        yield (
+            "Numbers: comparisons in which the paper's ordering holds / that cannot say / in which it is reversed. "
+            "Each compares one localization with fact lookup in one task by one test. An ordering holds, or is "
+            "reversed, where the 95 % interval of the difference excludes 0. Verdicts depend on each other: all of a "
+            "task share fact lookup's edits, tests agree with each other, the search for a learning rate has no "
+            "interval, and five seeds understate how much runs differ. Read them as a tally."
+        )
+    yield from _beside_the_twin(results)
+    for mode, some in results.groupby("mode", sort=False):
+        means, tasks = _means(some)
+        yield f"### {TWO[str(mode)].capitalize()}: means over {', '.join(tasks)}"
+        yield means
+
+
+def _sentences(results: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
+    alike = found[found["alike"]]
+    yield (
+        "Less is left after edits at fact lookup, says the paper. Where two edits forget the trained prompt and keep "
+        f"what is retained alike (to within {ALIKE}), that holds in {_of(alike)}."
+    )
+    mlps = found[found["row"] == "random mlps"]
+    if len(mlps):
+        yield f"Against the matched control, as many MLPs at random, it holds in {_of(mlps)}."
+    for mode, some in found[found["test"] == "forget, multiple choice"].groupby("mode", sort=False):
+        own = some[some["row"].isin(KINDS["attention too"])]
+        yield f"Asked by multiple choice after {TWO[str(mode)]}, against places with attention, it holds in {_of(own)}."
+    yield from _gone(results[(results["task"] == "sport") & (results["mode"] == "erase")])
+    left = results[
+        (results["mode"] == "erase") & (results["row"] == "fact lookup") & (results["test"] == "forget, trained prompt")
+    ]
+    if len(left):
+        shown = ", ".join(f"{one.task} {one.value:.2f}" for one in left.itertuples())
+        yield f"What erasure at fact lookup leaves in the trained prompt itself: {shown}."
+
+
+def _gone(erased: pd.DataFrame) -> Iterator[str]:
+    """What attacks find after erasure in any place, and in the model that never knew."""
+    for test, name in ATTACKS.items():
+        own = erased[(erased["test"] == test) & erased["row"].isin(LOCALIZATIONS)]["value"]
+        twin = erased[(erased["test"] == test) & (erased["row"] == "never knew")]["value"]
+        if test in ("relearning", "probe") and len(own) and len(twin):
+            yield (
+                f"After erasure of the whole sport, {name} finds {own.min():.2f} to {own.max():.2f}, depending on "
+                f"where; in a model that never knew, {twin.iloc[0]:.2f}."
+            )
+
+
+def _of(found: pd.DataFrame) -> str:
+    n = found["verdict"].value_counts()
+    return (
+        f"{n.get('holds', 0)} of {len(found)} comparisons and is reversed in {n.get('reversed', 0)}; "
+        f"{n.get('cannot say', 0)} cannot say"
+    )
+
+
+def _verdicts(found: pd.DataFrame) -> pd.DataFrame:
     kinds = {name: kind for kind, names in KINDS.items() for name in names}
     found = found.assign(kind=found["row"].map(kinds))
-    yield (
-        "Does less knowledge remain after edits at fact lookup than after edits elsewhere, as the paper says? Counted "
-        "are comparisons of one localization with fact lookup, in one task, by one test (other formats, relearning, "
-        "probes). *Holds* and *reversed*: the 95 % interval of the difference excludes 0, on the side of the paper or "
-        "on the other; one in forty on each side would do so by chance."
-    )
     lines = []
     for (mode, kind), some in found.groupby(["mode", "kind"], sort=False):
-        choice = some[some["test"] == "forget, multiple choice"]["verdict"].value_counts()
-        n = some["verdict"].value_counts()
-        line: dict[str, Any] = {"": TWO[str(mode)], "compared with": kind}
-        lines.append(line | {v: int(n.get(v, 0)) for v in VERDICTS} | {"multiple choice alone": _numbers(choice)})
-    yield pd.DataFrame(lines)
-    yield "*Multiple choice alone*: holds / cannot say / reversed. Means over the tasks, each localization:"
-    for mode, some in results.groupby("mode", sort=False):
-        yield f"### {TWO[str(mode)].capitalize()}, means over {some['task'].nunique()} tasks"
-        yield _means(some)
+        choice = some[some["test"] == "forget, multiple choice"]
+        line = {"": TWO[str(mode)], "compared with": kind, "where edits cost alike": _numbers(some[some["alike"]])}
+        lines.append(line | {"all": _numbers(some), "all, multiple choice alone": _numbers(choice)})
+    return pd.DataFrame(lines)
 
 
-def _means(results: pd.DataFrame) -> pd.DataFrame:
-    """Of tests that every task has."""
-    rows = ["original", *LOCALIZATIONS]
-    chosen = results[results["row"].isin(rows) & results["test"].isin(SHOWN)]
-    means = chosen.pivot_table(index="row", columns="test", values="value").reindex(index=rows, columns=list(SHOWN))
-    shown = means.dropna(how="all").dropna(axis=1, how="all").map("{:.2f}".format)
-    return shown.rename(columns=SHOWN).reset_index().rename(columns={"row": ""})
+def _beside_the_twin(results: pd.DataFrame) -> Iterator[str | pd.DataFrame]:
+    """Attacks on every edit of the task in which a model that never knew stands beside, erasure then injection."""
+    twin = results[results["row"] == "never knew"]
+    for (task, mode), _ in twin.groupby(["task", "mode"], sort=False):
+        own = results[(results["task"] == task) & (results["mode"] == mode)]
+        yield f"### What attacks find after {TWO[str(mode)]}: {task}, beside a model that never knew"
+        yield _wide(own, ATTACKS, ["original", "never knew", *LOCALIZATIONS])
 
 
-def _numbers(counts: Any) -> str:
+def _means(results: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Over the tasks that have every localization; and which these are."""
+    rows = [row for row in LOCALIZATIONS if row in set(results["row"])]
+    tasks = [str(task) for task, some in results.groupby("task", sort=False) if {*rows, "original"} <= set(some["row"])]
+    return _wide(results[results["task"].isin(tasks)], SHOWN, ["original", *rows]), tasks
+
+
+def _wide(results: pd.DataFrame, tests: dict[str, str], rows: Sequence[str]) -> pd.DataFrame:
+    """Means of the values: a line for each row, a column for each test."""
+    chosen = results[results["row"].isin(rows) & results["test"].isin(tests)]
+    means = chosen.pivot_table(index="row", columns="test", values="value").reindex(index=rows, columns=list(tests))
+    shown = (
+        means.dropna(how="all").dropna(axis=1, how="all").map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
+    )
+    return shown.rename(columns=tests).reset_index().rename(columns={"row": ""})
+
+
+def _numbers(found: pd.DataFrame) -> str:
+    counts = found["verdict"].value_counts()
     return " / ".join(str(counts.get(verdict, 0)) for verdict in VERDICTS)
 
 

@@ -1,16 +1,19 @@
 """The numbers of a run as CSV files: every table and figure is made from these."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Cell, Report, Result
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate import Cell, Report
+from mechunlearn.evaluate.report_frames import curve_over_seeds, difference_frame
 from mechunlearn.files import read_json
+from reproduction.derived import with_derived
 from reproduction.facts import TASKS
 from reproduction.setup import LOCALIZATIONS
 
@@ -33,7 +36,7 @@ COLUMNS = {
 
 
 def write_tables(out: Path) -> list[Path]:
-    """results, differences, curves, sizes, masks, search, costs and Tables 1 to 4, each a CSV file in the folder."""
+    """A CSV file in the folder for each kind of number, and for Tables 1 to 4."""
     reports, about = reports_of(out), provenance_of(out)
     frames = {
         "results": _stacked(reports, results_frame),
@@ -41,6 +44,7 @@ def write_tables(out: Path) -> list[Path]:
         "curves": _stacked(reports, curves_frame),
         "sizes": sizes_frame(out),
         "masks": masks_frame(out),
+        "edits": edits_frame(out),
         "search": search_frame(out),
         "costs": costs_frame(out),
     }
@@ -67,21 +71,8 @@ def reports_of(out: Path) -> dict[tuple[str, str], Report]:
             own = _reports(out, name, mode)
             if own:
                 merged = _merged([*originals, *own], {**provenance_of(out), "task": {"name": name}})
-                found[name, mode] = with_less_nobody(merged)
+                found[name, mode] = with_derived(merged)
     return found
-
-
-def with_less_nobody(report: Report) -> Report:
-    """Also what relearning finds beyond what the same attacked model says about nobody: what it taught to say of anyone
-    was not brought back. At the budget at which most is found about the facts."""
-    more = []
-    for cell in report.cells:
-        result = cell.result
-        if cell.test.startswith("relearning") and result is not None and result.control is not None:
-            values = result.per_example - result.control.per_example
-            less = Result(values, f"{result.sense}, less nobody", 0.0, result.unit, result.names)
-            more.append(replace(cell, test=f"{cell.test}, less nobody", result=less))
-    return Report((*report.cells, *more), report.weights, report.provenance)
 
 
 def provenance_of(out: Path) -> dict[str, Any]:
@@ -105,24 +96,28 @@ def results_frame(report: Report) -> pd.DataFrame:
 
 
 def differences_frame(report: Report) -> pd.DataFrame:
-    """Each localization minus fact lookup on the same facts, with the same seeds."""
-    if "fact lookup" not in report.weights:
-        return pd.DataFrame()
-    rows = [row for row in report.weights if row in LOCALIZATIONS]
-    return report.select(rows=rows).against("fact lookup").reset_index().dropna()
+    """Each localization minus fact lookup on the same facts, with the seeds that both have."""
+    frames = []
+    for row in (row for row in report.weights if row in LOCALIZATIONS and row != "fact lookup"):
+        both = [cell for cell in report.cells if cell.row in (row, "fact lookup") and cell.result is not None]
+        seeds = {cell.row: {(one.test, one.seed) for one in both if one.row == cell.row} for cell in both}
+        shared = seeds.get(row, set()) & seeds.get("fact lookup", set())
+        frame = difference_frame([cell for cell in both if (cell.test, cell.seed) in shared], "fact lookup")
+        frames.append(frame.assign(seeds=len({seed for _, seed in shared})).reset_index())
+    return pd.concat(frames) if frames else pd.DataFrame()
 
 
 def curves_frame(report: Report) -> pd.DataFrame:
-    """Relearning by step and probes by layer: means over seeds, intervals over facts."""
+    """Relearning by step and probes by layer: means and intervals over facts and seeds."""
+    grouped: dict[tuple[str, str], list[Cell]] = {}
+    for cell in report.cells:
+        if cell.result is not None and cell.result.curve is not None:
+            grouped.setdefault((cell.row, cell.test), []).append(cell)
     found = []
-    for row, results in report.results.items():
-        for test, result in results.items():
-            if result.curve is not None:
-                below = result.control.curve if result.control is not None else None
-                beside = {} if below is None else dict(zip(below.points, below.mean.tolist(), strict=True))
-                points = result.curve.interval().reset_index()
-                about = {"row": row, "test": test, "axis": result.curve.axis, "chance": result.curve.chance}
-                found.append(points.assign(**about, control=points["point"].map(beside)))
+    for (row, test), cells in grouped.items():
+        curve = _curve(cells[0])
+        about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
+        found.append(curve_over_seeds(cells).reset_index().assign(**about, control=_beside(cells)))
     return pd.concat(found) if found else pd.DataFrame()
 
 
@@ -138,7 +133,7 @@ def sizes_frame(out: Path) -> pd.DataFrame:
 
 
 def masks_frame(out: Path) -> pd.DataFrame:
-    """Which components each localization chose; random ones are drawn anew for each seed."""
+    """Which components each localization chose; random ones, which are drawn anew for each seed, are in edits.csv."""
     rows = []
     for path in sorted((out / "masks").glob("*/*/*.json")):
         mask = mu.ComponentMask.load(path)
@@ -149,6 +144,20 @@ def masks_frame(out: Path) -> pd.DataFrame:
         numbers = {"weights": mask.n_parameters, "shared with fact lookup": shared, "components": chosen}
         rows.append({**about, **numbers})
     return pd.DataFrame(rows)
+
+
+def edits_frame(out: Path) -> pd.DataFrame:
+    """Where each edit was made and with which rate; of a sequence, the places of all parts together."""
+    rows = []
+    for path in sorted((out / "reports").glob("*/*/*/seed-*.json")):
+        task, mode, localization = path.parts[-4:-1]
+        if localization in LOCALIZATIONS and mode in ("erase", "inject"):
+            about = Report.load(path).provenance["rows"]
+            own = next(iter([about[row] for row in about if row not in ("original", "never knew")]))
+            made = {"task": task, "mode": mode, "localization": localization, "seed": int(path.stem[5:])}
+            rate = next((each["learning_rate"] for each in own["provenance"] if "learning_rate" in each), None)
+            rows.append({**made, "learning rate": rate, "components": " ".join(own["components"][0])})
+    return _with_shared(pd.DataFrame(rows))
 
 
 def search_frame(out: Path) -> pd.DataFrame:
@@ -183,6 +192,29 @@ def paper_table(results: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:
                 line |= {column: each["value"], f"{column}, low": each["low"], f"{column}, high": each["high"]}
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _curve(cell: Cell) -> Curve:
+    assert cell.result is not None
+    assert cell.result.curve is not None
+    return cell.result.curve
+
+
+def _beside(cells: Sequence[Cell]) -> list[float] | None:
+    """The same attack's answers about nobody, the mean over seeds, at each point."""
+    controls = [cell.result.control for cell in cells if cell.result is not None]
+    found = [control.curve.mean for control in controls if control is not None and control.curve is not None]
+    return torch.stack(found).mean(0).tolist() if len(found) == len(cells) else None
+
+
+def _with_shared(edits: pd.DataFrame) -> pd.DataFrame:
+    """And how many of the components are fact lookup's, in the same task."""
+    lookups = edits[edits["localization"] == "fact lookup"].drop_duplicates("task").set_index("task")["components"]
+    if not len(lookups):
+        return edits
+    own = edits["components"].str.split()
+    theirs = edits["task"].map(lookups).fillna("").str.split()
+    return edits.assign(shared=[len({*some} & {*others}) for some, others in zip(own, theirs, strict=True)])
 
 
 def _modes(out: Path, name: str) -> list[str]:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.once
 ABOUT = (
     '# {"seeds": [0, 1], "versions": {"torch": "2"}, "setup": {"model": "shipped", "fingerprint": "abc", "steps": 2, '
     '"athletes_steps": 2, "batch_size": 4, "text_batch_size": 2, "learning_rates": [0.001], '
-    '"relearn_steps": 2, "paper": null}}\n'
+    '"relearn_steps": 2, "relearn_batch_size": 4, "relearn_rate": 0.001, "paper": null}}\n'
 )
 
 
@@ -71,9 +71,41 @@ def test_the_verdict_is_counted_from_intervals(examples, folder):
     assert "relearning, less nobody: holds in 0 of 2, reversed in 1" in written
     assert "| random | 1 | 1 | 1 |" in written
     assert "| all mlps | 0 | 1 | 0 |" in written
-    assert "| erasure | attention too | 1 | 1 | 1 | 1 / 0 / 0 |" in written
-    assert "| erasure | other MLPs | 0 | 1 | 0 | 0 / 0 / 0 |" in written
+    assert "| erasure | attention too | 0 / 0 / 0 | 1 / 1 / 1 | 1 / 0 / 0 |" in written  # what they cost is not known
+    assert "| erasure | other MLPs | 0 / 0 / 0 | 0 / 1 / 0 | 0 / 0 / 0 |" in written
     assert "the same components as fact lookup: attribution patching mlps (sport)" in written
+
+
+def test_only_edits_that_cost_alike_are_compared_like_with_like(examples, folder):
+    """The random place forgot .04 less and kept all the rest: alike; with .06 it would not be."""
+    from reproduction.summary import compared
+
+    about = {"task": "sport", "mode": "erase", "row": "random"}
+    costs = ("retain, trained prompt", "retain, multiple choice", "other knowledge")
+    masks = pd.read_csv(folder / "reproduction" / "masks.csv", comment="#")
+    for difference, alike in ((0.04, True), (0.06, False)):
+        rows = [{**about, "test": test, "difference": 0.0, "low": 0.0, "high": 0.0} for test in costs]
+        rows += [{**about, "test": "forget, trained prompt", "difference": difference, "low": 0.01, "high": 0.1}]
+        rows += [{**about, "test": "forget, multiple choice", "difference": 0.5, "low": 0.4, "high": 0.6}]
+        every, _ = compared(pd.DataFrame(rows), masks)
+        assert every.set_index("test").loc["forget, multiple choice", ["verdict", "alike"]].tolist() == ["holds", alike]
+    nothing = pd.DataFrame(columns=["task", "mode", "row", "test", "difference", "low", "high"])
+    assert not len(compared(nothing, masks)[0])
+
+
+def test_differences_are_of_seeds_that_both_have(examples):
+    """Fact lookup with two seeds, another place with the second alone: .9 - .3, not .9 less the mean of both."""
+    import torch
+    from reproduction.tables import differences_frame
+
+    from mechunlearn.evaluate import Cell, Report, Result
+
+    def cell(row: str, seed: int, value: float) -> Cell:
+        return Cell(row, "x", seed, Result(torch.full((4,), value), "accuracy", 0.25, "share", (*"abcd",)))
+
+    cells = (cell("fact lookup", 0, 0.1), cell("fact lookup", 1, 0.3), cell("random", 1, 0.9), cell("all mlps", 2, 0.9))
+    found = differences_frame(Report(cells, {"fact lookup": 1, "random": 1, "all mlps": 1}, {}))
+    assert found.set_index("row")["difference"].dropna().to_dict() == {"random": pytest.approx(0.6)}
 
 
 def test_means_over_tasks_are_of_each_localization(examples, folder):
@@ -82,9 +114,15 @@ def test_means_over_tasks_are_of_each_localization(examples, folder):
 
     path = folder / "reproduction" / "results.csv"
     lines = path.read_text()
-    path.write_text(lines + 'counterfact-16,erase,fact lookup,"forget, trained prompt",0.375,0.375,0.375,13\n')
+    for row in ("original", "fact lookup", "random"):
+        value = 0.375 if row == "fact lookup" else 1.0
+        lines += f'counterfact-16,erase,{row},"forget, trained prompt",{value},{value},{value},13\n'
+    lines += 'counterfact-64,erase,fact lookup,"forget, trained prompt",0.9,0.9,0.9,51\n'  # not every row: left out
+    path.write_text(lines)
     written = page(folder)
-    assert "### Erasure, means over 2 tasks\n\n|  | trained prompt |\n| --- | --- |\n| original | 1.00 |" in written
+    assert (
+        "### Erasure: means over sport, counterfact-16\n\n|  | trained prompt |\n| --- | --- |\n| original |" in written
+    )
     assert "| fact lookup | 0.25 |" in written
 
 
@@ -98,14 +136,14 @@ def test_published_numbers_stand_beside_our_own(examples, folder):
 def test_relearning_counts_less_what_is_said_of_nobody(examples):
     """By hand: .9 and .5 of the facts, .4 of nobody each."""
     import torch
-    from reproduction.tables import with_less_nobody
+    from reproduction.derived import with_derived
 
     from mechunlearn.evaluate import Cell, Report, Result
 
     nobody = Result(torch.tensor([0.4, 0.4]), "accuracy", 0.25)
     found = Result(torch.tensor([0.9, 0.5]), "accuracy", 0.25, "share", ("a", "b"), control=nobody)
     cells = (Cell("edit", "relearning", 0, found), Cell("edit", "probe", 0, found))
-    made = with_less_nobody(Report(cells, {"edit": 7}, {})).cells
+    made = with_derived(Report(cells, {"edit": 7}, {})).cells
     assert [cell.test for cell in made] == ["relearning", "probe", "relearning, less nobody"]
     assert made[2].result is not None
     assert made[2].result.per_example.tolist() == pytest.approx([0.5, 0.1])
