@@ -39,15 +39,17 @@ def write_figures(out: Path) -> None:
 
 
 def sizes_figure(sizes: pd.DataFrame) -> go.Figure:
-    """A panel for each test: a line for each localization, dotted for as many of its weights at random."""
+    """A panel for each test: a line for each localization, dotted for as many of its weights at random (of which the
+    legend has one)."""
     tests = list(dict.fromkeys(sizes["test"]))
     figure = make_subplots(1, len(tests), subplot_titles=tests, shared_yaxes=True)
     for column, test in enumerate(tests, 1):
         for name, how, lines in _groups(sizes[sizes["test"] == test], "localization", "how"):
-            dash, label = ("solid", name) if how == "chosen" else ("dot", f"{name}, at random")
+            dash, label = ("solid", name) if how == "chosen" else ("dot", f"{name}, as many at random")
             line = {"color": _color(name), "dash": dash}
             error = {"array": lines["high"] - lines["value"], "arrayminus": lines["value"] - lines["low"], "width": 2}
-            where = {"row": 1, "col": column, "showlegend": column == 1, "legendgroup": label}
+            listed = column == 1 and (how == "chosen" or name == LOCALIZATIONS[0])
+            where = {"row": 1, "col": column, "showlegend": listed, "legendgroup": label}
             x = lines["weights"].astype(int)
             figure.add_scatter(x=x, y=lines["value"], error_y=error, name=label, line=line, **where)
         figure.update_xaxes(type="log", title="weights set to zero", row=1, col=column)

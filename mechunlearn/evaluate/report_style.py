@@ -18,8 +18,10 @@ class Look(NamedTuple):
 
 
 # Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
-# which white paper swallows. Symbols and dashes tell rows apart without colour.
-_COLORS = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
+# which white paper swallows; then dark ones of Tol 2021. Symbols and dashes tell rows apart without colour.
+_GREY, _OKABE = "#6b6b6b", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
+_TOL = ("#332288", "#999933", "#882255", "#000000")
+_COLORS = (_GREY, *_OKABE, *_TOL)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
