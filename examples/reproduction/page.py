@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from reproduction.markdown import interval, markdown, signed
-from reproduction.protocol import run_as, search, where
+from reproduction.protocol import run_as, search, took, where
 from reproduction.setup import LOCALIZATIONS
 from reproduction.summary import LEAST, LESS, TWO, compared, counted, in_short
 from reproduction.tables import COLUMNS, TABLES
@@ -44,7 +44,8 @@ def _paper(folder: Path) -> Iterator[str]:
     yield from (markdown(block) if isinstance(block, pd.DataFrame) else block for block in in_short(results, every))
     yield from _reading(folder.parent)
     yield "## What was run"
-    yield from run_as(results, about, frames["costs"])
+    yield from run_as(results, about)
+    yield from took(frames["costs"], _plantings(folder.parent / "planted"))
     yield from where(frames["masks"], frames["edits"])
     yield from search(frames["edits"], about["setup"])
     yield from _tables(results)
@@ -62,6 +63,10 @@ def _frames(folder: Path) -> dict[str, pd.DataFrame]:
     costs = pd.DataFrame(columns=["task", "work", "pieces", "CPU seconds"])
     edits = pd.DataFrame(columns=["task", "mode", "localization", "seed", "learning rate", "components"])
     return {"differences": differences, "sizes": pd.DataFrame(), "costs": costs, "edits": edits, **found}
+
+
+def _plantings(folder: Path) -> pd.DataFrame:
+    return read(folder / "plantings.csv") if (folder / "plantings.csv").exists() else pd.DataFrame()
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -26,7 +26,7 @@ teach an answer. Relearned is one half of the facts, asked is the other. *Probes
 0.33)."""
 
 
-def run_as(results: pd.DataFrame, about: dict[str, Any], costs: pd.DataFrame) -> Iterator[str]:
+def run_as(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
     setup, seeds = about["setup"], about["seeds"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     model = "the shipped model" if setup["model"] == "shipped" else f"`{setup['model']}`"
@@ -47,11 +47,19 @@ def run_as(results: pd.DataFrame, about: dict[str, Any], costs: pd.DataFrame) ->
     )
     n = results[results["test"] == "forget, trained prompt"].groupby("task", sort=False)["n"].first()
     yield "Tested facts to forget: " + ", ".join(f"{task} {int(count)}" for task, count in n.items()) + "."
+
+
+def took(costs: pd.DataFrame, plantings: pd.DataFrame) -> Iterator[str]:
+    """CPU time of the workers of both studies."""
     if len(costs):
-        minutes = costs["CPU seconds"].sum() / 60
+        parts = {"the experiments": costs["CPU seconds"].sum() / 60}
+        if len(plantings):
+            parts["the planted study"] = plantings.filter(like="seconds, ").sum().sum() / 60
+        total = sum(parts.values())
+        shown = ", ".join(f"{name} {minutes:.0f}" for name, minutes in parts.items())
         yield (
-            f"`examples/reproduce_paper.py` took {minutes:.0f} CPU minutes for {costs['pieces'].sum():,} pieces of "
-            f"work, which two processes share (`costs.csv`); tables and figures take some minutes more."
+            f"`make results` writes this page from nothing. That takes {total:.0f} CPU minutes ({shown}), which two "
+            f"processes share: {total / 2:.0f} minutes on two cores, and some more for tables and figures."
         )
 
 
