@@ -11,7 +11,7 @@ from mechunlearn.metrics import Metric
 from reproduction.facts import PAPER_TASKS, divided, parts
 from reproduction.measures import in_its_sense
 from reproduction.places import Masks, masks_of
-from reproduction.setup import Setup, load
+from reproduction.setup import DRAWN, Setup, load
 
 
 def edit_of(setup: Setup, out: Path, name: str, mode: str, localization: str, seed: int) -> mu.Edit:
@@ -19,11 +19,11 @@ def edit_of(setup: Setup, out: Path, name: str, mode: str, localization: str, se
     path = out / "edits" / f"{name}, {mode}, {localization}, {seed}.safetensors"
     if path.exists():
         return mu.Edit.load(path)
-    if setup.paper is None and seed == 0:
-        edit = _searched(setup, out, name, mode, localization).edits[localization]
+    if setup.paper is None and seed == _searched_seed(localization, seed):
+        edit = _searched(setup, out, name, mode, localization, seed).edits[localization]
     else:
         mask = masks_of(setup, out, name, seed)[0][localization]
-        options = options_of(setup, out, name, mode, localization)
+        options = options_of(setup, out, name, mode, localization, seed)
         edit = editor(setup, name, mode, seed)(load(setup.model), divided(setup, name).final, mask, **options)
     if setup.keep_edits:
         path.parent.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def sequence_of(
     setup: Setup, out: Path, name: str, mode: str, localization: str, seed: int, after: Any
 ) -> mu.edit.EditSequence:
     """The parts one after the other, each at the places that were found for it on the original model."""
-    options = options_of(setup, out, name, mode, localization)
+    options = options_of(setup, out, name, mode, localization, seed)
     edit = partial(editor(setup, name, mode, seed), **options, steps=max(1, setup.steps // 2))
     masks = [found[localization] for found in masks_of(setup, out, name, seed)]
     return mu.edit.sequence(load(setup.model), parts(setup, name), masks, edit=edit, after=after)
@@ -56,12 +56,14 @@ def editor(setup: Setup, name: str, mode: str, seed: int) -> partial[mu.Edit]:
     )
 
 
-def options_of(setup: Setup, out: Path, name: str, mode: str, localization: str) -> dict[str, Any]:
-    """What the search chose with seed 0, for every seed; a sequence takes what was chosen for all facts at once, as in
-    the paper. Trials of a search that was interrupted are not run again."""
+def options_of(setup: Setup, out: Path, name: str, mode: str, localization: str, seed: int) -> dict[str, Any]:
+    """What the search chose with seed 0, for every seed; for a random place, which is another with each seed, with that
+    seed. A sequence takes what was chosen for all facts at once, as in the paper. Trials of a search that was
+    interrupted are not run again."""
     if setup.paper is not None:
         return _of_the_paper(setup.paper, name, mode, localization)
-    found = _searched(setup, out, name.replace("sequential", "64"), mode, localization)
+    chosen = _searched_seed(localization, seed)
+    found = _searched(setup, out, name.replace("sequential", "64"), mode, localization, chosen)
     return dict(found.best[localization])
 
 
@@ -89,15 +91,19 @@ def learned_mask(setup: Setup, out: Path, name: str, localization: str, seed: in
     )
 
 
-def _searched(setup: Setup, out: Path, name: str, mode: str, localization: str) -> mu.edit.Search:
-    """Learning rates at coefficient 1, and the edit with seed 0 by the best."""
-    mask = masks_of(setup, out, name, 0)[0][localization]
+def _searched_seed(localization: str, seed: int) -> int:
+    return seed if localization in DRAWN else 0
+
+
+def _searched(setup: Setup, out: Path, name: str, mode: str, localization: str, seed: int) -> mu.edit.Search:
+    """Learning rates at coefficient 1, and the edit with that seed by the best."""
+    mask = masks_of(setup, out, name, seed)[0][localization]
     found = mu.edit.search(
         load(setup.model),
         divided(setup, name),
         {localization: mask},
         score=in_its_sense(kept_minus_left, name),
-        edit=editor(setup, name, mode, 0),
+        edit=editor(setup, name, mode, seed),
         stages=({"learning_rate": setup.learning_rates},),
         folder=out / "search" / f"{name}, {mode}, {localization}",
         progress=False,

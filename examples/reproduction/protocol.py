@@ -76,8 +76,8 @@ def search(edits: pd.DataFrame, setup: dict[str, Any]) -> Iterator[str]:
     yield (
         f"For every localization the same: rates {', '.join(f'{rate:g}' for rate in rates)}, with seed 0, scored by "
         "the trained prompt alone, retained less forgotten, on facts that no number here uses. The coefficient of "
-        "forgetting is 1; the paper tunes it. All seeds take what seed 0 chose, also for random places, which are "
-        "others then. "
+        "forgetting is 1; the paper tunes it. All seeds take what seed 0 chose, but random places, which are others "
+        "with each seed, are searched anew; below are those of the first seed. "
         f"{edge} of {len(own)} choices are the highest rate. No interval on this page covers this choice."
     )
     names = first["task"] + ", " + first["mode"].map(TWO)

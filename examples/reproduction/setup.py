@@ -34,6 +34,9 @@ LOCALIZATIONS = (
 FOUND = LOCALIZATIONS[:5]
 """Those that look at the model; the others are controls."""
 
+DRAWN = ("random", "random mlps")
+"""Drawn anew for each seed."""
+
 
 @dataclass(frozen=True)
 class Setup:

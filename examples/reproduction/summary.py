@@ -100,12 +100,14 @@ def _sentences(results: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
         "Less is left after edits at fact lookup, says the paper. Where two edits forget the trained prompt and keep "
         f"what is retained alike (to within {ALIKE}), that holds in {_of(alike)}."
     )
+    yield (
+        f"Without that condition it holds in {_of(found)}. Many of these edits forgot less of the trained prompt, or "
+        "broke less of what was to be kept, than the one that they are compared with."
+    )
     mlps = found[found["row"] == "random mlps"]
     if len(mlps):
-        yield f"Against the matched control, as many MLPs at random, it holds in {_of(mlps)}."
-    for mode, some in found[found["test"] == "forget, multiple choice"].groupby("mode", sort=False):
-        own = some[some["row"].isin(KINDS["attention too"])]
-        yield f"Asked by multiple choice after {TWO[str(mode)]}, against places with attention, it holds in {_of(own)}."
+        both = f"{_of(mlps[mlps['alike']])}, without that condition in {_of(mlps)}"
+        yield f"Against the control, as many MLPs at random, it holds in {both}."
     yield from _gone(results[(results["task"] == "sport") & (results["mode"] == "erase")])
     left = results[
         (results["mode"] == "erase") & (results["row"] == "fact lookup") & (results["test"] == "forget, trained prompt")

@@ -166,3 +166,29 @@ def test_localizations_that_chose_the_same_components_share_their_edit(examples,
     assert asked == ["fact lookup", "attribution patching", "random"]
     chosen = [value(name, Setup(paper="gemma-7b"), tmp_path / "chosen") for name in ("fact lookup", "causal tracing")]
     assert chosen == [1.0, 1.25]
+
+
+def test_random_places_are_searched_with_each_seed_and_others_once(examples, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from reproduction import edits
+    from reproduction.setup import Setup
+
+    asked = []
+
+    def search(model, split, masks, *, edit, **options):
+        asked.append((*masks.items(), edit.keywords["seed"]))
+        return SimpleNamespace(best={name: {"learning_rate": 0.1} for name in masks}, failures={})
+
+    monkeypatch.setattr(edits.mu.edit, "search", search)
+    monkeypatch.setattr(edits, "load", lambda model: None)
+    monkeypatch.setattr(edits, "divided", lambda setup, name: name)
+    places = ("random", "random mlps", "fact lookup")
+    monkeypatch.setattr(edits, "masks_of", lambda setup, out, name, seed: [{p: f"{p} {seed}" for p in places}])
+    for place in places:
+        assert edits.options_of(Setup(), tmp_path, "sport", "erase", place, 3) == {"learning_rate": 0.1}
+    assert asked == [
+        (("random", "random 3"), 3),
+        (("random mlps", "random mlps 3"), 3),
+        (("fact lookup", "fact lookup 0"), 0),
+    ]
