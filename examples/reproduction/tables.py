@@ -157,7 +157,7 @@ def edits_frame(out: Path) -> pd.DataFrame:
             made = {"task": task, "mode": mode, "localization": localization, "seed": int(path.stem[5:])}
             rate = next((each["learning_rate"] for each in own["provenance"] if "learning_rate" in each), None)
             rows.append({**made, "learning rate": rate, "components": " ".join(own["components"][0])})
-    return _with_shared(pd.DataFrame(rows))
+    return _with_shared(pd.DataFrame(rows)) if rows else pd.DataFrame()
 
 
 def search_frame(out: Path) -> pd.DataFrame:
