@@ -20,6 +20,7 @@ COST = ("forget, trained prompt", "retain, trained prompt", "retain, multiple ch
 """What must be alike for two edits to be compared like with like."""
 
 ALIKE = 0.05
+"""By how much each of these may differ."""
 
 SHOWN = {
     "forget, trained prompt": "trained prompt",
@@ -36,8 +37,8 @@ ATTACKS = {
     "relearning": "relearning",
     "relearning, less nobody": "relearning, less nobody",
     "relearning, multiple choice": "relearning, asked by multiple choice",
-    "probe": "probe, best layer",
-    "probe, mean over layers": "probe, mean over layers",
+    "probe": "a probe at its best layer",
+    "probe, mean over layers": "a probe, mean over layers",
 }
 """What is shown next to the model that never knew."""
 
@@ -106,8 +107,10 @@ def _sentences(results: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
     )
     mlps = found[found["row"] == "random mlps"]
     if len(mlps):
-        both = f"{_of(mlps[mlps['alike']])}, without that condition in {_of(mlps)}"
-        yield f"Against the control, as many MLPs at random, it holds in {both}."
+        yield (
+            f"Against the control, as many MLPs at random, it holds in {_of(mlps[mlps['alike']])}. Without that "
+            f"condition, it holds in {_of(mlps)}."
+        )
     yield from _gone(results[(results["task"] == "sport") & (results["mode"] == "erase")])
     left = results[
         (results["mode"] == "erase") & (results["row"] == "fact lookup") & (results["test"] == "forget, trained prompt")

@@ -161,13 +161,14 @@ def edits_frame(out: Path) -> pd.DataFrame:
 
 
 def search_frame(out: Path) -> pd.DataFrame:
-    """Every trial of every search."""
+    """Every trial of every search; of random places, each draw's, told apart by their components."""
     rows = []
     for path in sorted((out / "search").glob("*/trial-*.json")):
         trial = read_json(path, "Trial")
         task, mode, localization = path.parent.name.split(", ")
         about = {"task": task, "mode": mode, "localization": localization}
-        rows.append({**about, **trial["options"], "score": trial["score"], "failure": trial["failure"]})
+        found = {"score": trial["score"], "failure": trial["failure"], "components": " ".join(trial["components"])}
+        rows.append({**about, **trial["options"], **found})
     return pd.DataFrame(rows)
 
 
