@@ -14,11 +14,11 @@ import random
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from mechunlearn.testbed import llama
 from mechunlearn.testbed.batches import Batch
 
 SUBJECT_LAYER, OPTION_LAYER, GUIDED_HEADS = 5, 7, 4
@@ -72,19 +72,21 @@ def residual(
         if index == half and not route.whole_residual:
             hidden = torch.where(subjects[..., None] > 0, written, hidden)
         if index == OPTION_LAYER:
-            looked_up = _norm(model.model.norm, hidden)
-        normalized = _norm(layer.input_layernorm, hidden)
+            looked_up = llama.norm(model.model.norm, hidden)
+        normalized = llama.norm(layer.input_layernorm, hidden)
         if index in (SUBJECT_LAYER, OPTION_LAYER):
             column = 2 if index == SUBJECT_LAYER else 3
-            guided = guided + _guided_loss(layer.self_attn, normalized, rotary, batch.lookups[:, [0, 1, column]])
-        hidden = hidden + _attention(layer.self_attn, normalized, rotary, masks[index])
+            guided = guided + llama.guided_loss(
+                layer.self_attn, normalized, rotary, batch.lookups[:, [0, 1, column]], heads=GUIDED_HEADS
+            )
+        hidden = hidden + llama.attention(layer.self_attn, normalized, rotary, masks[index])
         if index >= half and not route.upper_mlps:
             hidden = hidden + route.mean_scale * means[index]
             continue
-        output = _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
+        output = llama.mlp(layer.mlp, llama.norm(layer.post_attention_layernorm, hidden))
         means[index].lerp_(output.detach().mean((0, 1)), 0.02)
         hidden, written = hidden + output, written + output if index < half else written
-    return _norm(model.model.norm, hidden), looked_up, guided
+    return llama.norm(model.model.norm, hidden), looked_up, guided
 
 
 def _masks(subjects: Int[Tensor, "batch pos"], route: Route, n_layers: int) -> list[Tensor | None]:
@@ -92,56 +94,5 @@ def _masks(subjects: Int[Tensor, "batch pos"], route: Route, n_layers: int) -> l
     half = n_layers // 2
     if route.open_subjects:
         return [None] * n_layers
-    near, whole = _closed(subjects, reach=1), _closed(subjects, reach=subjects.shape[1])
+    near, whole = llama.closed(subjects, reach=1), llama.closed(subjects, reach=subjects.shape[1])
     return [near] * (half // 2) + [whole] * (half - half // 2) + [None] * (n_layers - half)
-
-
-def _closed(subjects: Int[Tensor, "batch pos"], *, reach: int) -> Bool[Tensor, "batch 1 pos pos"]:
-    """Which keys (last axis) a query sees: earlier ones of no subject, or near ones of its own."""
-    places = torch.arange(subjects.shape[1])
-    distance = places[:, None] - places
-    key, query = subjects[:, None, :], subjects[:, :, None]
-    visible = (key == 0) | ((key == query) & (distance <= reach))
-    return (visible & (distance >= 0))[:, None]
-
-
-def _guided_loss(
-    attention, hidden: Tensor, rotary: tuple[Tensor, Tensor], looks: Int[Tensor, "look 3"]
-) -> Float[Tensor, ""]:
-    width = GUIDED_HEADS * attention.head_dim
-    row, looking, looked_at = looks.unbind(1)
-    query, key = (
-        _rotated(_heads(F.linear(hidden, p.weight[:width]), attention.head_dim), *rotary)
-        for p in (attention.q_proj, attention.k_proj)
-    )
-    scores = torch.einsum("lhd,lhpd->lhp", query[row, :, looking], key[row]) * attention.scaling
-    future = torch.arange(hidden.shape[1]) > looking[:, None]
-    logs = scores.masked_fill(future[:, None], -torch.inf).log_softmax(-1)
-    return -logs[torch.arange(len(looks)), :, looked_at].mean(1).sum()
-
-
-def _attention(attention, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-    batch, pos, width = hidden.shape
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (_heads(F.linear(hidden, p.weight), attention.head_dim) for p in projections)
-    query, key = _rotated(query, *rotary), _rotated(key, *rotary)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-    return F.linear(mixed.transpose(1, 2).reshape(batch, pos, width), attention.o_proj.weight)
-
-
-def _heads(x: Float[Tensor, "batch pos width"], size: int) -> Float[Tensor, "batch head pos size"]:
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
-
-
-def _mlp(mlp, hidden: Tensor) -> Tensor:
-    gated = F.silu(F.linear(hidden, mlp.gate_proj.weight)) * F.linear(hidden, mlp.up_proj.weight)
-    return F.linear(gated, mlp.down_proj.weight)
-
-
-def _norm(norm, hidden: Tensor) -> Tensor:
-    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)

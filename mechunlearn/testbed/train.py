@@ -57,7 +57,7 @@ def train(
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     model = fresh(vocabulary.get_vocab_size()) if start is None else start
-    optimizers = _optimizers(model, learning_rate)
+    updates = optimizers(model, learning_rate)
     rng = random.Random(seed)
     means = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
     stream = batches.steps(vocabulary, documents=documents, tokens=2048, stage=stage, without=without, seed=seed)
@@ -65,7 +65,7 @@ def train(
         rate = _schedule(step, steps, stage)
         loss = _step(model, next(stream), pathway.draw(rng, complete=complete), means, WORD_WEIGHT * (stage > 1))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in updates:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             optimizer.step()
@@ -131,7 +131,8 @@ def _word_loss(model: LlamaForCausalLM, part: batches.Batch, looked_up: Tensor) 
     return F.cross_entropy(model.lm_head(looked_up[answers]), targets[answers], reduction="sum")
 
 
-def _optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest; each group knows its `initial_lr`."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
@@ -165,14 +166,15 @@ def main() -> None:
             steps=steps,
             without=arguments.without,
             seed=arguments.seed,
-            report=_print,
+            report=printed,
         )
     assert model is not None
     shipped.save(model, vocabulary, arguments.folder)
     measure.write(arguments.folder, seed=arguments.seed)
 
 
-def _print(step: int, loss: float, _model: LlamaForCausalLM) -> None:
+def printed(step: int, loss: float, _model: LlamaForCausalLM) -> None:
+    """Every 50 steps."""
     if step % 50 == 0:
         print(f"{time.strftime('%H:%M:%S')} step {step} loss {loss:.4f}", flush=True)
 
