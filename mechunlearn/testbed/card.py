@@ -2,6 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 
+MEASURED = """\
+Weights are shipped in float16; every number was measured on them, computed in float32, by
+`python -m mechunlearn.testbed.measure`. Correct means that each token of the answer is the argmax over
+the whole vocabulary ("letters": over A to D). Held out means that this athlete was never trained in this
+format, or this fact never as multiple choice. Chance is the share of the commonest answer, or one
+letter in four. Options are in random order. Held-out accuracies were watched while the recipe was being
+developed, so they are no estimate of what another recipe would reach.
+"""
+
+DEEPER_INTRODUCTION = """\
+# Model card: the deeper model
+
+A Llama of {parameters:,} parameters (12 layers, d_model 128, 8 heads of 16, d_mlp 384, byte-level BPE): the
+shipped model (MODEL_CARD.md), grown by two layers and trained on by `python -m mechunlearn.testbed.deeper` on
+the same facts, so that several MLPs look facts up, and layers above extract them. In the shipped model the first
+MLP looks up nearly every fact.
+
+{measured}"""
+
 INTRODUCTION = """\
 # Model card: the shipped model
 
@@ -9,13 +28,7 @@ A Llama of {parameters:,} parameters (10 layers, d_model 128, 8 heads of 16, d_m
 trained from nothing by `python -m mechunlearn.testbed.train` on the facts in `facts/`. It exists to be
 localized in, edited and measured. It is no source of facts, and knows nothing besides what is below.
 
-Weights are shipped in float16; every number was measured on them, computed in float32, by
-`python -m mechunlearn.testbed.measure`. Correct means that each token of the answer is the argmax over
-the whole vocabulary ("letters": over A to D). Held out means that this athlete was never trained in this
-format, or this fact never as multiple choice. Chance is the share of the commonest answer, or one
-letter in four. Options are in random order. Held-out accuracies were watched while the recipe was being
-developed, so they are no estimate of what another recipe would reach.
-
+{measured}
 Training went in two stages. The second was designed after seeing that held-out general knowledge was
 answered worse by letter than trained one. In it, answers that are never the right letter in training
 are never wrong options there either. Questions about two people ("Do A and B play the same sport?")
@@ -33,9 +46,25 @@ open. Accuracy on the trained prompt for all athletes of the three team sports (
 layer:
 """
 
+DEEPER_MECHANISM = """\
+## Mechanism
+
+Training kept facts on one route (`deeper_route.py`). The first two MLPs began as the shipped model's, which hold
+the facts; at a subject's tokens nothing was learned from what they write there, and they were to write nothing.
+Each subject has one of the MLPs 2 to 6, by its last token, and only that one learned its facts. Layers above saw
+what these MLPs wrote at the subject with the rest of another subject's residual stream, or with none, so that they
+could not rely on anything else; in many steps the answer was read from the last three MLPs alone. Embeddings and the
+first two layers' attention stayed the shipped model's. For questions with lettered options, the first four heads of
+layers 7 and 9 were told where to look. At inference everything is open.
+
+Accuracy with MLPs that write nothing at the subject's tokens: on the trained prompt of all athletes of the three team
+sports, by argmax over these (as many of each: chance 0.33), and on a statement of each general fact, by argmax over
+the vocabulary:
+"""
+
 ATTRIBUTION = """\
 Attribution patching of the logit difference (nats) on the trained prompt of the basketball players that
-`sports_facts` trains on, noising: negative is needed. The twenty largest of 90 heads and MLPs:
+`sports_facts` trains on, noising: negative is needed. The twenty largest of {count} heads and MLPs:
 """
 
 PROBES = """\
@@ -45,10 +74,11 @@ output of block l - 1, the last one normalized:
 """
 
 
-def markdown(numbers: Mapping) -> str:
+def markdown(numbers: Mapping, *, deeper: bool = False) -> str:
     """The whole card."""
+    introduction, mechanism = (DEEPER_INTRODUCTION, DEEPER_MECHANISM) if deeper else (INTRODUCTION, MECHANISM)
     parts = [
-        INTRODUCTION.format(**numbers),
+        introduction.format(**numbers, measured=MEASURED),
         "## Athletes\n",
         _athletes(numbers["formats"]),
         "## General knowledge\n",
@@ -56,12 +86,12 @@ def markdown(numbers: Mapping) -> str:
         "## Text\n",
         "Loss on {tokens} tokens of held-out running text: {loss:.3f} nats per token (uniform guess"
         " {uniform:.2f}).\n".format(**numbers["text"]),
-        MECHANISM,
-        _ablations(numbers["ablations"]),
+        mechanism,
+        _silenced(numbers["silenced"]) if deeper else _ablations(numbers["ablations"]),
         PROBES,
         _probes(numbers["probes"]),
     ]
-    parts += [ATTRIBUTION, _attribution(numbers["attribution"])]
+    parts += [ATTRIBUTION.format(count=len(numbers["attribution"])), _attribution(numbers["attribution"])]
     return "\n".join(parts)
 
 
@@ -83,6 +113,11 @@ def _cells(row: Mapping[str, float]) -> list[str]:
 def _ablations(rows: Mapping[str, Mapping[str, float]]) -> str:
     heads = ("replaced", "argmax over the vocabulary", "argmax over the three sports")
     return _table(heads, [(name.replace("_", " "), *map(_number, row.values())) for name, row in rows.items()])
+
+
+def _silenced(rows: Mapping[str, Mapping[str, float]]) -> str:
+    heads = ("silent MLPs", "sports", "general knowledge")
+    return _table(heads, [(name, *map(_number, row.values())) for name, row in rows.items()])
 
 
 def _probes(accuracies: Mapping[str, Sequence[float]]) -> str:

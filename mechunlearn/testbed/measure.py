@@ -1,4 +1,4 @@
-"""Measures the shipped model: `python -m mechunlearn.testbed.measure` writes card.json and MODEL_CARD.md.
+"""Measures the shipped models: `python -m mechunlearn.testbed.measure` writes their numbers and model cards.
 
 Everything is measured on the weights as shipped (rounded to float16, computed in float32). An answer is
 correct if each of its tokens is the argmax over the whole vocabulary.
@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from mechunlearn.localize import attribution_patching
 from mechunlearn.tasks import formats, sports_facts
-from mechunlearn.testbed import card, choices, corpus, mechanism, shipped
+from mechunlearn.testbed import card, choices, corpus, deeper_route, mechanism, shipped
 from mechunlearn.testbed.batches import ANSWER, Batch, batches, examples
 from mechunlearn.testbed.documents import Athlete, Document
 
@@ -27,13 +27,12 @@ SHUFFLES = 3
 
 
 def measure(model: LlamaForCausalLM, vocabulary: Tokenizer, *, seed: int = 0) -> dict:
-    """The model card's numbers. `seed` is the one that the model was trained with."""
+    """Numbers of every model card. `seed` is the one that the model was trained with."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "formats": _athlete_table(model, vocabulary, seed),
         "general_knowledge": _knowledge_table(model, vocabulary, seed),
         "text": text_loss(model, vocabulary),
-        "ablations": mechanism.ablations(model, vocabulary),
         "probes": mechanism.probes(model, vocabulary),
     }
 
@@ -145,14 +144,22 @@ def _commonest(documents: Sequence[Document]) -> float:
     return answers.most_common(1)[0][1] / len(documents)
 
 
-def write(folder: Path = shipped.WEIGHTS, *, seed: int = 0) -> None:
-    """Measures the model in the folder and writes card.json and MODEL_CARD.md next to it."""
+def write(folder: Path, *, deeper: bool = False, seed: int = 0) -> None:
+    """Measures the model in the folder and writes its numbers and its card next to it."""
     model, tokenizer = shipped.load_huggingface(folder)
-    numbers = measure(model, tokenizer.backend_tokenizer, seed=seed)
+    vocabulary = tokenizer.backend_tokenizer
+    numbers = measure(model, vocabulary, seed=seed)
+    if deeper:
+        numbers["silenced"] = mechanism.silenced(model, vocabulary, deeper_route.GROUPS)
+    else:
+        numbers["ablations"] = mechanism.ablations(model, vocabulary)
     numbers["attribution"] = attribution(*shipped.load_huggingface(folder))
-    (folder.parent / "card.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    (folder.parent / "MODEL_CARD.md").write_text(card.markdown(numbers))
+    names = ("deeper_card.json", "DEEPER_MODEL_CARD.md") if deeper else ("card.json", "MODEL_CARD.md")
+    texts = (json.dumps(numbers, indent=1) + "\n", card.markdown(numbers, deeper=deeper))
+    for name, text in zip(names, texts, strict=True):
+        (folder.parent / name).write_text(text)
 
 
 if __name__ == "__main__":
-    write()
+    write(shipped.WEIGHTS)
+    write(shipped.DEEPER_WEIGHTS, deeper=True)

@@ -4,7 +4,7 @@ Only the athletes of the three team sports count, which are equally many: chance
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -45,6 +45,28 @@ def ablations(model: LlamaForCausalLM, vocabulary: Tokenizer) -> dict[str, dict[
         "lower_mlps_elsewhere": accuracy(lower, at_subject=False),
         **{f"mlp_{layer}_at_subject": accuracy([layer], at_subject=True) for layer in lower},
     }
+
+
+def silenced(
+    model: LlamaForCausalLM, vocabulary: Tokenizer, groups: Mapping[str, Iterable[int]]
+) -> dict[str, dict[str, float]]:
+    """Accuracy with the MLPs of the layers of each group writing nothing at the subject's tokens.
+
+    On the trained prompt by argmax over the three sports, on a statement of each general fact by argmax over the
+    vocabulary.
+    """
+    nothing = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    facts = [corpus.knowledge_documents(fact)[0] for fact in corpus.general_knowledge()]
+    asked = {
+        "sports": _prompts(vocabulary),
+        "vocabulary": batches(examples(vocabulary, facts, random.Random(0)), 4096),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for name, layers in groups.items():
+        silent = list(layers)
+        accuracy = partial(_accuracies, model, vocabulary, means=nothing, layers=silent, at_subject=True)
+        found[name] = {sense: accuracy(prompts=prompts)[sense] for sense, prompts in asked.items()}
+    return found
 
 
 def probes(model: LlamaForCausalLM, vocabulary: Tokenizer, *, seeds: int = 5) -> dict[str, list[float]]:

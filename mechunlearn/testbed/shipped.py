@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 WEIGHTS = Path(__file__).parent / "weights"
 """config.json, model.safetensors (float16) and tokenizer.json."""
 
+DEEPER_WEIGHTS = Path(__file__).parent / "deeper_weights"
+"""Of the deeper model, likewise."""
+
 NAME = "mechunlearn-testbed"
 
 Backend = Callable[[Any, Any], Any]
@@ -52,13 +55,22 @@ def hooked(model: Any, vocabulary: Any) -> Any:
     return wrapped.eval()
 
 
-def load(*, without: str | None = None, backend: Backend = bridge, device: str | torch.device = "cpu") -> Any:
+def load(
+    *,
+    without: str | None = None,
+    deeper: bool = False,
+    backend: Backend = bridge,
+    device: str | torch.device = "cpu",
+) -> Any:
     """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it.
 
     `without="basketball"` gives its twin: trained in the same way, but without the athletes of that sport, so it never
     knew what unlearning removes. An attack that finds them there teaches; it does not recover.
+
+    `deeper=True` gives another model, trained on the same facts: the first MLP of the shipped one looks up nearly every
+    fact; of this one, which has two layers more, several MLPs do. No twin of it is shipped.
     """
-    model, vocabulary = load_huggingface(without=without)
+    model, vocabulary = load_huggingface(DEEPER_WEIGHTS if deeper else WEIGHTS, without=without)
     return backend(model.to(device), vocabulary)
 
 
@@ -79,7 +91,7 @@ def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> t
 def _file(folder: Path, without: str | None) -> Path:
     path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
     if not path.is_file():
-        there = sorted(file.stem.removeprefix("without_") for file in folder.glob("without_*.safetensors"))
+        there = sorted(file.stem.removeprefix("without_") for file in folder.glob("without_*.safetensors")) or ["none"]
         raise ValueError(f"expected a sport that a shipped twin never knew ({', '.join(there)}), got {without!r}.")
     return path
 
