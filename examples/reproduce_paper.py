@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduction.facts import MODES, TASKS
-from reproduction.setup import LOCALIZATIONS, PAPER_MODELS, SHIPPED, Setup, paper_setup
+from reproduction.setup import LOCALIZATIONS, OWN, PAPER_MODELS, SHIPPED, Setup, paper_setup
 from workers import processes
 
 
@@ -38,7 +38,8 @@ def main() -> None:
     tables = write_tables(arguments.out)
     if not arguments.no_figures:
         write_figures(arguments.out)
-    print(f"Wrote {', '.join(path.name for path in tables)} and figures to {arguments.out}.")
+    figures = "" if arguments.no_figures else " and figures"
+    print(f"Wrote {', '.join(path.name for path in tables)}{figures} to {arguments.out}.")
     if arguments.docs is not None:
         from write_results import publish
 
@@ -50,13 +51,13 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=SHIPPED, help="shipped, a name on the Hub, or a folder with a checkpoint")
+    parser.add_argument("--model", default=SHIPPED, help="shipped, deeper, a name on the Hub, or a checkpoint's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder, which a later call goes on with")
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--localization", nargs="+", choices=LOCALIZATIONS, default=list(LOCALIZATIONS))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, help="processes; default: 2 for the shipped model, else 1")
+    parser.add_argument("--workers", type=int, help="processes; default: 2 for the package's own models, else 1")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two steps an edit, no results")
     parser.add_argument("--full", action="store_true", help="also soft prompts, and relearning by LoRA")
     parser.add_argument("--keep-edits", action="store_true", help="as files, so that they need not be made again")
@@ -74,7 +75,7 @@ def parsed() -> argparse.Namespace:
     own.add_argument("--batch-size", type=int)
     own.add_argument("--everyday-text", action="store_true", help="sentences of the package in place of the Pile")
     found = parser.parse_args()
-    found.workers = (2 if found.model == SHIPPED else 1) if found.workers is None else max(1, found.workers)
+    found.workers = (2 if found.model in OWN else 1) if found.workers is None else max(1, found.workers)
     return found
 
 
@@ -92,7 +93,8 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
         given["pile"] = False
     if arguments.full:
         given |= {"soft_prompt": True, "lora": True}
-    found = Setup(**given) if arguments.model == SHIPPED else paper_setup(arguments.model, **given)
+    own = arguments.model in OWN
+    found = Setup(arguments.model, **given) if own else paper_setup(arguments.model, **given)
     if arguments.quick:
         small = {"steps": 2, "athletes_steps": 2, "batch_size": 4, "text_batch_size": 2, "tested": 8, "traced": 4}
         small |= {"relearn_steps": 2, "relearn_batch_size": 4, "rank": 8}

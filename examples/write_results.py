@@ -5,10 +5,12 @@ python examples/write_results.py docs/results.md --run reproduction       # from
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 from reproduction.page import page
+from reproduction.setup import DEEPER
 
 SHOWN = ("formats", "relearning", "probes", "stages")
 """Figures that the page shows, of the modes and tasks in `PICTURES`; and the sizes of edits."""
@@ -29,7 +31,8 @@ def main() -> None:
 
 def publish(run: Path, path: Path) -> None:
     """Take over the tables and some figures of a run, next to the page, and write the page."""
-    folder = path.with_suffix("") / "reproduction"
+    setup = json.loads((run / "setup.json").read_text(encoding="utf-8"))
+    folder = path.with_suffix("") / (DEEPER if setup["model"] == DEEPER else "reproduction")
     if not (run / "tables" / "results.csv").exists():
         raise SystemExit(f"expected tables in {run}, found none: let reproduce_paper.py finish some work first.")
     shutil.rmtree(folder, ignore_errors=True)

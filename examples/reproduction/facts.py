@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import mechunlearn as mu
-from reproduction.setup import SHIPPED, Setup, load
+from reproduction.setup import OWN, Setup, load
 
 MODES = ("erase", "inject")
 
@@ -103,8 +103,8 @@ def _counterfact(model: Any, setup: Setup, forget: int) -> mu.Task:
 
 
 def _other_knowledge(model: Any, setup: Setup) -> mu.Prompts:
-    """What CounterFact records are not about. The shipped model's are general knowledge: there, sports."""
-    if setup.model == SHIPPED:
+    """What CounterFact records are not about. The package's own are general knowledge: there, sports."""
+    if setup.model in OWN:
         return mu.tasks.sports_facts(model, forget=16).formats[CHOICE[True]].retain
     return mu.tasks.general_knowledge(model)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from reproduction.markdown import markdown
-from reproduction.setup import LOCALIZATIONS
+from reproduction.setup import LOCALIZATIONS, OWN
 from reproduction.summary import TWO
 
 DEFINITIONS = """\
@@ -29,8 +29,7 @@ teach an answer. Relearned is one half of the facts, asked is the other. *Probes
 def run_as(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
     setup, seeds = about["setup"], about["seeds"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    model = "the shipped model" if setup["model"] == "shipped" else f"`{setup['model']}`"
-    yield DEFINITIONS
+    model = f"the {setup['model']} model" if setup["model"] in OWN else f"`{setup['model']}`"
     chosen = (
         "each localization's own, by the search below"
         if setup["paper"] is None
@@ -49,14 +48,16 @@ def run_as(results: pd.DataFrame, about: dict[str, Any]) -> Iterator[str]:
     yield "Tested facts to forget: " + ", ".join(f"{task} {int(count)}" for task, count in n.items()) + "."
 
 
-def took(costs: pd.DataFrame, plantings: pd.DataFrame) -> Iterator[str]:
-    """CPU time of the workers of both studies."""
+def took(costs: pd.DataFrame, deeper: pd.DataFrame, plantings: pd.DataFrame) -> Iterator[str]:
+    """CPU time of the workers of all studies."""
     if len(costs):
-        parts = {"the experiments": costs["CPU seconds"].sum() / 60}
-        if len(plantings):
-            parts["the planted study"] = plantings.filter(like="seconds, ").sum().sum() / 60
-        total = sum(parts.values())
-        shown = ", ".join(f"{name} {minutes:.0f}" for name, minutes in parts.items())
+        parts = {
+            "the experiments": costs["CPU seconds"].sum(),
+            "those on the deeper model": deeper["CPU seconds"].sum(),
+            "the planted study": plantings.filter(like="seconds, ").sum().sum(),
+        }
+        total = sum(parts.values()) / 60
+        shown = ", ".join(f"{name} {seconds / 60:.0f}" for name, seconds in parts.items() if seconds)
         yield (
             f"`make results` writes this page from nothing. That takes {total:.0f} CPU minutes ({shown}), which two "
             f"processes share: {total / 2:.0f} minutes on two cores, and some more for tables and figures."

@@ -9,7 +9,10 @@ import torch
 
 import mechunlearn as mu
 
-SHIPPED = "shipped"
+SHIPPED, DEEPER = "shipped", "deeper"
+
+OWN = (SHIPPED, DEEPER)
+"""Models that come with the package."""
 
 PAPER_MODELS = {
     "google/gemma-7b": "gemma-7b",
@@ -43,7 +46,7 @@ class Setup:
     """Travels to the workers. What is in it, but for `threads`, may not change while a folder is filled."""
 
     model: str = SHIPPED
-    """"shipped", a name on the Hub, or the folder of a Hugging Face checkpoint."""
+    """"shipped", "deeper", a name on the Hub, or the folder of a Hugging Face checkpoint."""
     paper: str | None = None
     """Use the settings that the paper chose for this model, instead of a search."""
     layers: tuple[int, ...] = ()
@@ -117,9 +120,9 @@ def paper_setup(model: str, **options: Any) -> Setup:
 
 @cache
 def load(model: str) -> Any:
-    """The model, once in each process; but for the shipped one, in bfloat16 on a GPU, else in float32."""
-    if model == SHIPPED:
-        return mu.testbed.load()
+    """The model, once in each process; but for the package's own, in bfloat16 on a GPU, else in float32."""
+    if model in OWN:
+        return mu.testbed.load(deeper=model == DEEPER)
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -75,24 +75,39 @@ def counted(found: pd.DataFrame, by: str) -> pd.DataFrame:
     return counts.reindex(columns=VERDICTS, fill_value=0)
 
 
+NUMBERS = """\
+Numbers: comparisons in which the paper's ordering holds / that cannot say / in which it is reversed. Each compares one
+localization with fact lookup in one task by one test. An ordering holds, or is reversed, where the 95 % interval of the
+difference excludes 0. Verdicts depend on each other: all of a task share fact lookup's edits, tests agree with each
+other, the search for a learning rate has no interval, and so few seeds understate how much runs differ. Read them as a
+tally."""
+
+
 def in_short(results: pd.DataFrame, every: pd.DataFrame) -> Iterator[str | pd.DataFrame]:
     """Text and tables."""
     found = every[every["test"].isin(LESS)]
     if len(found):
         yield "\n".join(f"- {sentence}" for sentence in _sentences(results, found))
         yield _verdicts(found)
-        yield (
-            "Numbers: comparisons in which the paper's ordering holds / that cannot say / in which it is reversed. "
-            "Each compares one localization with fact lookup in one task by one test. An ordering holds, or is "
-            "reversed, where the 95 % interval of the difference excludes 0. Verdicts depend on each other: all of a "
-            "task share fact lookup's edits, tests agree with each other, the search for a learning rate has no "
-            "interval, and five seeds understate how much runs differ. Read them as a tally."
-        )
+        yield NUMBERS
     yield from _beside_the_twin(results)
     for mode, some in results.groupby("mode", sort=False):
         means, tasks = _means(some)
         yield f"### {TWO[str(mode)].capitalize()}: means over {', '.join(tasks)}"
         yield means
+
+
+def task_by_task(results: pd.DataFrame, every: pd.DataFrame) -> Iterator[str | pd.DataFrame]:
+    """The verdicts of each task, and its means: where tasks differ, means over them hide it."""
+    found = every[every["test"].isin(LESS)]
+    tallies = []
+    for (task, mode), some in found.groupby(["task", "mode"], sort=False):
+        tallies.append({"": f"{task}, {TWO[str(mode)]}", "where edits cost alike": _numbers(some[some["alike"]])})
+        tallies[-1] |= {"all": _numbers(some)}
+    yield pd.DataFrame(tallies)
+    for (task, mode), some in results.groupby(["task", "mode"], sort=False):
+        yield f"### Means: {task}, {TWO[str(mode)]}"
+        yield _wide(some, {**SHOWN, "probe": ATTACKS["probe"]}, ["original", *LOCALIZATIONS])
 
 
 def _sentences(results: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
@@ -102,8 +117,8 @@ def _sentences(results: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
         f"what is retained alike (to within {ALIKE}), that holds in {_of(alike)}."
     )
     yield (
-        f"Without that condition it holds in {_of(found)}. Many of these edits forgot less of the trained prompt, or "
-        "broke less of what was to be kept, than the one that they are compared with."
+        f"Without that condition it holds in {_of(found)}. There, one of two edits may simply have forgotten "
+        "more of the trained prompt, or broken more of what was to be kept."
     )
     mlps = found[found["row"] == "random mlps"]
     if len(mlps):

@@ -122,6 +122,21 @@ def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
     assert "forget, trained prompt" in without
 
 
+@pytest.mark.parametrize("name", ["shipped", "deeper"])
+def test_the_packages_models_go_by_name_and_are_searched(name, examples, tmp_path, monkeypatch):
+    import reproduce_paper
+    from reproduction.setup import load, load_never_knew
+
+    import mechunlearn as mu
+
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--model", name, "--out", str(tmp_path), "--seeds", "2"])
+    given = reproduce_paper.parsed()
+    setup = reproduce_paper.setup_of(given)
+    assert (setup.model, setup.paper, setup.pile, given.workers) == (name, None, False, 2)
+    assert mu.fingerprint(load(name)) == mu.fingerprint(mu.testbed.load(deeper=name == "deeper"))
+    assert (load_never_knew(name) is None) == (name == "deeper")
+
+
 def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeypatch):
     from reproduction.run import check
     from reproduction.setup import Setup

@@ -161,6 +161,29 @@ def test_equal_files_give_an_equal_page_without_a_run(examples, folder, monkeypa
     assert folder.with_suffix(".md").read_text() == page(folder)
 
 
+def test_a_run_on_the_deeper_model_has_a_section_of_its_own(examples, folder, tmp_path):
+    """Published beside the other run, not over it; what both took is one sum."""
+    import write_results
+
+    run = tmp_path / "run"
+    (run / "tables").mkdir(parents=True)
+    (run / "setup.json").write_text('{"model": "deeper"}')
+    costs = ABOUT + "task,work,pieces,CPU seconds\nsport,erase,2,600\n"
+    (folder / "reproduction" / "costs.csv").write_text(costs)
+    for path in (folder / "reproduction").glob("*.csv"):
+        text = path.read_text().replace('"model": "shipped"', '"model": "deeper"').replace("0.125", "0.25")
+        (run / "tables" / path.name).write_text(text)
+    write_results.publish(run, folder.with_suffix(".md"))
+    written = folder.with_suffix(".md").read_text()
+    first, second = written.split("## The deeper model")
+    assert "Model: the shipped model" in first
+    assert "Model: the deeper model" in second
+    assert "That takes 20 CPU minutes (the experiments 10, those on the deeper model 10)" in first
+    assert "| fact lookup | 0.12 |" in first
+    assert "| fact lookup | 0.25 |" in second
+    assert first.count("in all: holds in 1 of 4, reversed in 1") == second.count("in all: holds in 1 of 4") == 1
+
+
 def test_the_page_of_the_documents_is_what_its_files_say(examples):
     from reproduction.page import page
 
