@@ -104,7 +104,10 @@ def slowly(model, original, prompts, loss, other):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=name)
 def test_two_steps_are_the_gradient_of_the_written_loss(model, loss):
-    """The second step is where the model and the unedited one differ. The rate makes steps of about 0.01."""
+    """The second step is where the model and the unedited one differ. The rate makes steps of about 0.01.
+
+    Where gradients are as small as the tiny Gemmas', the rate magnifies their rounding, which depends on the CPU.
+    """
     prompts = tiny.prompts(model, answer=3, seed=3)
     other = alternative(model, prompts)
     entries = select(model, mu.ComponentMask.of(LABELS, mu.shape(model)))
@@ -131,7 +134,7 @@ def test_two_steps_are_the_gradient_of_the_written_loss(model, loss):
     with left_as_it_was(model):
         found = trained(model, prompts, loss, other=other, rate=rate)
     assert max(float((expected[label] - value).abs().max()) for label, value in before.items()) > 5e-3
-    assert max(float((expected[label] - value).abs().max()) for label, value in found.items()) < 2e-5
+    assert max(float((expected[label] - value).abs().max()) for label, value in found.items()) < 2e-5 + 3e-6 * rate
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=name)
