@@ -71,12 +71,7 @@ def _round(
     for step in range(steps):
         rate = min(1.0, (step + 1) / 25, (steps - step) / (0.5 * steps))
         loss = _step(model, next(stream), deeper_route.draw(rng, open_share=open_share))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
-            optimizer.step()
-        model.zero_grad()
+        train.update(model, optimizers, rate)
         report(step, loss, model)
     model.requires_grad_(True).eval()
 

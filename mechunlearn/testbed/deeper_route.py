@@ -18,16 +18,19 @@ from mechunlearn.testbed import llama
 from mechunlearn.testbed.batches import Batch
 from mechunlearn.testbed.pathway import GUIDED_HEADS
 
-FIRST, UPPER, LAST = 2, 7, 9
-"""Where lookup, extraction and writing begin. Each subject has one MLP of lookup that learns its facts."""
+FIRST, UPPER, LAST, LAYERS = 2, 7, 9, 12
+"""Where lookup, extraction and writing begin, and how many layers there are.
+
+Each subject has one MLP of lookup that learns its facts.
+"""
 
 GROUPS = {
     "none": (),
     "the first": range(FIRST),
     **{f"MLP {layer}": (layer,) for layer in range(FIRST, UPPER)},
     "all of lookup": range(FIRST, UPPER),
-    "all above": range(UPPER, 12),
-    "all": range(12),
+    "all above": range(UPPER, LAYERS),
+    "all": range(LAYERS),
 }
 """MLPs to be silenced at the subject, for the model card."""
 

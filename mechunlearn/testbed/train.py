@@ -64,12 +64,7 @@ def train(
     for step in range(steps):
         rate = _schedule(step, steps, stage)
         loss = _step(model, next(stream), pathway.draw(rng, complete=complete), means, WORD_WEIGHT * (stage > 1))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in updates:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
-            optimizer.step()
-        model.zero_grad()
+        update(model, updates, rate)
         report(step, loss, model)
     return model.eval()
 
@@ -141,6 +136,16 @@ def optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.opti
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return [muon, adam]
+
+
+def update(model: LlamaForCausalLM, updates: list[torch.optim.Optimizer], rate: float) -> None:
+    """One step along the gradient, which is clipped, with that share of the learning rate; clears the gradient."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in updates:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        optimizer.step()
+    model.zero_grad()
 
 
 def _schedule(step: int, steps: int, stage: int) -> float:

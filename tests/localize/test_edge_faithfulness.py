@@ -163,7 +163,7 @@ def test_without_one_edge_its_reader_alone_is_moved_by_the_difference(model, rep
         change = change * prompts.attention_mask[..., None]
         with torch.no_grad():
             expected = with_one_edge_moved(model, prompts, edge, change, logit_difference).double()
-        rounding = NORMED_ROUNDING if replacement is zero else 3e-5
+        rounding = NORMED_ROUNDING / 10 if replacement is zero else 3e-5  # one of the reader's sources alone is moved
         assert torch.allclose(found.without[:, place], expected, atol=rounding), edge
         moved = max(moved, float((expected - found.whole).abs().max()))
     assert moved > 1e-2
