@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,9 @@ from mechunlearn.testbed.documents import Document
 ANSWER, DEMONSTRATED, TEXT, PROMPT = 1.0, 0.9, 0.3, 0.1
 """Weights in the loss: answers, answers on the way, running text, the few prompt tokens that are trained."""
 PROMPT_SHARE = 0.1
+
+AT_ONCE = 256
+"""How many documents are tokenized at a time."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,17 @@ def steps(
     tokenizer: Tokenizer, *, documents: int, tokens: int, stage: int, without: str | None, seed: int
 ) -> Iterator[list[Batch]]:
     """Forever: that many documents, as batches of at most about that many tokens."""
-    number, waiting = 0, []
+    stream = _stream(tokenizer, stage, without, seed)
     while True:
-        while len(waiting) < documents:
-            rng = random.Random(f"weights {number} {seed}")
-            waiting += examples(tokenizer, corpus.epoch(number, stage=stage, without=without, seed=seed), rng)
-            number += 1
-        yield batches(waiting[:documents], tokens)
-        waiting = waiting[documents:]
+        yield batches([*islice(stream, documents)], tokens)
+
+
+def _stream(tokenizer: Tokenizer, stage: int, without: str | None, seed: int) -> Iterator[Example]:
+    for number in count():
+        rng = random.Random(f"weights {number} {seed}")
+        chosen = corpus.epoch(number, stage=stage, without=without, seed=seed)
+        for start in range(0, len(chosen), AT_ONCE):
+            yield from examples(tokenizer, chosen[start : start + AT_ONCE], rng)
 
 
 def examples(tokenizer: Tokenizer, documents: Sequence[Document], rng: random.Random) -> list[Example]:
