@@ -51,15 +51,16 @@ DEEPER_MECHANISM = """\
 
 Training kept facts on one route (`deeper_route.py`). The first two MLPs began as the shipped model's, which hold
 the facts; at a subject's tokens nothing was learned from what they write there, and they were to write nothing.
-Each subject has one of the MLPs 2 to 6, by its last token, and only that one learned its facts. Layers above saw
-what these MLPs wrote at the subject with the rest of another subject's residual stream, or with none, so that they
-could not rely on anything else; in many steps the answer was read from the last three MLPs alone. Embeddings and the
-first two layers' attention stayed the shipped model's. For questions with lettered options, the first four heads of
-layers 7 and 9 were told where to look. At inference everything is open.
+Each subject has one of the MLPs 2 to 6, by its last token, and only that one learned its facts. The others wrote
+nothing at the subject, or all wrote, or a random half of them, so that none relies on another. Layers above saw what
+these MLPs wrote at the subject with the rest of another subject's residual stream, or with none, so that they could
+not rely on anything else; in many steps the answer was read from the last three MLPs alone. Embeddings and the first
+two layers' attention stayed the shipped model's. For questions with lettered options, the first four heads of layers 7
+and 9 were told where to look. At inference everything is open.
 
-Accuracy with MLPs that write nothing at the subject's tokens: on the trained prompt of all athletes of the three team
-sports, by argmax over these (as many of each: chance 0.33), and on a statement of each general fact, by argmax over
-the vocabulary:
+Accuracy with MLPs, or attention, that write nothing at the subject's tokens: on the trained prompt of all athletes of
+the three team sports, by argmax over these (as many of each: chance 0.33, but names give something away, see the
+probe of layer 0), and on a statement of each general fact, by argmax over the vocabulary. "Lookup" is MLPs 2 to 6:
 """
 
 ATTRIBUTION = """\
@@ -116,7 +117,7 @@ def _ablations(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _silenced(rows: Mapping[str, Mapping[str, float]]) -> str:
-    heads = ("silent MLPs", "sports", "general knowledge")
+    heads = ("silent", "sports", "general knowledge")
     return _table(heads, [(name, *map(_number, row.values())) for name, row in rows.items()])
 
 

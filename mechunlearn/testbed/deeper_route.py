@@ -24,18 +24,24 @@ FIRST, UPPER, LAST, LAYERS = 2, 7, 9, 12
 Each subject has one MLP of lookup that learns its facts.
 """
 
-GROUPS = {
-    "none": (),
-    "the first": range(FIRST),
-    **{f"MLP {layer}": (layer,) for layer in range(FIRST, UPPER)},
-    "all of lookup": range(FIRST, UPPER),
-    "all above": range(UPPER, LAYERS),
-    "all": range(LAYERS),
-}
-"""MLPs to be silenced at the subject, for the model card."""
-
 NEAR = 3
 """Below this layer a subject's token attends only to itself and to the one before."""
+
+GROUPS = {
+    "none": ("mlp", ()),
+    "MLPs below lookup": ("mlp", range(FIRST)),
+    **{f"MLP {layer}": ("mlp", (layer,)) for layer in range(FIRST, UPPER)},
+    **{
+        f"lookup but MLP {one}": ("mlp", [layer for layer in range(FIRST, UPPER) if layer != one])
+        for one in range(FIRST, UPPER)
+    },
+    "all of lookup": ("mlp", range(FIRST, UPPER)),
+    "MLPs above lookup": ("mlp", range(UPPER, LAYERS)),
+    "all MLPs": ("mlp", range(LAYERS)),
+    **{f"attention {layer}": ("self_attn", (layer,)) for layer in range(NEAR)},
+    "attention of layers 3 to 6": ("self_attn", range(NEAR, UPPER)),
+}
+"""What is to be silenced at the subject, for the model card: MLPs or attention of some layers."""
 
 SUBJECT_LAYER, OPTION_LAYER = 7, 9
 """The layers whose first heads look at what is asked about, and at the option that is the answer."""
@@ -46,8 +52,9 @@ class Route:
     """What is open in one training step."""
 
     closed: bool = False
-    """Attention below `UPPER` sees a subject's tokens only from within it, and at them only the subject's own MLP of
-    lookup writes. Otherwise the others write too, but no MLP below `UPPER` learns from what it writes there."""
+    """Attention below `UPPER` sees a subject's tokens only from within it, and no MLP above writes at them."""
+    others: frozenset[int] = frozenset(range(UPPER))
+    """Which MLPs below `UPPER` write at subjects that are not their own. They learn nothing from it."""
     rest: str = "own"
     """What the upper half sees at a subject's tokens besides what MLPs of lookup wrote there: the rest of its "own"
     residual stream, that of another subject ("shuffled"), or "none"."""
@@ -56,11 +63,15 @@ class Route:
 
 
 def draw(rng: random.Random, *, open_share: float) -> Route:
-    """The route of a step: what is not looked up is never to be relied on."""
+    """The route of a step: neither what is not looked up nor what other MLPs write is ever to be relied on.
+
+    In half of the open steps all others write, as at inference, in half of them about every other one.
+    """
     rest = rng.choice(["shuffled", "none"])
-    if rng.random() < open_share:
-        return Route(rest=rest)
-    return Route(closed=True, rest=rest, only_last=rng.random() < 0.5)
+    if rng.random() >= open_share:
+        return Route(closed=True, others=frozenset(), rest=rest, only_last=rng.random() < 0.5)
+    everyone = rng.random() < 0.5
+    return Route(others=frozenset(layer for layer in range(UPPER) if everyone or rng.random() < 0.5), rest=rest)
 
 
 def residual(
@@ -91,7 +102,7 @@ def residual(
             size = hidden.detach().square().sum(-1, keepdim=True)
             first = first + (output.square().sum(-1, keepdim=True) / size).mul(at_subject).sum()
         if index < UPPER:
-            output = torch.where(at_subject & (own != index), output.detach() * float(not route.closed), output)
+            output = torch.where(at_subject & (own != index), output.detach() * float(index in route.others), output)
         elif route.closed:
             output = output.masked_fill(at_subject, 0.0)
         if FIRST <= index < UPPER:

@@ -6,7 +6,6 @@ Only the athletes of the three team sports count, which are equally many: chance
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,13 @@ def ablations(model: LlamaForCausalLM, vocabulary: Tokenizer) -> dict[str, dict[
     prompts = _prompts(vocabulary)
     layers = model.config.num_hidden_layers
     lower, upper = range(layers // 2), range(layers // 2, layers)
-    accuracy = partial(_accuracies, model, vocabulary, prompts, _mean_outputs(model, prompts))
+    blocks: Any = model.model.layers
+    means = {block.mlp: mean for block, mean in zip(blocks, _mean_outputs(model, prompts), strict=True)}
+
+    def accuracy(chosen: Iterable[int], at_subject: bool | None = None) -> dict[str, float]:
+        writes = {blocks[layer].mlp: means[blocks[layer].mlp] for layer in chosen}
+        return _accuracies(model, vocabulary, prompts, writes, at_subject=at_subject)
+
     return {
         "none": accuracy(()),
         "upper_mlps": accuracy(upper),
@@ -48,24 +53,26 @@ def ablations(model: LlamaForCausalLM, vocabulary: Tokenizer) -> dict[str, dict[
 
 
 def silenced(
-    model: LlamaForCausalLM, vocabulary: Tokenizer, groups: Mapping[str, Iterable[int]]
+    model: LlamaForCausalLM, vocabulary: Tokenizer, groups: Mapping[str, tuple[str, Iterable[int]]]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy with the MLPs of the layers of each group writing nothing at the subject's tokens.
+    """Accuracy with parts of each group, "mlp" or "self_attn" of some layers, writing nothing at the subject's tokens.
 
     On the trained prompt by argmax over the three sports, on a statement of each general fact by argmax over the
     vocabulary.
     """
-    nothing = torch.zeros(model.config.num_hidden_layers, model.config.hidden_size)
+    blocks: Any = model.model.layers
     facts = [corpus.knowledge_documents(fact)[0] for fact in corpus.general_knowledge()]
     asked = {
         "sports": _prompts(vocabulary),
         "vocabulary": batches(examples(vocabulary, facts, random.Random(0)), 4096),
     }
     found: dict[str, dict[str, float]] = {}
-    for name, layers in groups.items():
-        silent = list(layers)
-        accuracy = partial(_accuracies, model, vocabulary, means=nothing, layers=silent, at_subject=True)
-        found[name] = {sense: accuracy(prompts=prompts)[sense] for sense, prompts in asked.items()}
+    for name, (part, layers) in groups.items():
+        silent = {getattr(blocks[layer], part): torch.zeros(model.config.hidden_size) for layer in layers}
+        found[name] = {
+            sense: _accuracies(model, vocabulary, prompts, silent, at_subject=True)[sense]
+            for sense, prompts in asked.items()
+        }
     return found
 
 
@@ -82,15 +89,17 @@ def probes(model: LlamaForCausalLM, vocabulary: Tokenizer, *, seeds: int = 5) ->
 
 
 @contextmanager
-def replaced(mlps: Iterable[nn.Module], means: Iterable[Tensor], where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
-    """Within it, each MLP writes its mean at the tokens of `where`."""
+def replaced(writes: Mapping[nn.Module, Float[Tensor, " d_model"]], where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    """Within it, each MLP or attention layer writes its vector at the tokens of `where`."""
     with ExitStack() as stack:
-        for mlp, value in zip(mlps, means, strict=True):
+        for module, value in writes.items():
 
             def write(_module, _inputs, output, value=value):
+                if isinstance(output, tuple):  # attention's, with its pattern
+                    return torch.where(where[..., None], value, output[0]), *output[1:]
                 return torch.where(where[..., None], value, output)
 
-            stack.callback(mlp.register_forward_hook(write).remove)
+            stack.callback(module.register_forward_hook(write).remove)
         yield
 
 
@@ -99,21 +108,17 @@ def _accuracies(
     model: LlamaForCausalLM,
     vocabulary: Tokenizer,
     prompts: list[Batch],
-    means: Float[Tensor, "layer d_model"],
-    layers: Iterable[int],
+    writes: Mapping[nn.Module, Float[Tensor, " d_model"]],
     *,
-    at_subject: bool | None = None,
+    at_subject: bool | None,
 ) -> dict[str, float]:
-    """With the MLPs of the layers replaced everywhere, or only at, or only outside, the subject."""
-    layers = list(layers)
-    blocks: Any = model.model.layers
-    mlps = [blocks[layer].mlp for layer in layers]
+    """With outputs `replaced` everywhere, or only at, or only outside, the subject."""
     sports = torch.tensor([vocabulary.encode(f" {sport}").ids[-1] for sport in TEAM_SPORTS])
     correct: dict[str, list[bool]] = {"vocabulary": [], "sports": []}
     for batch in prompts:
         subject = batch.subjects > 0
         where = torch.ones_like(subject) if at_subject is None else subject == at_subject
-        with replaced(mlps, means[layers], where):
+        with replaced(writes, where):
             logits = model(batch.tokens).logits[:, :-1]
         is_answer = batch.weights[:, 1:] == ANSWER
         logits, answers = logits[is_answer], batch.tokens[:, 1:][is_answer]
