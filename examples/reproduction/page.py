@@ -22,8 +22,8 @@ ABOUT_DEEPER = """\
 In the shipped model the first MLP looks up nearly every fact, so that nearly every localization contains it. The deeper
 model, `mu.testbed.load(deeper=True)`, is the shipped one, grown by two layers and trained on along routes that divide
 the facts among several MLPs and have layers above extract them; its [card](testbed.md#model-card-the-deeper-model) says
-how far that went. It knows the facts less well than the shipped one. Of the experiments, injection alone was run on it,
-of the sport and of 64 CounterFact facts; the budget of an edit is the same."""
+how far that went: all of those MLPs together are needed, and any one is nearly enough. Of the experiments, injection
+alone was run on it, of the sport and of 64 CounterFact facts; the budget of an edit is the same."""
 
 DIFFERENCES = """\
 Each localization minus fact lookup, on the same facts and seeds: ✓ where the paper's ordering holds, ✗ where it is
@@ -78,6 +78,7 @@ def _deeper(folder: Path) -> Iterator[str]:
     yield ABOUT_DEEPER
     yield "Comparisons in which the paper's ordering holds / that cannot say / in which it is reversed, as above:"
     yield from _shown(task_by_task(frames["results"], every))
+    yield from kept_and_relearned(frames["results"])
     yield "### What was run on it"
     yield from run_as(frames["results"], about)
     yield from where(frames["masks"], frames["edits"])
@@ -86,6 +87,23 @@ def _deeper(folder: Path) -> Iterator[str]:
     yield "### The paper's ordering, by task"
     yield DIFFERENCES
     yield from _differences(every, same)
+
+
+def kept_and_relearned(results: pd.DataFrame) -> Iterator[str]:
+    """Whether an edit is robust because it broke more: a rank correlation over places for each task and mode."""
+    kept, relearned = "retain, multiple choice", "relearning, multiple choice, less nobody"
+    places = results[results["row"].isin(LOCALIZATIONS) & results["test"].isin([kept, relearned])]
+    if not {kept, relearned} <= {*places["test"]}:
+        return
+    found = []
+    for (task, mode), some in places.groupby(["task", "mode"], sort=False):
+        means = some.pivot_table(index="row", columns="test", values="value")
+        found.append(f"{task}, {TWO[str(mode)]}: {means[kept].corr(means[relearned], method='spearman'):.2f}")
+    yield (
+        "An edit that breaks more leaves less to relearn. Over a task's places, the rank correlation (Spearman) of "
+        "retained multiple choice with what is relearned, asked by multiple choice, less nobody (columns above): "
+        f"{'; '.join(found)}."
+    )
 
 
 def _trained_to_look_up(masks: pd.DataFrame) -> str:

@@ -206,3 +206,18 @@ def test_a_budget_is_filled_in_order_of_score_with_what_still_fits(examples, lla
     found = mu.ComponentScores.of(scores, sizes)
     assert matched(found, like) == mu.ComponentMask.of(["L0ATTN", "L2ATTN"], sizes)
     assert matched(found, like, set(mu.components.mlps(sizes))) == mu.ComponentMask.of(["L0MLP"], sizes)
+
+
+def test_whether_edits_that_keep_more_are_relearned_more_is_a_rank_correlation_for_each_task(examples):
+    from reproduction.page import kept_and_relearned
+
+    rows = []
+    for task, relearned in (("one", [0.1, 0.2, 0.3]), ("two", [0.3, 0.2, 0.1])):
+        for row, kept, back in zip(("fact lookup", "random", "all mlps"), [0.5, 0.6, 0.9], relearned, strict=True):
+            rows.append((task, "inject", row, "retain, multiple choice", kept))
+            rows.append((task, "inject", row, "relearning, multiple choice, less nobody", back))
+        rows += [(task, "inject", "original", "retain, multiple choice", 1.0)]
+        rows += [(task, "inject", "original", "relearning, multiple choice, less nobody", 0.2)]
+    results = pd.DataFrame(rows, columns=["task", "mode", "row", "test", "value"])
+    assert "one, injection: 1.00; two, injection: -1.00." in next(kept_and_relearned(results))
+    assert not [*kept_and_relearned(results[results["test"] == "retain, multiple choice"])]
