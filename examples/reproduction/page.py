@@ -22,8 +22,9 @@ ABOUT_DEEPER = """\
 In the shipped model the first MLP looks up nearly every fact, so that nearly every localization contains it. The deeper
 model, `mu.testbed.load(deeper=True)`, is the shipped one, grown by two layers and trained on along routes that divide
 the facts among several MLPs and have layers above extract them; its [card](testbed.md#model-card-the-deeper-model) says
-how far that went: all of those MLPs together are needed, and any one is nearly enough. Of the experiments, injection
-alone was run on it, of the sport and of 64 CounterFact facts; the budget of an edit is the same."""
+how far that went: with all of those MLPs silent little is known, with any one of them left nearly everything is. Of the
+experiments, injection alone was run on it, of the sport and of 64 CounterFact facts; the budget of an edit is the
+same."""
 
 DIFFERENCES = """\
 Each localization minus fact lookup, on the same facts and seeds: ✓ where the paper's ordering holds, ✗ where it is
@@ -98,11 +99,11 @@ def kept_and_relearned(results: pd.DataFrame) -> Iterator[str]:
     found = []
     for (task, mode), some in places.groupby(["task", "mode"], sort=False):
         means = some.pivot_table(index="row", columns="test", values="value")
-        found.append(f"{task}, {TWO[str(mode)]}: {means[kept].corr(means[relearned], method='spearman'):.2f}")
+        found.append(f"{task}, {TWO[str(mode)]}, {means[kept].corr(means[relearned], method='spearman'):.2f}")
     yield (
-        "An edit that breaks more leaves less to relearn. Over a task's places, the rank correlation (Spearman) of "
-        "retained multiple choice with what is relearned, asked by multiple choice, less nobody (columns above): "
-        f"{'; '.join(found)}."
+        "Whether an edit is robust because it broke more: over a task's places, the rank correlation (Spearman) of "
+        "retained multiple choice with what is relearned, asked by multiple choice, less nobody (columns above), is, "
+        f"for {'; for '.join(found)}. Above 0, edits that keep more have more relearned."
     )
 
 

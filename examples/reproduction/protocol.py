@@ -92,10 +92,11 @@ def search(edits: pd.DataFrame, setup: dict[str, Any]) -> Iterator[str]:
 def where(masks: pd.DataFrame, edits: pd.DataFrame) -> Iterator[str]:
     yield "### Where"
     drawn = edits[edits["localization"] == "random mlps"] if len(edits) else edits
-    shared = f"{drawn['shared'].mean():.1f} of its MLPs on average" if "shared" in drawn and len(drawn) else "some"
+    means = drawn.groupby("task", sort=False)["shared"].mean() if "shared" in drawn else drawn
+    shared = ", ".join(f"{task} {mean:.1f}" for task, mean in means.items()) if len(means) else "some"
     yield (
         "All cover at most as many weights as fact lookup, but for all MLPs and no localization. Random places, drawn "
-        f"anew for each seed, are in `edits.csv`. Random MLPs are often fact lookup's own: they share {shared}."
+        f"anew for each seed, are in `edits.csv`. Of random MLPs so many are fact lookup's own, on average: {shared}."
     )
     lines = []
     for (task, part), some in masks.groupby(["task", "part"], sort=False):

@@ -51,12 +51,13 @@ DEEPER_MECHANISM = """\
 
 Training kept facts on one route (`deeper_route.py`). The first two MLPs began as the shipped model's, which hold
 the facts; at a subject's tokens nothing was learned from what they write there, and they were to write nothing.
-Each subject has one of the MLPs 2 to 6, by its last token, and only that one learned its facts. The others wrote
-nothing at the subject, or all wrote, or a random half of them, so that none relies on another. Layers above saw what
-these MLPs wrote at the subject with the rest of another subject's residual stream, or with none, so that they could
-not rely on anything else; in many steps the answer was read from the last three MLPs alone. Embeddings and the first
-two layers' attention stayed the shipped model's. For questions with lettered options, the first four heads of layers 7
-and 9 were told where to look. At inference everything is open.
+Each subject has one of the MLPs 2 to 6, by its last token, and of those below layer 7 only that one was trained on its
+facts. The others wrote nothing at the subject, or all wrote, or a random half of them, so that none relies on another.
+At the subject, layers above saw what these MLPs wrote there with the rest of another subject's residual stream, or with
+none, never with its own; in many steps the answer was read from the last three MLPs alone. Embeddings and the first two
+layers' attention stayed the shipped model's; attention above them learned from every subject, so that facts came to be
+redundant, not divided, and in open steps it could carry them on below layer 7. For questions with lettered options, the
+first four heads of layers 7 and 9 were told where to look. At inference everything is open.
 
 Accuracy with MLPs, or attention, that write nothing at the subject's tokens: on the trained prompt of all athletes of
 the three team sports, by argmax over these (as many of each: chance 0.33, but names give something away, see the

@@ -65,7 +65,8 @@ class Route:
 def draw(rng: random.Random, *, open_share: float) -> Route:
     """The route of a step: neither what is not looked up nor what other MLPs write is ever to be relied on.
 
-    In half of the open steps all others write, as at inference, in half of them about every other one.
+    In half of the open steps all others write, as at inference, in half of them about every other one. In none does the
+    upper half see what it does see at inference, a subject's own rest.
     """
     rest = rng.choice(["shuffled", "none"])
     if rng.random() >= open_share:

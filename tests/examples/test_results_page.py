@@ -219,5 +219,5 @@ def test_whether_edits_that_keep_more_are_relearned_more_is_a_rank_correlation_f
         rows += [(task, "inject", "original", "retain, multiple choice", 1.0)]
         rows += [(task, "inject", "original", "relearning, multiple choice, less nobody", 0.2)]
     results = pd.DataFrame(rows, columns=["task", "mode", "row", "test", "value"])
-    assert "one, injection: 1.00; two, injection: -1.00." in next(kept_and_relearned(results))
+    assert "for one, injection, 1.00; for two, injection, -1.00." in next(kept_and_relearned(results))
     assert not [*kept_and_relearned(results[results["test"] == "retain, multiple choice"])]
