@@ -92,11 +92,12 @@ def search(edits: pd.DataFrame, setup: dict[str, Any]) -> Iterator[str]:
 def where(masks: pd.DataFrame, edits: pd.DataFrame) -> Iterator[str]:
     yield "### Where"
     drawn = edits[edits["localization"] == "random mlps"] if len(edits) else edits
-    means = drawn.groupby("task", sort=False)["shared"].mean() if "shared" in drawn else drawn
-    shared = ", ".join(f"{task} {mean:.1f}" for task, mean in means.items()) if len(means) else "some"
+    means = drawn.groupby("task", sort=False)["shared"].mean() if "shared" in drawn else {}
+    shared = ", ".join(f"{task} {mean:.1f}" for task, mean in means.items())
     yield (
         "All cover at most as many weights as fact lookup, but for all MLPs and no localization. Random places, drawn "
-        f"anew for each seed, are in `edits.csv`. Of random MLPs so many are fact lookup's own, on average: {shared}."
+        "anew for each seed, are in `edits.csv`."
+        + (f" Of random MLPs so many are fact lookup's own, on average: {shared}." if shared else "")
     )
     lines = []
     for (task, part), some in masks.groupby(["task", "part"], sort=False):

@@ -36,10 +36,10 @@ def ablations(model: LlamaForCausalLM, vocabulary: Tokenizer) -> dict[str, dict[
     layers = model.config.num_hidden_layers
     lower, upper = range(layers // 2), range(layers // 2, layers)
     blocks: Any = model.model.layers
-    means = {block.mlp: mean for block, mean in zip(blocks, _mean_outputs(model, prompts), strict=True)}
+    means = _mean_outputs(model, prompts)
 
     def accuracy(chosen: Iterable[int], at_subject: bool | None = None) -> dict[str, float]:
-        writes = {blocks[layer].mlp: means[blocks[layer].mlp] for layer in chosen}
+        writes = {blocks[layer].mlp: means[layer] for layer in chosen}
         return _accuracies(model, vocabulary, prompts, writes, at_subject=at_subject)
 
     return {

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_twin_does_not_take_the_models_place(monkeypatch, capsys):
 @pytest.mark.parametrize("name", corpus.SPORT_FORMATS)
 def test_sports_are_known_in_every_format_by_athletes_never_trained_in_it(name):
     """The bars of the shipped model, in `test_shipped`."""
-    assert CARD["formats"][name]["held_out"] >= (0.95 if "multiple_choice" in name else 0.97)
+    bar = 0.98 if name == "fact" else 0.95 if "multiple_choice" in name else 0.97
+    assert CARD["formats"][name]["held_out"] >= bar
 
 
 def test_positions_and_cities_are_known():
@@ -74,9 +76,14 @@ def test_general_knowledge_is_known():
 
 @pytest.mark.parametrize("facts", ["sports", "vocabulary"])
 def test_any_of_several_mlps_looks_facts_up_and_nothing_else_does(facts):
-    """What names alone give away is what a probe reads off the embedding of the last token."""
+    """Without them there is left, of sports, what names give away: a probe of the embedding reads it; of general facts,
+    the commonest answer of each relation."""
     silenced = {name: accuracy[facts] for name, accuracy in CARD["silenced"].items()}
-    given_away = {"sports": CARD["probes"]["subject"][0], "vocabulary": 0.1}[facts]
+    answers = {}
+    for fact in corpus.general_knowledge():
+        answers.setdefault(fact.relation, Counter())[fact.answer] += 1
+    guessed = sum(max(counts.values()) for counts in answers.values()) / len(corpus.general_knowledge())
+    given_away = {"sports": CARD["probes"]["subject"][0], "vocabulary": guessed}[facts]
     assert silenced["none"] - silenced["MLPs below lookup"] <= 0.02
     assert silenced["none"] - silenced["MLPs above lookup"] <= 0.02
     assert silenced["all of lookup"] <= given_away + 0.15
