@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 
 from mechunlearn.evaluate.result import Result
 from mechunlearn.metrics import (
@@ -51,16 +52,16 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
             logits = batch.logits(model)
             for kept, metric in zip(values, metrics, strict=True):
                 kept.append(checked(metric, logits, batch).float().cpu())
+    back = order.argsort()
     return tuple(
-        Result(
-            torch.cat(kept)[order.argsort()],
-            SENSES.get(metric, name_of(metric)),
-            _chance(metric, prompts),
-            unit="share" if metric in SENSES else "",
-            names=prompts.names,
-        )
-        for kept, metric in zip(values, metrics, strict=True)
+        result_of(torch.cat(kept)[back], metric, prompts) for kept, metric in zip(values, metrics, strict=True)
     )
+
+
+def result_of(values: Float[torch.Tensor, "prompt"], metric: Metric, prompts: Prompts) -> Result:
+    """What a metric gave for each prompt, with what it means."""
+    sense, unit = SENSES.get(metric, name_of(metric)), "share" if metric in SENSES else ""
+    return Result(values, sense, _chance(metric, prompts), unit=unit, names=prompts.names)
 
 
 def _chance(metric: Metric, prompts: Prompts) -> float | None:

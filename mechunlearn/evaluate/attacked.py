@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.accuracy import measure
+from mechunlearn.evaluate.accuracy import result_of
 from mechunlearn.evaluate.result import Result
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Model, device_of, preserved
+from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -26,14 +26,12 @@ class Asked:
     tested: Prompts
     nobody: Prompts | None
     metric: Metric
-    before: Result
-    """The model before the attack."""
 
     @classmethod
     def of(cls, model: Model, task: Task, tested: Prompts, *, metric: Metric, seed: int) -> "Asked":
-        before = measure(model, tested, [metric])[0]
+        check_model(model)
         nobody, device = made_up(tested, task.retain, seed=seed), device_of(model)
-        return cls(tested.to(device), nobody and nobody.to(device), metric, before)
+        return cls(tested.to(device), nobody and nobody.to(device), metric)
 
     def scores(self, logits: Callable[[Prompts], Tensor], *, batch_size: int = 64) -> Scores:
         """Of the model whose logits these are. FloatingPointError if they are not finite."""
@@ -62,14 +60,14 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
     """
     best = {point: max(found, key=lambda scores: float(scores[0].mean())) for point, found in runs.items() if found}
     stacked = torch.stack(list(best.values()), -1)
-    before = asked.before
-    facts, *nobody = (Curve(tuple(best), scores, before.sense, before.chance, axis) for scores in stacked)
-    result = Result.strongest(facts, before.sense, unit=before.unit, names=before.names)
+    alike = result_of(stacked[0, :, 0], asked.metric, asked.tested)
+    facts, *nobody = (Curve(tuple(best), scores, alike.sense, alike.chance, axis) for scores in stacked)
+    result = Result.strongest(facts, alike.sense, unit=alike.unit, names=alike.names)
     if not nobody:
         return result
     chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
-    sense = f"{before.sense}, about nobody"
-    return replace(result, control=Result(chosen, sense, before.chance, before.unit, before.names, nobody[0]))
+    sense = f"{alike.sense}, about nobody"
+    return replace(result, control=Result(chosen, sense, alike.chance, alike.unit, alike.names, nobody[0]))
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:

@@ -19,7 +19,6 @@ from mechunlearn.evaluate.relearned import relearn
 from mechunlearn.evaluate.relearned_benign import relearn_benign
 from mechunlearn.evaluate.relearned_few import relearn_few
 from mechunlearn.evaluate.relearning import measured_at, some_of, unnamed
-from mechunlearn.evaluate.result import Result
 from mechunlearn.evaluate.tuned import _warmed_up
 from mechunlearn.metrics import candidate_probability
 from mechunlearn.tasks import build
@@ -135,9 +134,8 @@ def test_the_worst_case_by_hand(llama):
         "2": [scores([0.3] * 4, [0.3] * 4)],
         "3": [],
     }
-    before = Result(torch.tensor([0.0, 0.0, 0.0, 1.0]), "accuracy", 0.25, "share", tuple("abcd"))
-    asked = Asked(tiny.prompts(llama), None, candidate_probability, before)
-    found = worst_case(runs, asked, axis="steps")
+    prompts = replace(tiny.prompts(llama, n=4), names=tuple("abcd"))
+    found = worst_case(runs, Asked(prompts, None, candidate_probability), axis="steps")
     assert found.control is not None
     assert curve(found).points == ("0", "1", "2")
     assert curve(found).mean.tolist() == pytest.approx([0.25, 0.5, 0.3])
