@@ -11,6 +11,7 @@ import mechunlearn as mu
 from mechunlearn.evaluate import Result, Test, in_format
 from mechunlearn.metrics import Metric
 from reproduction.facts import CHOICE, PARAPHRASES, is_sports
+from reproduction.relearning import Attack, Question, relearned
 from reproduction.setup import Setup
 
 SIDES: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
@@ -39,8 +40,7 @@ def tests_of(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
         "injected, multiple choice": partial(mu.evaluate.injected, format=choice),
         "other knowledge": mu.evaluate.knowledge,
         "text loss": mu.evaluate.text_loss,
-        "relearning": in_its_sense(_relearning(setup), name),
-        "relearning, multiple choice": partial(_relearning(setup), format=choice, at=(0, setup.relearn_steps)),
+        **_relearning(setup, name, task),
     }
     if is_sports(name):
         probe = mu.evaluate.binary_probes if name == "sport" else mu.evaluate.multinomial_probe
@@ -73,15 +73,23 @@ def in_formats(
     return replace(found[0], per_example=values, sense=f"{found[0].sense}, mean of {len(names)} formats")
 
 
-def _relearning(setup: Setup) -> Test:
-    """On the half of the forgotten facts that is not asked, with one rate; at 0, a quarter, a half and all steps."""
-    steps = setup.relearn_steps
-    options = {"steps": steps, "batch_size": setup.relearn_batch_size, "micro_batch_size": setup.micro_batch_size}
-    options |= {"text_batch_size": max(1, setup.relearn_batch_size // 2)}
-    options |= {"at": tuple(sorted({0, steps // 4, steps // 2, steps}))}
-    if setup.lora:
-        return partial(mu.evaluate.relearn_halves, rank=setup.rank, **options)
-    return partial(mu.evaluate.relearn, learning_rates=(setup.relearn_rate,), **options)
+def _relearning(setup: Setup, name: str, task: mu.Task) -> dict[str, Test]:
+    """On the half of the forgotten facts that is not asked, with one rate; at 0, a quarter, a half and all steps, by
+    multiple choice before and after."""
+    steps, size, micro = setup.relearn_steps, setup.relearn_batch_size, setup.micro_batch_size
+    choice, columns = CHOICE[is_sports(name)], ("relearning", "relearning, multiple choice")
+    metric = mu.metrics.candidate_probability if is_sports(name) else mu.metrics.answer_probability
+    trained = Question(None, metric, tuple(sorted({0, steps // 4, steps // 2, steps})))
+    by_choice = Question(choice, mu.metrics.candidate_probability, (0, steps))
+    asked = [each for each in (trained, by_choice) if each.format not in _lacking(name, task)]
+    if not setup.lora:
+        attack = Attack(tuple(asked), setup.relearn_rate, steps, size, micro)
+        test = partial(relearned, attack=attack)
+        return {column: partial(test, format=each.format) for column, each in zip(columns, asked, strict=False)}
+    test = partial(mu.evaluate.relearn_halves, rank=setup.rank, steps=steps, batch_size=size, micro_batch_size=micro)
+    test = partial(test, text_batch_size=max(1, size // 2))
+    options = [{"format": each.format, "metric": each.metric, "at": each.at} for each in asked]
+    return {column: partial(test, **each) for column, each in zip(columns, options, strict=False)}
 
 
 def _lacking(name: str, task: mu.Task) -> list[str]:

@@ -32,13 +32,21 @@ class Tuning:
         self, model: Model, terms: Sequence[Term], asked: Asked, *, steps: int, at: Sequence[int]
     ) -> dict[str, list[Scores]]:
         """Step -> the scores of every run that did not diverge before it. The model is left as it was."""
-        found: dict[str, list[Scores]] = {str(step): [] for step in at}
-        found["0"] = [asked.scores_of(model)]
+        return self.several_scores(model, terms, [(asked, at)], steps=steps)[0]
+
+    def several_scores(
+        self, model: Model, terms: Sequence[Term], questions: Sequence[tuple[Asked, Sequence[int]]], *, steps: int
+    ) -> list[dict[str, list[Scores]]]:
+        """The same for several questions about the same runs, each with the steps at which it is asked."""
+        found: list[dict[str, list[Scores]]] = [{str(step): [] for step in at} for _, at in questions]
+        for own, (asked, _) in zip(found, questions, strict=True):
+            own["0"] = [asked.scores_of(model)]
 
         def on_step(row: Mapping[str, Any]) -> None:
             done = row["step"] + 1
-            if done in at:
-                found[str(done)].append(asked.scores_of(model))
+            for own, (asked, at) in zip(found, questions, strict=True):
+                if done in at:
+                    own[str(done)].append(asked.scores_of(model))
 
         for rate in check_rates(self.learning_rates):
             with _taken_back(model) as (entries, original), suppress(FloatingPointError):

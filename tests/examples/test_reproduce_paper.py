@@ -122,6 +122,38 @@ def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
     assert "forget, trained prompt" in without
 
 
+@pytest.mark.parametrize(("facts", "runs"), [("all", 1), ("some", 2)])
+def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts, runs, examples, shipped, monkeypatch):
+    """Bit for bit what one attack for each question gives; a format that lacks facts leaves others to train on."""
+    from reproduction.relearning import Attack, Question, relearned
+
+    import mechunlearn as mu
+    from mechunlearn.evaluate import tuned
+    from mechunlearn.metrics import answer_probability, candidate_probability
+
+    task, choice = mu.tasks.sports_facts(shipped, forget=8), "multiple choice"
+    if facts == "some":
+        fewer = replace(task.formats[choice], forget=task.formats[choice].forget[:4])
+        task = replace(task, formats={**task.formats, choice: fewer})
+    questions = (Question(None, answer_probability, (0, 1, 3)), Question(choice, candidate_probability, (0, 3)))
+    expected = [
+        mu.evaluate.relearn(
+            shipped, task, learning_rates=(1e-3,), steps=3, format=q.format, metric=q.metric, at=q.at, seed=1
+        )
+        for q in questions
+    ]
+    fitted, fit = [], tuned.fit
+    monkeypatch.setattr(tuned, "fit", lambda *given, **options: fitted.append(1) or fit(*given, **options))
+    attack = Attack(questions, 1e-3, 3, 4, None)
+    found = [relearned(shipped, task, attack=attack, format=q.format, seed=1) for q in questions]
+    assert len(fitted) == runs
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.curve.per_prompt.equal(theirs.curve.per_prompt)
+        assert ours.control.curve.per_prompt.equal(theirs.control.curve.per_prompt)
+        assert ours.per_example.equal(theirs.per_example)
+        assert (ours.sense, ours.chance, ours.names) == (theirs.sense, theirs.chance, theirs.names)
+
+
 @pytest.mark.parametrize("name", ["shipped", "deeper"])
 def test_the_packages_models_go_by_name_and_are_searched(name, examples, tmp_path, monkeypatch):
     import reproduce_paper
