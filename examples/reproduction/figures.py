@@ -22,7 +22,7 @@ def write_figures(out: Path) -> None:
     folder, about = out / "figures", provenance_of(out)
     folder.mkdir(exist_ok=True)
     drawn: dict[Path, go.Figure] = {}
-    for (task, mode), report in reports_of(out).items():
+    for (task, mode), report in reports_of(out, about).items():
         report.to_html(folder / f"{task}, {mode}.html", title=f"{task}, {mode}")
         for name, figure, frame in [*_of_report(report), *_of_stages(report)]:
             drawn[folder / f"{task}, {mode}, {name}.png"] = figure

@@ -37,7 +37,8 @@ COLUMNS = {
 
 def write_tables(out: Path) -> list[Path]:
     """A CSV file in the folder for each kind of number, and for Tables 1 to 4."""
-    reports, about = reports_of(out), provenance_of(out)
+    about = provenance_of(out)
+    reports = reports_of(out, about)
     frames = {
         "results": _stacked(reports, results_frame),
         "differences": _stacked(reports, differences_frame),
@@ -62,7 +63,7 @@ def write_csv(frame: pd.DataFrame, path: Path, about: Mapping[str, Any]) -> Path
     return path.with_suffix(".part").replace(path)
 
 
-def reports_of(out: Path) -> dict[tuple[str, str], Report]:
+def reports_of(out: Path, about: Mapping[str, Any]) -> dict[tuple[str, str], Report]:
     """Task and mode -> what is finished: the original model, the twin, every localization, all seeds."""
     found = {}
     for name in TASKS:
@@ -70,7 +71,7 @@ def reports_of(out: Path) -> dict[tuple[str, str], Report]:
         for mode in ("erase", "inject"):
             own = _reports(out, name, mode)
             if own:
-                merged = _merged([*originals, *own], {**provenance_of(out), "task": {"name": name}})
+                merged = _merged([*originals, *own], {**about, "task": {"name": name}})
                 found[name, mode] = with_derived(merged)
     return found
 
