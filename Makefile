@@ -33,7 +33,7 @@ documents: $(VENV)/installed-dev
 	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-# docs/results.md from nothing, in about two hours on two cores (it says what it took). Killed, it goes on from out/results.
+# docs/results.md from nothing, in two hours on two cores (it says what it took). Killed, it goes on from out/results.
 results: $(VENV)/installed
 	$(ONE_THREAD) $(VENV)/bin/python examples/planted_study.py --out docs/results/planted --raw out/results/planted
 	$(ONE_THREAD) $(VENV)/bin/python examples/reproduce_paper.py --model deeper --task sport counterfact-64 --mode inject \
