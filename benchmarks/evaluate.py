@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Plan
+from mechunlearn.auditing import Plan
 
 BARS = {"all formats": 5.0, "quick audit": 180.0}
 
@@ -26,9 +26,9 @@ def main() -> None:
     task = mu.tasks.sports_facts(model, forget="basketball")
     edit = mu.edit.finetune(model, task, mu.ComponentMask.of(["L0MLP"], mu.shape(model)), progress=False)
     _formats(model, task, edit)
-    _audit("quick audit", mu.evaluate.quick, model, task, edit)
+    _audit("quick audit", mu.auditing.quick, model, task, edit)
     if "--full" in sys.argv:
-        _audit("full audit", mu.evaluate.full, model, task, edit)
+        _audit("full audit", mu.auditing.full, model, task, edit)
 
 
 def _formats(model: mu.model.Model, task: mu.Task, edit: mu.Edit) -> None:
@@ -46,7 +46,7 @@ def _formats(model: mu.model.Model, task: mu.Task, edit: mu.Edit) -> None:
 def _audit(name: str, budget: Callable[[mu.Task], Plan], model: mu.model.Model, task: mu.Task, edit: mu.Edit) -> None:
     never = mu.testbed.load(without="basketball")
     started = time.perf_counter()
-    found = mu.evaluate.audit(model, task, edit, budget=budget, never_knew=never)
+    found = mu.audit(model, task, edit, budget=budget, never_knew=never)
     took, frame = time.perf_counter() - started, found.report.to_frame()
     control = float(frame.loc[frame["row"] == "random", "seconds"].sum())
     _say(name, took, f"with the random control, whose tests take {control:.1f} s of it, and whose edit is made here")

@@ -2,7 +2,7 @@
 
     python benchmarks/planted_circuits.py
 
-The circuits are those of `tests/planted.py`: induction in four layers, once with soft attention and once with a
+The circuits are those of `tests/planted_circuit.py`: induction in four layers, once with soft attention and once with a
 saturated softmax, and copying next to decoys, which push a softmax that is nearly saturated; three seeds of noise
 weights and prompts each. AUROC: the probability that a planted edge scores higher (by size) than another; then how many
 planted edges are among as many top edges. Prints Markdown.
@@ -20,7 +20,7 @@ from mechunlearn.components import ComponentScores, EdgeScores, matrices
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import planted
+import planted_circuit
 
 SATURATED = {"sharpness": 30.0, "anchor": 5.0, "kinds": (1, 3)}
 SEEDS = range(3)
@@ -58,18 +58,18 @@ def edge_table() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def planted_with(options: dict[str, object]) -> list[planted.Planted]:
-    return [planted.induction(seed=seed, **options) for seed in SEEDS]
+def planted_with(options: dict[str, object]) -> list[planted_circuit.Planted]:
+    return [planted_circuit.induction(seed=seed, **options) for seed in SEEDS]
 
 
-def decoyed() -> list[planted.Planted]:
-    return [planted.decoyed(seed=seed) for seed in SEEDS]
+def decoyed() -> list[planted_circuit.Planted]:
+    return [planted_circuit.decoyed(seed=seed) for seed in SEEDS]
 
 
-def found(method: Callable[..., EdgeScores], circuits: list[planted.Planted]) -> tuple[str, str]:
+def found(method: Callable[..., EdgeScores], circuits: list[planted_circuit.Planted]) -> tuple[str, str]:
     scores = [method(made.model, made.prompts) for made in circuits]
     pairs = list(zip(scores, circuits, strict=True))
-    values = [f"{planted.auroc(one, made.edges):.4f}" for one, made in pairs]
+    values = [f"{planted_circuit.auroc(one, made.edges):.4f}" for one, made in pairs]
     hits = [str(len(made.edges & one.top(k=len(made.edges)).edges)) for one, made in pairs]
     return ", ".join(values), ", ".join(hits)
 
@@ -82,8 +82,11 @@ def random(model: object, prompts: object) -> EdgeScores:
 
 def share_table() -> None:
     """Score over exact effect, of one component each."""
-    soft, saturated = planted.induction(anchor=5.0, kinds=(1, 3)), planted.induction(**SATURATED)
-    by_keys, by_norm = planted.induction(anchor=5.0, kinds=(1,)), planted.induction(kinds=(2,), sharpness=30.0)
+    soft, saturated = planted_circuit.induction(anchor=5.0, kinds=(1, 3)), planted_circuit.induction(**SATURATED)
+    by_keys, by_norm = (
+        planted_circuit.induction(anchor=5.0, kinds=(1,)),
+        planted_circuit.induction(kinds=(2,), sharpness=30.0),
+    )
     cases = {
         "query, soft": (soft, "L2H3.W_Q"),
         "query, saturated": (saturated, "L2H3.W_Q"),
@@ -105,7 +108,7 @@ def share_table() -> None:
         print(f"| {name} | {' | '.join(share(method, *case) for case in cases.values())} |", flush=True)
 
 
-def share(method: Callable[..., ComponentScores], made: planted.Planted, label: str) -> str:
+def share(method: Callable[..., ComponentScores], made: planted_circuit.Planted, label: str) -> str:
     components = matrices if "." in label else [label]
     if method is localize.relp and "." in label:
         return "refused"
@@ -128,7 +131,10 @@ def decoy_table() -> None:
     circuits = decoyed()
     layers, heads, parts = range(1, 4), range(4), ("W_Q", "W_K", "W_V")
     reading = [f"L{layer}H{head}.{part}" for layer in layers for head in heads for part in parts]
-    places = {"queries, keys, values": (reading, planted.readers), "heads, MLPs": (None, planted.writers)}
+    places = {
+        "queries, keys, values": (reading, planted_circuit.readers),
+        "heads, MLPs": (None, planted_circuit.writers),
+    }
     print(f"| method | {' | '.join(f'{place}: AUROC | decoys / exact' for place in places)} |\n|---|---|---|---|---|")
     for name, method in methods.items():
         cells = [cell for place in places.values() for cell in against_decoys(method, circuits, *place)]
@@ -137,7 +143,7 @@ def decoy_table() -> None:
 
 def against_decoys(
     method: Callable[..., ComponentScores],
-    circuits: list[planted.Planted],
+    circuits: list[planted_circuit.Planted],
     components: list[str] | None,
     ends: Callable[..., list[str]],
 ) -> tuple[str, str]:
@@ -150,7 +156,7 @@ def against_decoys(
         scores = method(made.model, made.prompts, **options)
         direction = {"direction": scores.settings["direction"]}
         exact = localize.activation_patching(made.model, made.prompts, components=decoys, **direction)
-        values.append(f"{planted.decoy_auroc(scores, true, decoys):.2f}")
+        values.append(f"{planted_circuit.decoy_auroc(scores, true, decoys):.2f}")
         shares += [abs(scores[decoy] / exact[decoy]) for decoy in decoys]
     return ", ".join(values), f"{min(shares):.2f} to {max(shares):.2f}"
 

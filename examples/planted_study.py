@@ -26,7 +26,7 @@ def main() -> None:
     todo = [(kind, seed) for seed in range(arguments.seeds) for kind in arguments.kinds]
     with processes(arguments.workers) as pool:
         failed = run(raw, todo, pool)
-    from planting.tables import write
+    from planted.tables import write
 
     print(f"Wrote {', '.join(str(path) for path in write(raw, arguments.out, arguments.kinds, arguments.seeds))}.")
     if failed:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    from planting.places import KINDS
+    from planted.places import KINDS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and the figure")
@@ -47,7 +47,7 @@ def parsed() -> argparse.Namespace:
 
 def run(raw: Path, todo: list[tuple[str, int]], executor: Executor) -> list[tuple[str, int]]:
     """Every planting on any executor whose workers see the folder; gives those that raised."""
-    from planting.cell import finish
+    from planted.cell import finish
 
     futures = {executor.submit(finish, raw, *each): each for each in todo}
     failed = []

@@ -14,18 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reproduction.facts import MODES, TASKS
-from reproduction.setup import LOCALIZATIONS, OWN, PAPER_MODELS, SHIPPED, Setup, paper_setup
+from paper.facts import MODES, TASKS
+from paper.setup import LOCALIZATIONS, OWN, PAPER_MODELS, SHIPPED, Setup, paper_setup
 from workers import processes
 
 
 def main() -> None:
     arguments = parsed()
     setup = setup_of(arguments)
-    from reproduction.figures import write_figures
-    from reproduction.run import run
-    from reproduction.tables import write_tables
-    from reproduction.work import rounds
+    from paper.figures import write_figures
+    from paper.run import run
+    from paper.tables import write_tables
+    from paper.work import rounds
 
     todo = rounds(setup, arguments.task, arguments.localization, arguments.seeds, tuple(arguments.mode))
     if arguments.workers > 1:

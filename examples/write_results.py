@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from reproduction.page import page
-from reproduction.setup import DEEPER
+from paper.page import page
+from paper.setup import DEEPER
 
 SHOWN = ("formats", "relearning", "probes", "stages")
 """Figures that the page shows, of the modes and tasks in `PICTURES`; and the sizes of edits."""

@@ -9,7 +9,8 @@ edit = mu.edit.finetune(model, task, where)
 mu.evaluate.compare(model, task, {"attribution": edit}).table
 """
 
-from mechunlearn import components, edit, evaluate, localize, losses, metrics, model, tasks, testbed
+from mechunlearn import auditing, components, edit, evaluate, localize, losses, metrics, model, tasks, testbed
+from mechunlearn.auditing import Audit, audit
 from mechunlearn.components import Component, ComponentMask, ComponentScores, EdgeMask, EdgeScores, ModelShape
 from mechunlearn.model import fingerprint, shape
 from mechunlearn.tasks import Prompts, Task
@@ -18,6 +19,7 @@ from mechunlearn.weights import Edit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Component",
     "ComponentMask",
     "ComponentScores",
@@ -27,6 +29,8 @@ __all__ = [
     "ModelShape",
     "Prompts",
     "Task",
+    "audit",
+    "auditing",
     "components",
     "edit",
     "evaluate",

@@ -3,10 +3,10 @@
 import torch
 
 from mechunlearn.components import Component
-from mechunlearn.localize.positions import everywhere
 from mechunlearn.localize.replacement import resample
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model import preserved, recording, shape, site
+from mechunlearn.tasks.positions import everywhere
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mechunlearn.metrics import logit_difference
-from mechunlearn.model.kinds import architecture
+from mechunlearn.model.classes import architecture
 
 SCALE = 20.0
 

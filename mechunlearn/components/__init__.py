@@ -13,12 +13,9 @@ from mechunlearn.components.component import (
     resolve,
 )
 from mechunlearn.components.edge import Edge, destinations, edges, sources
-from mechunlearn.components.edge_mask import EdgeMask
-from mechunlearn.components.edge_scores import EdgeScores
-from mechunlearn.components.mask import ComponentMask
-from mechunlearn.components.matched import matched
-from mechunlearn.components.position_scores import PositionScores
-from mechunlearn.components.scores import ComponentScores
+from mechunlearn.components.edge_scores import EdgeMask, EdgeScores
+from mechunlearn.components.mask import ComponentMask, matched
+from mechunlearn.components.scores import ComponentScores, PositionScores
 
 __all__ = [
     "Component",

@@ -1,11 +1,31 @@
-"""Edits without training: components set to zero, and edits scaled, negated and put together."""
+"""Edits without training: set to zero, scale, combine, go the other way, dampen, ablate by the mean."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask
-from mechunlearn.model import Model, fingerprint
-from mechunlearn.weights import Edit, Values, read, select
+from mechunlearn.components import Component, ComponentMask
+from mechunlearn.edit.editor import repeatable
+from mechunlearn.edit.finetuning import finetune
+from mechunlearn.losses import Loss, cross_entropy, needs
+from mechunlearn.metrics import described, name_of
+from mechunlearn.model import (
+    Model,
+    device_of,
+    differentiable,
+    fingerprint,
+    logits_at,
+    preserved,
+    recording,
+    shape,
+    site,
+)
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 
 
 def zeroed(model: Model, mask: ComponentMask) -> Edit:
@@ -80,3 +100,163 @@ def _check_apart(first: ComponentMask, second: ComponentMask) -> None:
             f"expected edits that share no weight, got some that both set entries of {', '.join(shared[:5])}: make "
             f"them on masks that do not overlap, or one after the other on the edited model."
         )
+
+
+learned_further = partial(finetune, forget_loss=cross_entropy, retain_coefficient=0.0, text_coefficient=0.0)
+"""`finetune` on the forget set alone, with cross-entropy to its true answers."""
+
+
+@repeatable
+def task_vector(
+    model: Model,
+    task: Task,
+    mask: ComponentMask,
+    *,
+    strength: float = 1.0,
+    learn: Callable[[Model, Task, ComponentMask], Edit] = learned_further,
+) -> Edit:
+    """original - strength * (learned - original): weights of `mask` negated in what learning the forget set changes.
+
+    `learn` makes the edit that is negated. Its options are bound with `partial`, for example
+    `learn=partial(learned_further, steps=100, learning_rate=1e-4)`, or its learning editor is another one (`lora`).
+    `scaled` negates an edit that you have already, for instance with several strengths.
+
+    Nothing in it keeps what should be retained: choose `strength` by what it costs there. Ilharco et al. 2023,
+    https://arxiv.org/abs/2212.04089. Cost and errors: those of `learn`.
+    """
+    return scaled(model, learn(model, task, mask), -strength)
+
+
+@repeatable
+def dampened(
+    model: Model,
+    task: Task,
+    mask: ComponentMask,
+    *,
+    selection: float = 10.0,
+    dampening: float = 1.0,
+    loss: Loss = cross_entropy,
+) -> Edit:
+    """Weights of `mask` with importance I_f to the forget set and I_r to the retain set, without training:
+
+        weight * min(dampening * I_r / I_f, 1)   where I_f > selection * I_r, and as it was elsewhere
+
+    Importance is the diagonal of the empirical Fisher information: the squared gradient of a prompt's mean loss over
+    its answer tokens, averaged over the prompts of `task.forget` and `task.retain`. `selection` and `dampening` are
+    alpha and lambda of Foster et al. 2024 (SSD, https://arxiv.org/abs/2308.07707), with their defaults. They compare
+    with all training data, the forget set included. Here it is the retain set: where forget prompts are more than
+    1 / selection of both together, nothing could be selected otherwise. General text has no say.
+
+    A model that gives the forget answers with p = 1 has no gradient there, and nothing to select.
+
+    Cost: 1F + 1B per prompt of both sides, one prompt at a time; two numbers for each weight of the mask. ValueError
+    if no weight is selected, for a dampening below 0 or a selection that is not above 0, and as for `finetune`.
+    """
+    if not (selection > 0 and dampening >= 0):
+        raise ValueError(f"expected selection > 0 and dampening >= 0, got {selection} and {dampening}.")
+    if not {*needs(loss)} <= {"logits", "targets"}:
+        raise ValueError(f"expected a loss of logits and targets, got {name_of(loss)}: use losses.cross_entropy.")
+    entries = select(model, mask)
+    forget, retain = (_importance(model, side, entries, loss) for side in (task.forget, task.retain))
+    before, chosen = read(entries), 0
+    values: Values = {}
+    for label, weight in before.items():
+        is_chosen = forget[label] > selection * retain[label]
+        factor = (dampening * retain[label] / forget[label]).clamp(max=1.0)
+        values[label] = torch.where(is_chosen, factor * weight, weight).to(weight.dtype)
+        chosen += int(is_chosen.sum())
+    if chosen == 0:
+        raise ValueError(
+            f"expected some weights that matter more than {selection} times as much to the forget set, got none: "
+            f"lower the selection, or choose a larger mask."
+        )
+    provenance = {"editor": "dampened", "task": task.name, "selection": selection, "dampening": dampening}
+    provenance |= {"loss": described(loss), "selected": chosen}
+    return Edit(mask, values, fingerprint(model), provenance)
+
+
+def _importance(model: Model, prompts: Prompts, entries: list[Entries], loss: Loss) -> dict[str, Tensor]:
+    """Mean over prompts of the squared gradient of each prompt's mean loss over its answer tokens."""
+    total: dict[str, Tensor] = {}
+    with exclusively(model), differentiable(model):
+        parameters = [e.slot.parameter.requires_grad_(True) for e in entries]
+        for prompt in prompts.to(device_of(model)).batches(1):
+            real = prompt.answer_mask
+            given = {"logits": prompt.logits(model)[real], "targets": prompt.answers[real]}
+            value = loss(**{name: given[name] for name in needs(loss)}).mean()
+            for e, gradient in zip(entries, torch.autograd.grad(value, parameters), strict=True):
+                squared = e.read(gradient).to(torch.promote_types(gradient.dtype, torch.float32)).square_()
+                total[e.label] = total[e.label].add_(squared) if e.label in total else squared
+    return {label: value / len(prompts) for label, value in total.items()}
+
+
+@repeatable
+def mean_ablated(
+    model: Model, task: Task, mask: ComponentMask, *, shrinkage: float = 0.01, batch_size: int = 16
+) -> Edit:
+    """Heads, MLPs and neurons of `mask` that add nearly the same to the residual stream everywhere: their mean.
+
+    A constant output needs a bias. Biases belong to no component, and most architectures have none where it would be
+    needed, so no edit of weights is a mean ablation. This is the nearest one. With a the activations that the mask's
+    heads (or neurons) of a layer give to W_O (or W_out), W their rows of it and m = E[a] over `task.text`, the rows
+    become
+
+        u (m W), with u = (E[a a^T] + shrinkage * mean of its diagonal * identity)^-1 m
+
+    which makes E |a W' - m W|^2 smallest but for the shrinkage: a linear map that gives nearly 1 on every token, times
+    the mean output. How nearly is in the provenance, under `explained`, for each matrix: 1 - E (a u - 1)^2 on
+    `task.text_test`, the share of the mean output that is reached, where 1 is mean ablation and 0 as far from it as
+    `zeroed`. A whole MLP comes close. A single neuron does not: its row shrinks by E[a]^2 / E[a^2]. The mask's other
+    matrices are left alone. Exact mean ablation for measurements, by hooks: `localize.faithfulness`.
+
+    In a model with norms after the layer (Gemma 2) it is the mean before that norm. Cost: 1F of both texts, and for
+    each matrix its number of covered rows squared in float64. ValueError for a mask without W_O and W_out.
+    """
+    entries = [e for e in select(model, mask) if e.slot.matrix in ("W_O", "W_out")]
+    if not entries:
+        raise ValueError(f"expected a mask with a W_O or a W_out, got {mask!r}: use heads, MLPs or neurons.")
+    values, explained = read(select(model, mask)), {}
+    with preserved(model), torch.no_grad():
+        moments = _moments(model, task.text, entries, batch_size)
+        maps = {label: _nearly_one(*found, shrinkage) for label, found in moments.items()}
+        for e in entries:
+            (mean, _), weight = moments[e.label], values[e.label]
+            output = mean @ weight.flatten(0, 1).double()
+            values[e.label] = torch.outer(maps[e.label], output).view_as(weight).to(weight.dtype)
+        for label, (mean, square) in _moments(model, task.text_test, entries, batch_size).items():
+            u = maps[label]
+            explained[label] = float(2 * mean @ u - u @ square @ u)
+    provenance = {"editor": "mean_ablated", "task": task.name, "shrinkage": shrinkage, "explained": explained}
+    return Edit(mask, values, fingerprint(model), provenance)
+
+
+def _nearly_one(mean: Float[Tensor, "n"], square: Float[Tensor, "n n"], shrinkage: float) -> Float[Tensor, "n"]:
+    """u, such that a @ u is as near to 1 as a linear map of the activations comes."""
+    ridge = shrinkage * square.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    return torch.linalg.lstsq(square + ridge, mean[:, None]).solution[:, 0]
+
+
+def _moments(
+    model: Model, text: Int[Tensor, "row pos"], entries: Sequence[Entries], batch_size: int
+) -> dict[str, tuple[Float[Tensor, "_"], Float[Tensor, "_ _"]]]:
+    """E[a] and E[a a^T] over all tokens of the text."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for label, found in _activations(model, text, entries, batch_size):
+        mean, square = sums.get(label, (0, 0))
+        sums[label] = mean + found.sum(0), square + found.T @ found
+    return {label: (mean / text.numel(), square / text.numel()) for label, (mean, square) in sums.items()}
+
+
+def _activations(
+    model: Model, text: Int[Tensor, "row pos"], entries: Sequence[Entries], batch_size: int
+) -> Iterator[tuple[str, Float[Tensor, "token _"]]]:
+    """Batch by batch, what the covered heads or neurons give to their rows of each matrix."""
+    parts = {e.label: Component(e.slot.layer, "H" if e.slot.matrix == "W_O" else "N", 0) for e in entries}
+    names = {label: site(part, shape(model)) for label, part in parts.items()}
+    for rows in text.to(device_of(model)).split(batch_size):
+        last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        with recording(model, list(names.values())) as found:
+            logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)
+        for e in entries:
+            value = found[names[e.label]].flatten(0, 1)
+            yield e.label, value[:, e.units.to(value.device)].flatten(1).double()

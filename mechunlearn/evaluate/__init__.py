@@ -1,49 +1,35 @@
 """Is it gone, everywhere, and what did it cost? Each test: (model, task) -> `Result`."""
 
-from mechunlearn.evaluate.accuracy import Accuracy, accuracy, measure
-from mechunlearn.evaluate.audit import Audit, audit
-from mechunlearn.evaluate.audit_numbers import Finding
-from mechunlearn.evaluate.binary_probes import binary_probes
-from mechunlearn.evaluate.budgets import full, quick
-from mechunlearn.evaluate.cell import Cell
-from mechunlearn.evaluate.compare import compare
-from mechunlearn.evaluate.direction_ablation import direction_ablation, mean_difference, principal_difference
-from mechunlearn.evaluate.extraction_strength import extraction_strength
-from mechunlearn.evaluate.few_shot import few_shot
-from mechunlearn.evaluate.generated import continuations, generated, says
-from mechunlearn.evaluate.halves import check_apart, halves
-from mechunlearn.evaluate.in_task import Test, every_format, in_format, injected, knowledge, paper_metrics, text_loss
-from mechunlearn.evaluate.lens_extraction import by_both_ends, by_change, by_probability, lens_extraction
-from mechunlearn.evaluate.lm_eval_tasks import harness_model, lm_eval_task
-from mechunlearn.evaluate.multinomial_probe import multinomial_probe
-from mechunlearn.evaluate.noised import noised
-from mechunlearn.evaluate.patching_audit import patching_audit
-from mechunlearn.evaluate.plan import Plan
-from mechunlearn.evaluate.quantized import quantized
-from mechunlearn.evaluate.recovered import Fraction, Recovery, left_fraction, recovery
-from mechunlearn.evaluate.relearned import relearn
-from mechunlearn.evaluate.relearned_benign import relearn_benign
-from mechunlearn.evaluate.relearned_few import relearn_few
-from mechunlearn.evaluate.relearned_lora import relearn_halves, relearn_lora, relearn_two_facts
-from mechunlearn.evaluate.report import Report
-from mechunlearn.evaluate.result import Result
-from mechunlearn.evaluate.soft_prompt import soft_prompt
-from mechunlearn.evaluate.text_kl import text_kl
-from mechunlearn.evaluate.whole_answers import whole_answers
+from mechunlearn.evaluate.asking import Test, every_format, in_format, injected, knowledge, paper_metrics, text_loss
+from mechunlearn.evaluate.attacks.directions import direction_ablation, mean_difference, principal_difference
+from mechunlearn.evaluate.attacks.exam import check_apart, halves
+from mechunlearn.evaluate.attacks.few_shot import few_shot
+from mechunlearn.evaluate.attacks.relearning import relearn, relearn_benign, relearn_few
+from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
+from mechunlearn.evaluate.attacks.soft_prompt import soft_prompt
+from mechunlearn.evaluate.attacks.weights import noised, quantized
+from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery
+from mechunlearn.evaluate.generation import continuations, extraction_strength, generated, says
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.grid.comparing import compare
+from mechunlearn.evaluate.harness import harness_model, lm_eval_task
+from mechunlearn.evaluate.lens import by_both_ends, by_change, by_probability, lens_extraction
+from mechunlearn.evaluate.patching import patching_audit
+from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
+from mechunlearn.evaluate.report.report import Report
+from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import Accuracy, accuracy, measure, whole_answers
+from mechunlearn.evaluate.side_effects import text_kl
 
 __all__ = [
     "Accuracy",
-    "Audit",
     "Cell",
-    "Finding",
     "Fraction",
-    "Plan",
     "Recovery",
     "Report",
     "Result",
     "Test",
     "accuracy",
-    "audit",
     "binary_probes",
     "by_both_ends",
     "by_change",
@@ -55,7 +41,6 @@ __all__ = [
     "every_format",
     "extraction_strength",
     "few_shot",
-    "full",
     "generated",
     "halves",
     "harness_model",
@@ -73,7 +58,6 @@ __all__ = [
     "patching_audit",
     "principal_difference",
     "quantized",
-    "quick",
     "recovery",
     "relearn",
     "relearn_benign",

@@ -1,199 +1,144 @@
-"""A TransformerLens model as EleutherAI's lm-evaluation-harness takes it; imported only where the harness is used."""
+"""Any task of EleutherAI's lm-evaluation-harness on the model as it is now: MMLU, tinyMMLU, ARC, your own."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from mechunlearn.losses.precision import at_least_float32
-from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
-from mechunlearn.model.tokens import encode, pad_token
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-
-Tokens: TypeAlias = tuple[int, ...]
+from mechunlearn.evaluate.results import Result
+from mechunlearn.model import Model
+from mechunlearn.tasks.task import Task
 
 
-class HarnessModel(TemplateLM):
-    """The model as it is now, edit and hooks included, for anything that the harness can do; nothing is exported.
+def lm_eval_task(
+    model: Model,
+    task: Task | None = None,
+    *,
+    name: str | Mapping[str, Any],
+    metric: str = "acc",
+    filter: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    fewshot_seed: int = 1234,
+    batch_size: int = 16,
+) -> Result:
+    """One value per document of a task of lm-evaluation-harness, which runs it on the model as it is now.
 
-    For example `lm_eval.simple_evaluate(HarnessModel(model), tasks=["mmlu"])`. A subclass, since the harness takes
-    nothing else. Text begins with BOS where the model expects one (`cfg.default_prepend_bos`), as everywhere in this
-    package; the harness itself leaves that to the tokenizer, which adds none for GPT-2, so published numbers may differ
-    a little. An input longer than the context loses its beginning, with a warning. Greedy generation only, without a
-    cache of keys and values: slow for long answers.
+    Needs lm-eval: `pip install 'mechunlearn[lm-eval]'`.
+
+    `name`: a task or group of the harness ("mmlu", "arc_easy"), the path of a YAML file, or such a file's content as
+    a dict. `metric`: which of the task's numbers; its mean over documents is the value, also where the harness sums up
+    otherwise (tinyMMLU by item response theory). `filter`: of tasks that read answers in several ways, which one;
+    default the first. `limit`: so many documents of each task. `task` is not used.
+
+    Chance is 1 / choices (its mean over documents) for an accuracy among choices, else not given. Names are
+    "task/document". The model gets no chat template; `harness_model(model)` is for whatever else the harness can do.
+
+    Cost: 1 forward per document whose choices are single tokens, else 1 per choice; at first use about 6 seconds to
+    index the tasks. Gao et al., https://github.com/EleutherAI/lm-evaluation-harness. ImportError without lm-eval or
+    a package that the task asks for; ValueError for a task, metric or filter that does not exist; ConnectionError for a
+    task whose documents can be neither downloaded nor found on this machine.
     """
+    lm = harness_model(model, batch_size=batch_size)
+    from lm_eval import evaluate
 
-    def __init__(self, model: Model, *, batch_size: int = 16) -> None:
-        super().__init__()
-        check_model(model)
-        self.model = model
-        self.tokenizer = model.tokenizer
-        self.batch_size = batch_size
-        self.max_length = int(model.cfg.n_ctx)
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What comes before a text without context: BOS, or EOS if there is none."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        if add_special_tokens is False:
-            return self.tokenizer.encode(string, add_special_tokens=False)
-        tokens, bos = list(encode(self.model, string).tokens), self.tokenizer.bos_token_id
-        return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens  # a chat template writes its own
-
-    def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log probability of each continuation, in nats, and whether each of its tokens is the argmax."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[float]:
-        """Log probability of each whole text, in nats; one longer than the context goes through it in windows.
-
-        BOS (else EOS) is what the first token follows, and is not itself scored.
-        """
-        windows = [(i, window) for i, each in enumerate(requests) for window in self._windows(*each.args)]
-        found = self._loglikelihood_tokens([(("", ""), *window) for _, window in windows])
-        totals = [0.0] * len(requests)
-        for (i, _), (value, _) in zip(windows, found, strict=True):
-            totals[i] += value
-        return totals
-
-    def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[str]:
-        """What the model says, token by token the most likely one, up to a stop string, EOS or the longest length."""
-        with preserved(self.model), torch.no_grad():
-            batches = _batches(requests, self.batch_size)
-            return [text for batch in batches for text in self._continued([each.args for each in batch])]
-
-    def _loglikelihood_tokens(
-        self, requests: "Sequence[tuple[tuple[str, str], list[int], list[int]]]", **options: Any
-    ) -> list[tuple[float, bool]]:
-        """Requests that differ in nothing but their last token, such as A, B, C and D, share a forward."""
-        asked = [self._fitted(context, continuation) for _, context, continuation in requests]
-        sharing: dict[tuple[Tokens, int], list[int]] = {}
-        for i, (tokens, n) in enumerate(asked):
-            sharing.setdefault((tokens[:-1], n), []).append(i)
-        groups = sorted(sharing.values(), key=lambda group: -len(asked[group[0]][0]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        with preserved(self.model), torch.no_grad():
-            for batch in _batches(groups, self.batch_size):
-                rows = self._logits([asked[group[0]] for group in batch])
-                for i, logits in [(i, logits) for logits, group in zip(rows, batch, strict=True) for i in group]:
-                    tokens, n = asked[i]
-                    found[i] = _score(logits[:n], torch.tensor(tokens[-n:], device=logits.device))
-        return found
-
-    def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Tokens, int]:
-        """The last tokens that the model can predict with its context, and how many of them to score."""
-        if not 0 < len(continuation) <= self.max_length:
-            raise ValueError(
-                f"expected a continuation of 1 to {self.max_length} tokens (the model's context), got "
-                f"{len(continuation)}: choose another task or model."
-            )
-        tokens = (*context, *continuation)
-        if len(tokens) > self.max_length + 1:
-            _warn_of_cut(len(tokens) - self.max_length - 1)
-        return tokens[-(self.max_length + 1) :], len(continuation)
-
-    def _logits(self, asked: Sequence[tuple[Tokens, int]]) -> Float[Tensor, "batch place d_vocab"]:
-        """The logits that predict the last n tokens of each row; rows with fewer are filled up."""
-        tokens, mask = _padded(self.model, [tokens[:-1] for tokens, _ in asked])
-        longest = max(n for _, n in asked)
-        places = [(len(t) - 1 - n + torch.arange(longest)).clamp(max=len(t) - 2) for t, n in asked]
-        return logits_at(self.model, tokens, mask, torch.stack(places).to(tokens.device))
-
-    def _windows(self, text: str) -> Iterable[tuple[list[int], list[int]]]:
-        tokens = self.tok_encode(text, add_special_tokens=False)
-        options = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
-        return map(make_disjoint_window, get_rolling_token_windows(tokens, **options))
-
-    def _continued(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        settings = [self._settings(options) for _, options in requests]
-        rows = [self._room(self.tok_encode(text), n) for (text, _), (_, n) in zip(requests, settings, strict=True)]
-        said: list[list[int]] = [[] for _ in rows]
-        waiting = list(range(len(rows)))
-        while waiting:
-            for i, token in zip(waiting, self._next([rows[i] + said[i] for i in waiting]), strict=True):
-                said[i].append(token)
-            waiting = [i for i in waiting if not self._finished(said[i], *settings[i])]
-        return [_before(self._text(tokens), stops) for tokens, (stops, _) in zip(said, settings, strict=True)]
-
-    def _settings(self, options: dict[str, Any]) -> tuple[list[str], int]:
-        """Stop strings, and the largest number of tokens."""
-        found: Any = normalize_gen_kwargs(options)
-        if found["do_sample"]:
-            raise ValueError("expected a task that generates greedily, got one that samples: set do_sample to False.")
-        return [stop for stop in found["until"] if stop], found["max_gen_toks"]
-
-    def _room(self, tokens: list[int], n: int) -> list[int]:
-        room = self.max_length - n
-        if room < 1 or n < 1:
-            raise ValueError(
-                f"expected to generate 1 to {self.max_length - 1} tokens (the model's context less one), got {n}: set "
-                f"max_gen_toks in the task's generation_kwargs."
-            )
-        if len(tokens) > room:
-            _warn_of_cut(len(tokens) - room)
-        return tokens[-room:]
-
-    def _next(self, rows: Sequence[list[int]]) -> list[int]:
-        tokens, mask = _padded(self.model, rows)
-        return logits_at(self.model, tokens, mask, mask.sum(1, keepdim=True) - 1)[:, 0].argmax(-1).tolist()
-
-    def _finished(self, tokens: list[int], stops: list[str], n: int) -> bool:
-        if len(tokens) >= n or tokens[-1] == self.eot_token_id:
-            return True
-        text = self._text(tokens)
-        return any(stop in text for stop in stops)
-
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    with _random_state_kept():
+        loaded = _loaded(name)
+        for each in loaded["tasks"].values():
+            shown = each.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+            each.set_config("num_fewshot", shown or 0)
+            each.set_fewshot_seed(seed=fewshot_seed)
+        found: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    samples = [(label, s) for label, of_task in found["samples"].items() for s in _filtered(of_task, filter)]
+    chances = [_chance(loaded["tasks"][label], sample, metric) for label, sample in samples]
+    known = [chance for chance in chances if chance is not None]
+    return Result(
+        torch.tensor([_number(sample, metric) for _, sample in samples]),
+        f"{metric} of lm-eval's {name if isinstance(name, str) else name.get('task', name.get('group'))}",
+        sum(known) / len(known) if len(known) == len(chances) else None,
+        unit="share" if metric.startswith(("acc", "exact_match")) else "",
+        names=tuple(f"{label}/{sample['doc_id']}" for label, sample in samples),
+    )
 
 
-def _padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Tokens and mask, padded on the right."""
-    given = [torch.tensor(list(row)) for row in rows]
-    tokens = pad_sequence(given, batch_first=True, padding_value=pad_token(model))
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in given], batch_first=True)
-    return tokens.to(device_of(model)), mask.to(device_of(model))
+def harness_model(model: Model, *, batch_size: int = 16) -> Any:
+    """The model as a `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate` and all its options.
+
+    Text begins with BOS where the model expects one; see `mechunlearn.evaluate.harness_model.HarnessModel`.
+    ImportError without lm-eval.
+    """
+    try:
+        from mechunlearn.evaluate.harness_model import HarnessModel
+    except ImportError as error:
+        raise ImportError(
+            "expected lm-eval for tasks of lm-evaluation-harness, got none installed: "
+            "pip install 'mechunlearn[lm-eval]'."
+        ) from error
+    return HarnessModel(model, batch_size=batch_size)
 
 
-def _score(logits: Float[Tensor, "place d_vocab"], targets: Int[Tensor, "place"]) -> tuple[float, bool]:
-    """Log probability of the targets together, and whether each is the argmax."""
-    chosen = at_least_float32(logits).log_softmax(-1).gather(-1, targets[:, None])
-    return float(chosen.sum()), bool((logits.argmax(-1) == targets).all())
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The harness takes numbers from Python's global generator, which would change what a seeded script does next."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
-def _before(text: str, stops: list[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
+def _loaded(name: str | Mapping[str, Any]) -> Any:
+    """The harness's tasks; to know them all takes seconds, so only where one is asked for by name."""
+    named = not (Path(name).suffix in (".yaml", ".yml") if isinstance(name, str) else "dataset_path" in name)
+    tasks = _tasks(named)
+    if isinstance(name, str) and name not in tasks.task_index and not Path(name).is_file():
+        close = get_close_matches(name, tasks.all_tasks, n=3)
+        raise ValueError(
+            f"expected a task of lm-eval, a YAML file or its content as a dict, got {name!r}: "
+            f"{'did you mean ' + ', '.join(close) if close else '`lm-eval ls tasks` lists them'}?"
+        )
+    try:
+        return tasks.load([name if isinstance(name, str) else dict(name)])
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"expected the documents of {name!r} on this machine, or a network to get them, got: {error}. Run it once "
+            f"with a network (and without HF_HUB_OFFLINE), or use a task with local files."
+        ) from error
 
 
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+@cache
+def _tasks(named: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=named)
 
 
-def _warn_of_cut(n: int) -> None:
-    warnings.warn(f"a text longer than the model's context: {n} tokens at its beginning were left out", stacklevel=3)
+def _filtered(samples: list[dict[str, Any]], filter: str | None) -> list[dict[str, Any]]:
+    known = list(dict.fromkeys(sample["filter"] for sample in samples))
+    chosen = known[0] if filter is None else filter
+    if chosen not in known:
+        raise ValueError(f"expected a filter of the task ({', '.join(known)}), got {filter!r}.")
+    return [sample for sample in samples if sample["filter"] == chosen]
+
+
+def _number(sample: dict[str, Any], metric: str) -> float:
+    numbers = [each for each in sample["metrics"] if isinstance(sample[each], int | float)]
+    if metric not in numbers:
+        raise ValueError(
+            f"expected a metric of the task that is one number for each document ({', '.join(numbers) or 'none is'}), "
+            f"got {metric!r}."
+        )
+    return float(sample[metric])
+
+
+def _chance(harness_task: Any, sample: dict[str, Any], metric: str) -> float | None:
+    """1 / choices where one choice is right and the metric is whether it was taken."""
+    plain = harness_task.OUTPUT_TYPE == "multiple_choice" and harness_task.get_config("process_results") is None
+    if not (plain and metric in ("acc", "acc_norm") and isinstance(sample["target"], int | str)):
+        return None
+    return 1 / len(harness_task.doc_to_choice(sample["doc"]))

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.arguments import check
 from mechunlearn.components import Component, ComponentScores, ModelShape
-from mechunlearn.localize.arguments import check
 from mechunlearn.metrics import Metric, checked, name_of
 from mechunlearn.model import Hook, Model, device_of, recording, site
 from mechunlearn.tasks.prompts import Prompts

@@ -5,17 +5,20 @@ the caller averages. Only real answer tokens come in: no padding, no prompt toke
 Any function with parameters of `losses.inputs` is a loss.
 """
 
-from mechunlearn.losses.distributions import cross_entropy_unlearning, kl_to_original, maximum_entropy, undial
+from mechunlearn.losses.answers import dpo, npo, simnpo
 from mechunlearn.losses.inputs import Loss, is_per_row, needs
-from mechunlearn.losses.likelihood import (
+from mechunlearn.losses.representations import representation_matching, rmu
+from mechunlearn.losses.tokens import (
     cross_entropy,
+    cross_entropy_unlearning,
     gradient_ascent,
+    kl_to_original,
     log_one_minus_probability,
+    maximum_entropy,
     satimp,
+    undial,
     weighted_gradient_ascent,
 )
-from mechunlearn.losses.preference import dpo, npo, simnpo
-from mechunlearn.losses.representations import representation_matching, rmu
 
 __all__ = [
     "Loss",

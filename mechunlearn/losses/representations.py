@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.losses.precision import at_least_float32
+from mechunlearn.losses.tokens import at_least_float32
 
 
 def rmu(residual: Float[Tensor, "token d_model"], *, scale: float = 6.5, seed: int = 0) -> Float[Tensor, "token"]:

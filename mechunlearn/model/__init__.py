@@ -1,13 +1,12 @@
 """Everything that depends on TransformerLens and on architectures; nothing else in the package does."""
 
-from mechunlearn.model.checks import check_editable, check_model, check_unforked
-from mechunlearn.model.fingerprint import fingerprint
+from mechunlearn.model.admission import check_editable, check_model, check_unforked
+from mechunlearn.model.classes import Model, device_of, shape
+from mechunlearn.model.guard import differentiable, fingerprint, preserved
 from mechunlearn.model.hooks import Hook, recording, site
 from mechunlearn.model.huggingface import n_parameters, save_huggingface
-from mechunlearn.model.kinds import Model, device_of, shape
-from mechunlearn.model.preserve import differentiable, preserved
-from mechunlearn.model.run import embeddings, logits_at, residual_after, residual_before, running_from, unembedded
-from mechunlearn.model.slots import Slot, slots
+from mechunlearn.model.matrices import Slot, slots
+from mechunlearn.model.running import embeddings, logits_at, residual_after, residual_before, running_from, unembedded
 from mechunlearn.model.suffix import Run, base_run, continued, through_layer
 
 __all__ = [

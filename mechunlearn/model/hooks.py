@@ -1,14 +1,16 @@
-"""Activations: where a component's output is, and how to record it."""
+"""Activations: where a component's output is, how to record it, and attention called again by itself."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mechunlearn.components import Component, ModelShape
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.classes import Model
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 """A TransformerLens forward hook: the hook point's name and `(value, hook) -> new value or None`."""
@@ -59,3 +61,41 @@ def recording(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]
             f"expected every hook to fire, but {', '.join(missing[:5])} did not: this model class or "
             f"architecture has no such activation; use other components."
         )
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "past_kv_cache_entry")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a layer's attention was given: its input, mask and positions."""
+
+    layer: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextmanager
+def attention_calls(model: Model, layers: Iterable[int]) -> Iterator[dict[int, AttentionCall]]:
+    """Inside, forward passes put how they call the attention of `layers` into the yielded dict."""
+    calls: dict[int, AttentionCall] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], *, layer: int) -> None:
+        # With a cache of keys, a second call would attend to the first call's keys as well.
+        options = {name: None if name in _CACHES else value for name, value in options.items()}
+        calls[layer] = AttentionCall(layer, arguments, options)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            attention = model.blocks[layer].attn
+            handle = attention.register_forward_pre_hook(partial(keep, layer=layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
+
+
+@torch.no_grad()
+def attended_again(model: Model, call: AttentionCall, hooks: Sequence[Hook], names: Sequence[str]) -> dict[str, Tensor]:
+    """The values at `names` when one layer's attention alone runs again, with `hooks` inside it."""
+    with model.hooks(fwd_hooks=list(hooks)), recording(model, names) as found:
+        model.blocks[call.layer].attn(*call.arguments, **call.options)
+    return found

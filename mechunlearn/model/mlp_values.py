@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechunlearn.model.classes import Model
 from mechunlearn.model.hooks import recording
-from mechunlearn.model.kinds import Model
 from mechunlearn.model.norms import norm_of, post_norm
-from mechunlearn.model.run import residual_after
+from mechunlearn.model.running import residual_after
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.classes import Model
 
 
 @dataclass(frozen=True, eq=False)

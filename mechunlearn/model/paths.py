@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component, ModelShape
+from mechunlearn.model.classes import Model, unchecked_shape
 from mechunlearn.model.hooks import Hook, recording
-from mechunlearn.model.kinds import Model, unchecked_shape
+from mechunlearn.model.matrices import slots
 from mechunlearn.model.norms import post_norm
-from mechunlearn.model.run import logits_at, passed_on, replaced, running_from
-from mechunlearn.model.slots import slots
+from mechunlearn.model.running import logits_at, passed_on, replaced, running_from
 from mechunlearn.model.suffix import Run, attending
 
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechunlearn.model.classes import Model, is_bridge, unchecked_shape
 from mechunlearn.model.hooks import Hook
-from mechunlearn.model.kinds import Model, is_bridge, unchecked_shape
 from mechunlearn.model.norms import Norm, norm_of
 
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mechunlearn.model.classes import Model, is_bridge
 from mechunlearn.model.hooks import Hook, recording
-from mechunlearn.model.kinds import Model, is_bridge
-from mechunlearn.model.run import logits_at, passed_on, replaced, running_from
+from mechunlearn.model.running import logits_at, passed_on, replaced, running_from
 
 _INSIDE_ATTENTION = re.compile(r"blocks\.\d+\.(hook_resid_pre|attn\.hook_(q|k|v|z|rot_q|rot_k|attn_scores|pattern))")
 

@@ -1,8 +1,9 @@
-"""Text to tokens with character offsets, the way the model was trained to see it."""
+"""Text to tokens with character offsets, the way the model was trained to see it, and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.classes import Model
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,17 @@ def pad_token(model: Model) -> int:
     tokenizer = model.tokenizer
     known = [tokenizer.pad_token_id, tokenizer.eos_token_id] if tokenizer is not None else []
     return next((token for token in known if token is not None), 0)
+
+
+def continuation(model: Model, before: Sequence[int], after: Sequence[int]) -> str:
+    """The text that the tokens `after` add behind `before`, with the space that some tokenizers keep in no token.
+
+    ValueError for a tokenizer whose decoded text changes where tokens are added.
+    """
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    start, whole = (model.tokenizer.decode(list(tokens), **options) for tokens in (before, [*before, *after]))
+    if not whole.startswith(start):
+        raise ValueError(
+            f"expected a tokenizer that decodes piece by piece, got {whole[-40:]!r} after {start[-40:]!r}: pass text."
+        )
+    return whole[len(start) :]

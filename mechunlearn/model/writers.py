@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component
-from mechunlearn.model.kinds import Model
+from mechunlearn.model.classes import Model
+from mechunlearn.model.matrices import slots
 from mechunlearn.model.norms import FrozenNorm, norm_of, post_norm
-from mechunlearn.model.slots import slots
 from mechunlearn.model.suffix import Run
 
 _SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N": "mlp.hook_post"}

@@ -7,6 +7,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from mechunlearn.model.classes import Model
+from mechunlearn.tasks import formats
+from mechunlearn.tasks.building import build
+from mechunlearn.tasks.prompts import Prompts
+
 FOLDER = files("mechunlearn") / "testbed" / "facts"
 TOKENIZER = files("mechunlearn") / "testbed" / "weights" / "tokenizer.json"
 
@@ -20,7 +25,7 @@ def athletes() -> tuple[Row, ...]:
 
 
 @cache
-def general_knowledge() -> tuple[Row, ...]:
+def knowledge_rows() -> tuple[Row, ...]:
     """Rows with relation, subject and answer."""
     return _rows("general_knowledge.csv")
 
@@ -45,7 +50,7 @@ def vocabulary() -> dict[str, int]:
 
 def options_of(fact: Row, rng: random.Random) -> list[str]:
     """Four answers of the fact's relation in random order, one of them true of its subject."""
-    known = [other for other in general_knowledge() if other["relation"] == fact["relation"]]
+    known = [other for other in knowledge_rows() if other["relation"] == fact["relation"]]
     true = {other["answer"] for other in known if other["subject"] == fact["subject"]}
     options = [fact["answer"], *rng.sample(sorted({other["answer"] for other in known} - true), 3)]
     rng.shuffle(options)
@@ -65,3 +70,21 @@ def running_text(rng: random.Random, *, sentences: int = 8) -> str:
 
 def _rows(name: str) -> tuple[Row, ...]:
     return tuple(csv.DictReader((FOLDER / name).read_text().splitlines()))
+
+
+def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
+    """`n` of the package's questions (capitals, authors, elements, ...) with four lettered options in random order.
+
+    Chance is 1/4.
+    """
+    rng = random.Random(f"general knowledge {seed}")
+    texts, letters, subjects = [], [], []
+    for fact in rng.sample(knowledge_rows(), n):
+        options = options_of(fact, rng)
+        question = relations()[fact["relation"]]["question"].format(subject=fact["subject"])
+        texts.append(formats.multiple_choice(question, options))
+        letters.append(formats.LETTERS[options.index(fact["answer"])])
+        start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
+        subjects.append((start, start + len(fact["subject"])))
+    answers, candidates = [f" {letter}" for letter in letters], [[f" {o}" for o in formats.LETTERS]] * n
+    return build(model, texts, answers, candidates=candidates, subjects=subjects)

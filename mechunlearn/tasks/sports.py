@@ -6,24 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model
+from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts, formats
-from mechunlearn.tasks.asked import Asking, neighbourhood, sport_formats, trained
 from mechunlearn.tasks.athletes import Athlete, athletes_from, chosen, injected_sports
-from mechunlearn.tasks.knowledge import general_knowledge
-from mechunlearn.tasks.known import knows
-from mechunlearn.tasks.other_subjects import partners_of
+from mechunlearn.tasks.building import knows
+from mechunlearn.tasks.facts import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.questions import Question, injected_prompts, prompts_of
-from mechunlearn.tasks.sides import Sides
+from mechunlearn.tasks.splits import Sides
+from mechunlearn.tasks.sports_formats import Asking, neighbourhood, sport_formats, trained
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import train_and_test_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
 
 Corrupt: TypeAlias = bool | Callable[..., Prompts]
 """Whether prompts get corrupted counterparts, or a function (model, prompts) -> the prompts with theirs."""
@@ -150,3 +152,35 @@ def _attributes(rows: Sequence[facts.Row]) -> dict[str, dict[str, str]]:
         attribute: {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
         for attribute in formats.ATTRIBUTES
     }
+
+
+def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Prompts:
+    """The prompts with corrupted counterparts whose subjects are random tokens, each other than the one it replaces.
+
+    They are drawn evenly from the vocabulary, special tokens left out. Such a subject has no answer of its own, where
+    another subject has a wrong one. Goes into `sports_facts(..., corrupt=with_random_subjects)`, or onto any prompts:
+    `replace(task, forget=with_random_subjects(model, task.forget))`. ValueError for prompts without subjects.
+    """
+    if prompts.subject is None or model.tokenizer is None:
+        raise ValueError("expected prompts with subjects, got none: pass subjects=... to mu.tasks.build.")
+    special = set(model.tokenizer.all_special_ids)
+    known = {token for token in model.tokenizer.get_vocab().values() if token < model.cfg.d_vocab}
+    tokens = torch.tensor(sorted(known - special))
+    places = prompts.subject.cpu()
+    before = prompts.tokens.cpu()[places]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(tokens) - 1, before.shape, generator=generator)
+    same = torch.searchsorted(tokens, before)  # of all but the token itself: those from it on move up by one
+    is_known = tokens[same.clamp(max=len(tokens) - 1)] == before
+    corrupt = prompts.tokens.cpu().clone()
+    corrupt[places] = tokens[drawn + ((drawn >= same) & is_known).long()]
+    return replace(prompts, corrupt=corrupt.to(prompts.tokens))
+
+
+def partners_of(model: Model, people: Sequence[Athlete]) -> dict[str, list[str]]:
+    """Athlete -> those of another sport whose prompt has as many tokens."""
+    by_length: dict[int, list[Athlete]] = {}
+    lengths = {name: len(encode(model, formats.FACT.format(athlete=name)).tokens) for name, _ in people}
+    for person in people:
+        by_length.setdefault(lengths[person[0]], []).append(person)
+    return {name: [other for other, its in by_length[lengths[name]] if its != sport] for name, sport in people}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mechunlearn.files import read_tensors, write_tensors
-from mechunlearn.training.moving import Fleeting, Moving
-from mechunlearn.training.steering import Steering
+from mechunlearn.training.movers import Fleeting, Moving
+from mechunlearn.training.optimizers import Steering
 
 KIND = "Checkpoint"
 

@@ -1,8 +1,7 @@
 """Localized weights of a model, and an edit of them as a value."""
 
-from mechunlearn.weights.applied import taken_back
-from mechunlearn.weights.edit import Edit
+from mechunlearn.weights.applying import taken_back
+from mechunlearn.weights.edit import Edit, EditSize
 from mechunlearn.weights.entries import Entries, Values, exclusively, read, select, write
-from mechunlearn.weights.size import EditSize
 
 __all__ = ["Edit", "EditSize", "Entries", "Values", "exclusively", "read", "select", "taken_back", "write"]

@@ -1,24 +1,25 @@
-"""A change of weights as a value."""
+"""A change of weights as a value, and how large it is."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mechunlearn.components import ComponentMask, ModelShape
 from mechunlearn.files import read_tensors, write_tensors
-from mechunlearn.model import Model, save_huggingface
-from mechunlearn.weights.applied import check_made_for, check_none_applied, layered
+from mechunlearn.model import Model, n_parameters, save_huggingface
+from mechunlearn.weights.applying import check_made_for, check_none_applied, layered
 from mechunlearn.weights.entries import Entries, Values, read, select, write
-from mechunlearn.weights.size import EditSize, size_of_change
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from mechunlearn.tasks.task import Task
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,7 +77,7 @@ class Edit:
         """Number of entries that it sets."""
         return sum(value.numel() for value in self.values.values())
 
-    def size(self, model: Model) -> EditSize:
+    def size(self, model: Model) -> "EditSize":
         """How many weights it really changes, which share of the model they are, and how far they move.
 
         ValueError unless the model has the weights that the edit was made for.
@@ -159,3 +160,29 @@ class Edit:
         entries = select(model, self.mask)
         check_made_for(model, entries, self.fingerprint, self.values)
         return entries
+
+
+@dataclass(frozen=True)
+class EditSize:
+    """How large an edit is."""
+
+    changed: int
+    """Weights whose value differs from the original's; those that were covered and did not move do not count."""
+    fraction: float
+    """Of the model's parameters, embeddings, biases and norms included."""
+    norm: float
+    """L2 norm of the change."""
+
+    def __str__(self) -> str:
+        return f"{self.changed:,} weights changed ({self.fraction:.2%} of the model), L2 norm {self.norm:.4g}"
+
+
+def size_of_change(model: Model, entries: Sequence[Entries], values: Mapping[str, Tensor]) -> EditSize:
+    """Of writing `values`, cast to the model's dtype, into the entries."""
+    changed, squares = 0, 0.0
+    for e in entries:
+        before = e.read(e.slot.parameter.detach())
+        after = values[e.label].to(before)
+        changed += int((after != before).sum())
+        squares += float(torch.linalg.vector_norm(after.double() - before.double()) ** 2)
+    return EditSize(changed, changed / n_parameters(model), squares**0.5)

@@ -1,15 +1,18 @@
-"""Weights rounded to few bits, as numbers: what a quantised model computes with.
+"""Weights rounded to few bits, and every matrix of a model put through a function for a while."""
 
-Each function takes a matrix as `nn.Linear` stores it, [out, in], and gives the rounded one in the same dtype.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias
+from importlib.util import find_spec
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mechunlearn.components import ComponentMask
+from mechunlearn.model import Model, shape
+from mechunlearn.weights.entries import Entries, Values, exclusively, select
 
 Rounding: TypeAlias = Callable[[Float[Tensor, "out in"]], Float[Tensor, "out in"]]
 """Any function from a matrix to a rounded one."""
@@ -68,3 +71,77 @@ def nf4(weight: Float[Tensor, "out in"], *, block: int = 64) -> Float[Tensor, "o
     scaled = (blocks * (1 / top.clamp(min=1e-38))).clamp(-1, 1)
     nearest = torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2)
     return (numbers[nearest] * top).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
+
+
+def roundings_on(device: torch.device) -> Mapping[str, Rounding]:
+    """int8, int4 and NF4: by bitsandbytes on a GPU, if it is installed, and by the same arithmetic elsewhere.
+
+    bitsandbytes has no plain int4 with one scale per row: that is ours everywhere.
+    """
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        return {"int8": int8_of_half, "int4": int4, "nf4": nf4}
+    return {"int8, bitsandbytes": bitsandbytes_int8, "int4": int4, "nf4, bitsandbytes": bitsandbytes_nf4}
+
+
+def bitsandbytes_int8(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """What LLM.int8() keeps of a weight, from its half precision, as in `Linear8bitLt`: one scale per row."""
+    functional = _functional()
+    steps, top, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return functional.int8_vectorwise_dequant(steps, top).to(weight.dtype)
+
+
+def bitsandbytes_nf4(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """What `Linear4bit` keeps of a weight: NF4 in blocks of 64, scales in float32."""
+    functional = _functional()
+    flat = weight.reshape(1, -1)  # the CPU kernel of 0.50 reads rows that are no multiple of a block wrongly
+    packed, state = functional.quantize_4bit(flat.contiguous(), blocksize=64, quant_type="nf4")
+    return functional.dequantize_4bit(packed, state).view_as(weight)
+
+
+def _functional() -> Any:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError(
+            "expected bitsandbytes to round with, got none installed: pip install 'mechunlearn[bitsandbytes]', or take "
+            "mechunlearn.weights.rounding, which has the same numbers."
+        ) from error
+    return functional
+
+
+@contextmanager
+def rewritten(model: Model, entries: list[Entries], change: Callable[[Entries], Tensor]) -> Iterator[None]:
+    """Inside, the entries have the values that `change` gives for them; after, the old ones, bit for bit.
+
+    One matrix is changed after the other, so `change` sees its own matrix as it was. ValueError in a model that is
+    being trained.
+    """
+    before: Values = {}
+    with exclusively(model):
+        try:
+            for e in entries:
+                before[e.label] = e.read(e.slot.parameter.detach())
+                e.write(change(e))
+            yield
+        finally:
+            for e in entries:
+                if e.label in before:
+                    e.write(before[e.label])
+
+
+def every_entry(model: Model) -> list[Entries]:
+    """All matrices of attention and MLPs; not embeddings, unembedding, norms and biases."""
+    parts = [f"L{layer}{part}" for layer in range(shape(model).n_layers) for part in ("ATTN", "MLP")]
+    return select(model, ComponentMask.of(parts, shape(model)))
+
+
+def as_linear(entries: Entries) -> Float[Tensor, "out in"]:
+    """A copy of a whole matrix as `nn.Linear` stores it, whatever the model's own layout."""
+    rows = entries.read(entries.slot.parameter.detach()).flatten(0, 1)
+    return rows.T.contiguous() if entries.slot.matrix in ("W_O", "W_out") else rows
+
+
+def from_linear(entries: Entries, weight: Float[Tensor, "out in"]) -> Float[Tensor, "unit width d_model"]:
+    """The inverse of `as_linear`: values that `Entries.write` takes."""
+    rows = weight.T if entries.slot.matrix in ("W_O", "W_out") else weight
+    return rows.unflatten(0, (entries.slot.units, -1))

@@ -3,16 +3,7 @@ from itertools import product
 import pytest
 import torch
 
-from mechunlearn.components import (
-    Component,
-    ModelShape,
-    heads,
-    heads_and_mlps,
-    layers,
-    matrices,
-    mlps,
-    neurons,
-)
+from mechunlearn.components import Component, ModelShape, heads, heads_and_mlps, layers, matrices, mlps, neurons
 from mechunlearn.components.component import ATTENTION_MATRICES, Cover
 
 PLAIN = ModelShape(n_layers=2, n_heads=3, n_kv_heads=3, d_model=12, d_head=4, d_mlp=5, gated=False)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from mechunlearn.components import ComponentMask, ModelShape, heads, heads_and_mlps, layers, matrices, mlps, neurons
-from mechunlearn.localize.random import all_mlps, everything, random, random_like
+from mechunlearn.localize.controls import all_mlps, everything, random, random_like
 from mechunlearn.model import shape
 
 LLAMA_MASKS = [

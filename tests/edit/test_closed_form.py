@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from mechunlearn.edit.closed_form import (
+from mechunlearn.edit.inject.solving import (
     directions,
     eigenvalues_below,
     in_null_space,

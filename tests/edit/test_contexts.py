@@ -6,7 +6,7 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.edit.contexts import essence, generated_prefixes, in_contexts, injected, subject_end, with_subjects
+from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end, with_subjects
 from mechunlearn.model.tokens import encode
 
 PREFIXES = ("w9 w8 w7", "w50")

@@ -7,7 +7,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.edit import LearnedMask, learn_weight_mask
-from mechunlearn.edit.learn_weight_mask import distance_from_one, mask_value
+from mechunlearn.edit.weight_masks import distance_from_one, mask_value
 from mechunlearn.model import preserved, shape
 from mechunlearn.weights import read, select
 

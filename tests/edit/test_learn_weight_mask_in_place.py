@@ -1,6 +1,5 @@
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 import pytest
 import tiny
@@ -8,8 +7,8 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.edit import LearnedMask, learn_weight_mask_in_place
-from mechunlearn.edit.learn_weight_mask_in_place import distance_from_original, magnitude
+from mechunlearn.edit import LearnedMask, learn_weight_mask_in_place, weight_masks
+from mechunlearn.edit.weight_masks import distance_from_original, magnitude
 from mechunlearn.model import preserved, shape, slots
 from mechunlearn.weights import read, select
 
@@ -213,7 +212,7 @@ def test_heads_apart_are_trained_where_they_are(model):
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
 def test_neurons_in_many_places_are_gathered_for_each_step_only(llama, monkeypatch, tmp_path, optimizer):
     """The same bits as weights trained where they are; nothing is in memory between steps; a checkpoint holds them."""
-    module = import_module("mechunlearn.edit.learn_weight_mask_in_place")
+    module = weight_masks
     mask = mu.ComponentMask.of([f"L{layer}N{n}" for layer in (0, 1) for n in range(1, 20, 2)], mu.shape(llama))
     options = {"steps": 4, "batch_size": 4, "text_batch_size": 2, "progress": False, "learning_rate": 0.05}
     learn = partial(learn_weight_mask_in_place, llama, tiny.task(llama), mask, optimizer=optimizer, **options)

@@ -7,7 +7,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.edit import lora
-from mechunlearn.edit.lora import _seed_of
+from mechunlearn.edit.low_rank import _seed_of
 from mechunlearn.model import preserved, shape
 from mechunlearn.weights import read, select, write
 

@@ -10,8 +10,8 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.edit import alpha_edit, eigenvalues_below, key_covariance, memit, smallest_eigenvalues
-from mechunlearn.edit.contexts import in_contexts
-from mechunlearn.edit.target_value import Search, Sought, target_move
+from mechunlearn.edit.inject.facts import in_contexts
+from mechunlearn.edit.inject.targets import Search, Sought, target_move
 from mechunlearn.model import differentiable, slots
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm
 from mechunlearn.weights import read, select

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 
 from mechunlearn.edit import PAPER_PRODUCT, PAPER_STAGES, finetune, paper_settings
-from mechunlearn.edit.presets import PAPER_COEFFICIENTS, PAPER_GROUPS, PAPER_LEARNING_RATES, PAPER_SETTINGS
+from mechunlearn.edit.paper import PAPER_COEFFICIENTS, PAPER_GROUPS, PAPER_LEARNING_RATES, PAPER_SETTINGS
 
 MODELS = ("gemma-7b", "gemma-2-9b", "llama-3-8b")
 TASKS = ("athletes 16", "athletes 64", "sport", "counterfact 16", "counterfact 64", "counterfact 64 sequential")

@@ -11,10 +11,10 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
+from mechunlearn.auditing import Plan, audit, full, quick
+from mechunlearn.auditing.verdict import Audit, elsewhere
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate import Cell, Plan, Report, Result, audit, full, quick
-from mechunlearn.evaluate.audit import Audit
-from mechunlearn.evaluate.audit_control import elsewhere
+from mechunlearn.evaluate import Cell, Report, Result
 
 NAMES = ("a", "b")
 KINDS = {"clean": "clean", "question": "asked", "probe": "latent", "relearning": "attack", "text loss": "damage"}
@@ -42,7 +42,7 @@ def made(*rows: str, **failed: str) -> Audit:
     return Audit(Report(tuple(broken), dict.fromkeys(rows, 7), {}), KINDS)
 
 
-def found(audited: Audit, row: str, test: str) -> mu.evaluate.Finding:
+def found(audited: Audit, row: str, test: str) -> mu.auditing.Finding:
     return next(each for each in audited.findings if (each.row, each.test) == (row, test))
 
 

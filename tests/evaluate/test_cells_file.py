@@ -16,8 +16,8 @@ from travelling import calls, counted, failing, interrupting, noisy, nudged, pro
 
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Result, compare
-from mechunlearn.evaluate.cells_file import CellsFile, decoded, encoded, key_of
-from mechunlearn.evaluate.identity import digest
+from mechunlearn.evaluate.grid.file import CellsFile, decoded, encoded, key_of
+from mechunlearn.identity import digest
 
 run = partial(compare, progress=False)
 

@@ -23,7 +23,7 @@ from travelling import (
 )
 
 from mechunlearn.evaluate import compare
-from mechunlearn.evaluate.workers import OtherModelError
+from mechunlearn.evaluate.grid.workers import OtherModelError
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@ import tiny
 import torch
 
 from mechunlearn.evaluate import continuations, extraction_strength
-from mechunlearn.evaluate.extraction_strength import _strength
+from mechunlearn.evaluate.generation import _strength
 from mechunlearn.tasks import Format, build
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 

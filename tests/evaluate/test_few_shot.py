@@ -9,15 +9,15 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.evaluate import halves
-from mechunlearn.evaluate.demonstrations import (
+from mechunlearn.evaluate.attacks.few_shot import (
     Demonstration,
     demonstrations_for,
     demonstrations_of,
     drawn,
+    few_shot,
     shown_before,
 )
-from mechunlearn.evaluate.few_shot import few_shot
-from mechunlearn.model.continuation import continuation
+from mechunlearn.model.tokens import continuation
 
 GOLF = "Fact: Tiger Woods plays the sport of golf\n"
 

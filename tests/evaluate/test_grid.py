@@ -12,9 +12,9 @@ from travelling import calls, counted, distance, failing, interrupting, noisy, n
 
 import mechunlearn as mu
 from mechunlearn.evaluate import Result, compare
-from mechunlearn.evaluate.pooled import pooled
+from mechunlearn.evaluate.results import pooled
 from mechunlearn.model import slots
-from mechunlearn.model.snapshot import Snapshot
+from mechunlearn.model.guard import Snapshot
 
 run = partial(compare, progress=False)
 
@@ -277,7 +277,7 @@ def test_the_provenance_is_json_and_says_what_was_done(llama, task):
     found = json.loads(json.dumps(report.provenance))
     assert found["model"] == mu.fingerprint(llama)
     assert found["seeds"] == [0, 1]
-    assert found["metrics"]["forget"] == "mechunlearn.evaluate.in_task.in_format(name=question, side=forget)"
+    assert found["metrics"]["forget"] == "mechunlearn.evaluate.asking.in_format(name=question, side=forget)"
     assert found["rows"]["e"]["components"] == [["L1MLP"]] * 2
     assert [made["seed"] for made in found["rows"]["e"]["provenance"]] == [0, 1]
     assert found["rows"]["twin"]["control"] == mu.fingerprint(tiny.bridge("llama", seed=5))

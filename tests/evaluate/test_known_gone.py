@@ -8,7 +8,8 @@ import pytest
 from hidden import late_neuron, unembedding_turned
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Audit, Finding, Plan, Result, audit, quick
+from mechunlearn.auditing import Audit, Finding, Plan, audit, quick
+from mechunlearn.evaluate import Result
 from mechunlearn.tasks import Format
 
 pytestmark = pytest.mark.once

@@ -10,11 +10,11 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate import latent
-from mechunlearn.evaluate.binary_probes import binary_probes
-from mechunlearn.evaluate.multinomial_probe import multinomial_probe
-from mechunlearn.reading import answer, guesses
+from mechunlearn.evaluate import probes
+from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
+from mechunlearn.probing import guesses
 from mechunlearn.tasks import Format, Task, joined
+from mechunlearn.tasks.positions import answer
 
 CLASSES = (10, 11, 12)
 BOTH = pytest.mark.parametrize("probe", [multinomial_probe, binary_probes])
@@ -54,7 +54,7 @@ def true_answers(prompts):
 
 @BOTH
 def test_a_class_that_one_layer_tells_is_found_there_and_nowhere_else(monkeypatch, llama, probe):
-    monkeypatch.setattr(latent, "states_at", fabricated(true_answers))
+    monkeypatch.setattr(probes, "states_at", fabricated(true_answers))
     result = probe(llama, toy(llama), splits=2)
     assert result.value == 1
     assert result.curve.points == ("0", "1", "2", "3")
@@ -76,7 +76,7 @@ def test_forgotten_facts_whose_states_tell_nothing_are_not_found(monkeypatch, ll
         labels = prompts.answers[:, 0].tolist()
         return [0 if name in tested else label for name, label in zip(prompts.names, labels, strict=True)]
 
-    monkeypatch.setattr(latent, "states_at", fabricated(told))
+    monkeypatch.setattr(probes, "states_at", fabricated(told))
     result = probe(llama, task, splits=1)
     assert float(result.curve.mean[2]) < 0.6
     assert probe(llama, task, side="retain", splits=1).value == 1
@@ -91,7 +91,7 @@ def test_the_injected_answer_can_be_what_is_found(monkeypatch, llama):
     def told(prompts):
         return [injected.get(name, label) for name, label in zip(prompts.names, true_answers(prompts), strict=True)]
 
-    monkeypatch.setattr(latent, "states_at", fabricated(told))
+    monkeypatch.setattr(probes, "states_at", fabricated(told))
     assert multinomial_probe(llama, task, injected=True, splits=1).value == 1
     assert multinomial_probe(llama, task, splits=1).curve.mean[2] == 0
 

@@ -9,14 +9,7 @@ from hushed import hushed
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.lens_extraction import (
-    _interleaved,
-    _places,
-    by_both_ends,
-    by_change,
-    by_probability,
-    lens_extraction,
-)
+from mechunlearn.evaluate.lens import _interleaved, _places, by_both_ends, by_change, by_probability, lens_extraction
 
 RANKINGS = pytest.mark.parametrize("rankings", [by_probability, by_both_ends, by_change])
 

@@ -165,7 +165,7 @@ def test_tasks_that_are_unknown_or_not_on_this_machine_say_so(llama, monkeypatch
     import lm_eval.tasks as harness
 
     index = harness.TaskManager(include_path=Path(harness.__file__).parent / "mmlu", include_defaults=False)
-    monkeypatch.setattr("mechunlearn.evaluate.lm_eval_tasks._tasks", lambda named: index)
+    monkeypatch.setattr("mechunlearn.evaluate.harness._tasks", lambda named: index)
     with pytest.raises(ValueError, match=r"expected a task of lm-eval.* got 'mmlu_anatom'.*mean .*mmlu_anatomy"):
         lm_eval_task(llama, name="mmlu_anatom")
     with pytest.raises(ConnectionError, match="expected the documents of 'mmlu_anatomy' on this machine"):

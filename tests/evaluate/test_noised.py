@@ -9,11 +9,11 @@ from conftest import HAS_HOOKED, shared
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.attacked import Asked
-from mechunlearn.evaluate.noised import noised, with_noise
+from mechunlearn.evaluate.attacks.exam import Asked
+from mechunlearn.evaluate.attacks.weights import noised, with_noise
 from mechunlearn.metrics import candidate_probability
 from mechunlearn.weights import read, select
-from mechunlearn.weights.rewritten import every_entry, rewritten
+from mechunlearn.weights.rounding import every_entry, rewritten
 
 
 def masked(model, *labels):

@@ -10,11 +10,11 @@ from hushed import hushed
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.patching_audit import _left, _patched, patching_audit
+from mechunlearn.evaluate.patching import _left, _patched, patching_audit
 from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import base_run
-from mechunlearn.reading import answers, from_subject, subject_last
 from mechunlearn.tasks import Format
+from mechunlearn.tasks.positions import answers, from_subject, subject_last
 
 
 def itself(model):

@@ -8,11 +8,21 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.quantized import quantized
+from mechunlearn.evaluate.attacks.weights import quantized
 from mechunlearn.weights import read, select
-from mechunlearn.weights.bitsandbytes_rounding import bitsandbytes_int8, bitsandbytes_nf4, roundings_on
-from mechunlearn.weights.rewritten import as_linear, every_entry, from_linear, rewritten
-from mechunlearn.weights.rounding import int4, int8, int8_of_half, nf4
+from mechunlearn.weights.rounding import (
+    as_linear,
+    bitsandbytes_int8,
+    bitsandbytes_nf4,
+    every_entry,
+    from_linear,
+    int4,
+    int8,
+    int8_of_half,
+    nf4,
+    rewritten,
+    roundings_on,
+)
 
 
 def gaussian(*shape, dtype=torch.float32):

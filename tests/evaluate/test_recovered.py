@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechunlearn.evaluate.recovered import left_fraction, recovery
-from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.fractions import left_fraction, recovery
+from mechunlearn.evaluate.results import Result
 
 NAMES = ("a", "b", "c", "d")
 

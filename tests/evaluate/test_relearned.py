@@ -14,12 +14,16 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.evaluate import halves, measure
-from mechunlearn.evaluate.attacked import Asked, made_up, worst_case
-from mechunlearn.evaluate.relearned import relearn
-from mechunlearn.evaluate.relearned_benign import relearn_benign
-from mechunlearn.evaluate.relearned_few import relearn_few
-from mechunlearn.evaluate.relearning import measured_at, some_of, unnamed
-from mechunlearn.evaluate.tuned import _warmed_up
+from mechunlearn.evaluate.attacks.exam import Asked, made_up, worst_case
+from mechunlearn.evaluate.attacks.relearning import (
+    _warmed_up,
+    measured_at,
+    relearn,
+    relearn_benign,
+    relearn_few,
+    some_of,
+    unnamed,
+)
 from mechunlearn.metrics import candidate_probability
 from mechunlearn.tasks import build
 

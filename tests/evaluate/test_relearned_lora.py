@@ -13,8 +13,9 @@ from conftest import HAS_HOOKED, shared
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate import halves, measure, relearned_lora
-from mechunlearn.evaluate.relearned_lora import relearn_halves, relearn_lora, relearn_two_facts
+from mechunlearn.evaluate import halves, measure
+from mechunlearn.evaluate.attacks import relearning_lora
+from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
 from mechunlearn.metrics import candidate_probability
 
 quick = partial(relearn_lora, rank=4, learning_rates=(0.05,), steps=2, batch_size=4, text_batch_size=2)
@@ -111,14 +112,14 @@ def test_two_steps_are_those_of_a_loop_written_out(llama):
 
 def test_no_batch_names_what_is_tested(shipped, monkeypatch):
     task = mu.tasks.sports_facts(shipped, forget=8)
-    seen, compute = [], relearned_lora.exported_logits
+    seen, compute = [], relearning_lora.exported_logits
 
     def recording(copy, tokens, mask, positions):
         if torch.is_grad_enabled():
             seen.extend(shipped.tokenizer.batch_decode(tokens))
         return compute(copy, tokens, mask, positions)
 
-    monkeypatch.setattr(relearned_lora, "exported_logits", recording)
+    monkeypatch.setattr(relearning_lora, "exported_logits", recording)
     found = quick(shipped, task)
     assert not [text for text in seen if any(tested in text for tested in found.names)]
     trained = set(task.forget.names) - set(found.names)
@@ -127,13 +128,13 @@ def test_no_batch_names_what_is_tested(shipped, monkeypatch):
 
 def test_the_papers_protocols(llama, monkeypatch):
     """Rank, steps and points by name; two facts are seen of all."""
-    sizes, compute = [], relearned_lora.relearning_terms
+    sizes, compute = [], relearning_lora.relearning_terms
 
     def recording(model, task, trained, tested, **options):
         sizes.append((len(trained), options["coefficients"]))
         return compute(model, task, trained, tested, **options)
 
-    monkeypatch.setattr(relearned_lora, "relearning_terms", recording)
+    monkeypatch.setattr(relearning_lora, "relearning_terms", recording)
     task = tiny.task(llama)
     halved = relearn_halves(llama, task, rank=4)
     two = relearn_two_facts(llama, task, rank=4)

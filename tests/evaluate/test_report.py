@@ -10,11 +10,10 @@ import torch
 from scipy import stats
 
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.cell import Cell
-from mechunlearn.evaluate.report import Report
-from mechunlearn.evaluate.report_tradeoffs import front, tradeoffs
-from mechunlearn.evaluate.result import Result
-from mechunlearn.evaluate.seed_intervals import interval_over_seeds
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.report import Report
+from mechunlearn.evaluate.report.tradeoffs import front, tradeoffs
+from mechunlearn.evaluate.results import Result, interval_over_seeds
 from mechunlearn.intervals import bootstrap
 
 NAMES = ("a", "b", "c", "d")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mechunlearn.curve import LAYERS, Curve
-from mechunlearn.evaluate.cell import Cell
-from mechunlearn.evaluate.report import Report
-from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.report import Report
+from mechunlearn.evaluate.results import Result
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap
 
-from mechunlearn.evaluate.result import Result
+from mechunlearn.evaluate.results import Result
 
 VALUES = torch.randn(50, generator=torch.Generator().manual_seed(0)).exp()
 

@@ -10,10 +10,9 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.input_vectors import Search, mean_norm, n_bos, with_room, within
-from mechunlearn.evaluate.soft_prompt import soft_prompt
+from mechunlearn.evaluate.attacks.soft_prompt import Search, mean_norm, n_bos, soft_prompt, with_room, within
 from mechunlearn.model import embeddings, preserved, recording
-from mechunlearn.model.residual_changes import with_input_vectors
+from mechunlearn.model.running import with_input_vectors
 from mechunlearn.tasks import Format, Prompts
 from mechunlearn.weights import read, select
 

@@ -91,8 +91,8 @@ def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(examples
 
 def test_work_with_a_failed_test_is_not_finished_and_its_cells_are_kept(examples, tmp_path):
     import torch
-    from reproduction.setup import Setup
-    from reproduction.work import Work, finish
+    from paper.setup import Setup
+    from paper.work import Work, finish
 
     from mechunlearn.evaluate import Cell, Report, Result
 
@@ -112,7 +112,7 @@ def test_work_with_a_failed_test_is_not_finished_and_its_cells_are_kept(examples
 
 def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
     import tiny
-    from reproduction.measures import formats_of
+    from paper.measures import formats_of
 
     task = tiny.task(llama)
     asked = next(iter(task.formats.values()))
@@ -125,10 +125,10 @@ def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
 @pytest.mark.parametrize(("facts", "runs"), [("all", 1), ("some", 2)])
 def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts, runs, examples, shipped, monkeypatch):
     """Bit for bit what one attack for each question gives; a format that lacks facts leaves others to train on."""
-    from reproduction.relearning import Attack, Question, relearned
+    from paper.relearning import Attack, Question, relearned
 
     import mechunlearn as mu
-    from mechunlearn.evaluate import tuned
+    from mechunlearn.evaluate.attacks import relearning
     from mechunlearn.metrics import answer_probability, candidate_probability
 
     task, choice = mu.tasks.sports_facts(shipped, forget=8), "multiple choice"
@@ -142,8 +142,8 @@ def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts
         )
         for q in questions
     ]
-    fitted, fit = [], tuned.fit
-    monkeypatch.setattr(tuned, "fit", lambda *given, **options: fitted.append(1) or fit(*given, **options))
+    fitted, fit = [], relearning.fit
+    monkeypatch.setattr(relearning, "fit", lambda *given, **options: fitted.append(1) or fit(*given, **options))
     attack = Attack(questions, 1e-3, 3, 4, None)
     found = [relearned(shipped, task, attack=attack, format=q.format, seed=1) for q in questions]
     assert len(fitted) == runs
@@ -157,7 +157,7 @@ def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts
 @pytest.mark.parametrize("name", ["shipped", "deeper"])
 def test_the_packages_models_go_by_name_and_are_searched(name, examples, tmp_path, monkeypatch):
     import reproduce_paper
-    from reproduction.setup import load, load_never_knew
+    from paper.setup import load, load_never_knew
 
     import mechunlearn as mu
 
@@ -170,8 +170,8 @@ def test_the_packages_models_go_by_name_and_are_searched(name, examples, tmp_pat
 
 
 def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeypatch):
-    from reproduction.run import check
-    from reproduction.setup import Setup
+    from paper.run import check
+    from paper.setup import Setup
 
     model = str(checkpoint("llama", tmp_path / "model"))
     check(Setup(model=model), tmp_path / "out")
@@ -182,9 +182,9 @@ def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeyp
 def test_localizations_that_chose_the_same_components_share_their_edit(examples, tmp_path, monkeypatch):
     """Where each gets the same search; not where the paper chose a rate for each, and not for random places."""
     import torch
-    from reproduction import places
-    from reproduction.setup import Setup
-    from reproduction.work import Work, finish
+    from paper import places
+    from paper.setup import Setup
+    from paper.work import Work, finish
 
     import mechunlearn as mu
     from mechunlearn.evaluate import Cell, Report, Result
@@ -200,7 +200,7 @@ def test_localizations_that_chose_the_same_components_share_their_edit(examples,
         result = Result(torch.tensor([len(asked) / 4]), "accuracy")
         return Report((Cell(work.localization, "x", 0, result),), {work.localization: 7}, {})
 
-    monkeypatch.setattr("reproduction.work.edited", made)
+    monkeypatch.setattr("paper.work.edited", made)
 
     def value(localization: str, setup: Setup = Setup(), out: Path = tmp_path / "searched") -> float:  # noqa: B008
         work = Work(made, "sport", "erase", localization, 0)
@@ -218,8 +218,8 @@ def test_localizations_that_chose_the_same_components_share_their_edit(examples,
 def test_random_places_are_searched_with_each_seed_and_others_once(examples, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from reproduction import edits
-    from reproduction.setup import Setup
+    from paper import edits
+    from paper.setup import Setup
 
     asked = []
 

@@ -64,7 +64,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_the_verdict_is_counted_from_intervals(examples, folder):
-    from reproduction.page import page
+    from paper.page import page
 
     written = page(folder)
     assert "in all: holds in 1 of 4, reversed in 1" in written
@@ -78,7 +78,7 @@ def test_the_verdict_is_counted_from_intervals(examples, folder):
 
 def test_only_edits_that_cost_alike_are_compared_like_with_like(examples, folder):
     """The random place forgot .04 less and kept all the rest: alike; with .06 it would not be."""
-    from reproduction.summary import compared
+    from paper.summary import compared
 
     about = {"task": "sport", "mode": "erase", "row": "random"}
     costs = ("retain, trained prompt", "retain, multiple choice", "other knowledge")
@@ -96,7 +96,7 @@ def test_only_edits_that_cost_alike_are_compared_like_with_like(examples, folder
 def test_differences_are_of_seeds_that_both_have(examples):
     """Fact lookup with two seeds, another place with the second alone: .9 - .3, not .9 less the mean of both."""
     import torch
-    from reproduction.tables import differences_frame
+    from paper.tables import differences_frame
 
     from mechunlearn.evaluate import Cell, Report, Result
 
@@ -110,7 +110,7 @@ def test_differences_are_of_seeds_that_both_have(examples):
 
 def test_means_over_tasks_are_of_each_localization(examples, folder):
     """0.125 for the sport and 0.375 for another task; what no row was asked has no column."""
-    from reproduction.page import page
+    from paper.page import page
 
     path = folder / "reproduction" / "results.csv"
     lines = path.read_text()
@@ -127,7 +127,7 @@ def test_means_over_tasks_are_of_each_localization(examples, folder):
 
 
 def test_published_numbers_stand_beside_our_own(examples, folder):
-    from reproduction.page import page
+    from paper.page import page
 
     assert "| fact lookup | 0.12 [0.12, 0.12] (0.00)" in page(folder)  # the paper's 0.002
     assert "| original | 1.00 [1.00, 1.00] |" in page(folder)
@@ -136,7 +136,7 @@ def test_published_numbers_stand_beside_our_own(examples, folder):
 def test_relearning_counts_less_what_is_said_of_nobody(examples):
     """By hand: .9 and .5 of the facts, .4 of nobody each."""
     import torch
-    from reproduction.derived import with_derived
+    from paper.derived import with_derived
 
     from mechunlearn.evaluate import Cell, Report, Result
 
@@ -154,7 +154,7 @@ def test_equal_files_give_an_equal_page_without_a_run(examples, folder, monkeypa
     import sys
 
     import write_results
-    from reproduction.page import page
+    from paper.page import page
 
     monkeypatch.setattr(sys, "argv", ["write_results.py", str(folder.with_suffix(".md"))])
     write_results.main()
@@ -185,7 +185,7 @@ def test_a_run_on_the_deeper_model_has_a_section_of_its_own(examples, folder, tm
 
 
 def test_the_page_of_the_documents_is_what_its_files_say(examples):
-    from reproduction.page import page
+    from paper.page import page
 
     written = ROOT / "docs" / "results.md"
     if not written.exists():
@@ -195,7 +195,7 @@ def test_the_page_of_the_documents_is_what_its_files_say(examples):
 
 def test_a_budget_is_filled_in_order_of_score_with_what_still_fits(examples, llama):
     """An MLP has 3 x 32 x 64 = 6,144 weights, an attention layer with two KV heads 3,072."""
-    from reproduction.places import matched
+    from paper.places import matched
 
     import mechunlearn as mu
 
@@ -209,7 +209,7 @@ def test_a_budget_is_filled_in_order_of_score_with_what_still_fits(examples, lla
 
 
 def test_whether_edits_that_keep_more_are_relearned_more_is_a_rank_correlation_for_each_task(examples):
-    from reproduction.page import kept_and_relearned
+    from paper.page import kept_and_relearned
 
     rows = []
     for task, relearned in (("one", [0.1, 0.2, 0.3]), ("two", [0.3, 0.2, 0.1])):

@@ -10,10 +10,10 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import Component
 from mechunlearn.localize import activation_patching, activation_patching_by_position
-from mechunlearn.localize.positions import ROLES, answer, everywhere, roles, subject, subject_last
 from mechunlearn.localize.replacement import gaussian, mean_over, resample, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import preserved, recording, shape, site
+from mechunlearn.tasks.positions import ROLES, answer, everywhere, roles, subject, subject_last
 
 KINDS = ("L1H2", "L1H2.W_Q", "L0H3.W_K", "L2H0.W_V", "L2H1.W_O", "L2H3.W_Q", "L1ATTN", "L2ATTN", "L0MLP", "L2MLP")
 NEURONS = ("L1MLP.W_in", "L2MLP.W_out", "L1N7", "L2N5")

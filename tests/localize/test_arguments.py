@@ -12,9 +12,9 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import ComponentMask, EdgeMask
 from mechunlearn.localize import activation_patching, causal_tracing, faithfulness, logit_lens
-from mechunlearn.localize.positions import subject_last
 from mechunlearn.localize.replacement import mean_over, zero
 from mechunlearn.model import shape
+from mechunlearn.tasks.positions import subject_last
 
 METHODS = {
     name: function

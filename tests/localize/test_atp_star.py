@@ -12,7 +12,7 @@ from state import left_as_it_was
 
 from mechunlearn.components import Component, heads, matrices
 from mechunlearn.localize import atp_star, attribution_patching, integrated_gradients_of_activations, mean_absolute
-from mechunlearn.localize.atp_star import _key_effects
+from mechunlearn.localize.atp import _key_effects
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model import preserved, recording, shape, site, slots
 

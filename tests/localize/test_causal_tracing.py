@@ -8,9 +8,9 @@ import torch
 from state import left_as_it_was
 
 from mechunlearn.localize import CausalTrace, causal_tracing
-from mechunlearn.localize.positions import ROLES, roles, subject
 from mechunlearn.metrics import answer_log_probability, answer_probability
 from mechunlearn.model import embeddings, preserved, recording
+from mechunlearn.tasks.positions import ROLES, roles, subject
 
 WINDOW, DRAWS, NOISE = 3, 2, 1.5
 

@@ -13,7 +13,7 @@ from mechunlearn.components import EdgeMask, EdgeScores, edges
 from mechunlearn.components.edge import edge_mask
 from mechunlearn.localize import load_mib, save_mib
 from mechunlearn.model import shape
-from mechunlearn.model.edge_checks import is_parallel
+from mechunlearn.model.edges import is_parallel
 
 
 def scores_of(model, seed=0):

@@ -8,12 +8,12 @@ import torch
 from one_edge import change_of, slope, some_edges
 from state import left_as_it_was
 
-import mechunlearn.localize.edge_gradients as shared
+import mechunlearn.localize.edge_attribution as shared
 from mechunlearn.components import Edge, EdgeMask, edges, layers, sources
 from mechunlearn.localize import attribution_patching, edge_attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape
-from mechunlearn.model.edge_checks import is_parallel
+from mechunlearn.model.edges import is_parallel
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])

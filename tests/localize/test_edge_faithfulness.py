@@ -23,11 +23,11 @@ from mechunlearn.components import (
     sources,
 )
 from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
-from mechunlearn.localize.circuit_curves import Faithfulness
+from mechunlearn.localize.circuits.curves import Faithfulness
 from mechunlearn.localize.replacement import mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots
-from mechunlearn.model.edge_checks import edges_of, is_parallel
+from mechunlearn.model.edges import edges_of, is_parallel
 
 
 def everything(model):

@@ -12,11 +12,10 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import Component, Edge, destinations, sources
 from mechunlearn.localize import edge_patching
-from mechunlearn.localize.edge_attribution_patching import edge_attribution_patching
+from mechunlearn.localize.edge_attribution import edge_attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import preserved, recording, shape, slots
-from mechunlearn.model.edge_checks import edges_of
-from mechunlearn.model.readers import mlp_norm
+from mechunlearn.model.edges import edges_of, mlp_norm
 
 
 def reads(model, layer, part):
@@ -122,8 +121,8 @@ def test_every_sources_edges_to_the_logits_of_a_post_norm_model_sum_to_the_whole
     """What heads add in Gemma 2 sums to what their layer adds: patched jointly, here in the final norm's input."""
     model = tiny.bridge("gemma2")
     prompts = tiny.prompts(model, n=2)
-    from mechunlearn.localize.edge_gradients import written as sources_of
-    from mechunlearn.model.residual_sources import contributions
+    from mechunlearn.localize.edge_attribution import written as sources_of
+    from mechunlearn.model.edges import contributions
 
     with preserved(model), torch.no_grad():
         mine, its = sources_of(model, prompts), sources_of(model, prompts.corrupted())

@@ -19,11 +19,11 @@ from mechunlearn.localize import (
     path_patching,
     probes,
 )
-from mechunlearn.localize.paper_layers import PAPER_LAYERS, PAPER_SHAPES
-from mechunlearn.localize.positions import subject_last
-from mechunlearn.localize.thresholds import read_off
+from mechunlearn.localize.readings.fact_lookup import PAPER_LAYERS, PAPER_SHAPES
+from mechunlearn.localize.readings.thresholds import read_off
 from mechunlearn.metrics import logit_difference
-from mechunlearn.model.ablation import constant, mean_activations
+from mechunlearn.model.running import constant, mean_activations
+from mechunlearn.tasks.positions import subject_last
 
 SMALL = {"seeds": 1, "folds": 3}
 
@@ -259,7 +259,9 @@ def test_the_papers_layers_have_the_papers_parameter_counts(monkeypatch):
         ("llama-3-8b", "counterfact 0:64"): 704_643_072,
     }
     for (name, task), weights in budgets.items():
-        monkeypatch.setattr("mechunlearn.localize.paper_layers.shape", lambda model, name=name: PAPER_SHAPES[name])
+        monkeypatch.setattr(
+            "mechunlearn.localize.readings.fact_lookup.shape", lambda model, name=name: PAPER_SHAPES[name]
+        )
         mask = paper_fact_lookup(None, name, task=task)
         assert mask.n_parameters == weights
         assert "arxiv.org/abs/2410.12949" in mask.provenance["source"]

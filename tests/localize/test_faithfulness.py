@@ -12,8 +12,8 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import Component, ComponentMask, ComponentScores, heads, heads_and_mlps, layers
 from mechunlearn.localize import attribution_patching, faithfulness
-from mechunlearn.localize.circuit_curves import Faithfulness
-from mechunlearn.localize.faithfulness import MIB_SIZES, n_weights
+from mechunlearn.localize.circuits.curves import Faithfulness
+from mechunlearn.localize.circuits.faithfulness import MIB_SIZES, n_weights
 from mechunlearn.localize.replacement import gaussian, mean_over, resample, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots

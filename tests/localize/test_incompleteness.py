@@ -15,7 +15,7 @@ from mechunlearn.localize import Incompleteness, attribution_patching, edge_fait
 from mechunlearn.localize.replacement import mean_over, resample, zero
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model import shape, slots
-from mechunlearn.model.edge_checks import edges_of
+from mechunlearn.model.edges import edges_of
 
 CIRCUIT = ["L0H1", "L0MLP", "L1H2", "L1MLP", "L2H0", "L2MLP"]
 

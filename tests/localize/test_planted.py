@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache, partial
 
-import planted
+import planted_circuit
 import pytest
 import torch
 
@@ -29,18 +29,18 @@ SATURATED = {"sharpness": 30.0, "anchor": 5.0, "kinds": (1, 3)}
 READERS = [f"L{layer}H{head}.{matrix}" for layer in (1, 2, 3) for head in range(4) for matrix in ("W_Q", "W_K", "W_V")]
 """Where attention reads what lower layers wrote."""
 
-induction, decoyed = cache(planted.induction), cache(planted.decoyed)
+induction, decoyed = cache(planted_circuit.induction), cache(planted_circuit.decoyed)
 
 
 @cache
-def saturated() -> planted.Planted:
-    return planted.induction(**SATURATED)
+def saturated() -> planted_circuit.Planted:
+    return planted_circuit.induction(**SATURATED)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "make",
-    [planted.induction, partial(planted.induction, **SATURATED), planted.decoyed],
+    [planted_circuit.induction, partial(planted_circuit.induction, **SATURATED), planted_circuit.decoyed],
     ids=["soft", "saturated", "decoyed"],
 )
 def test_the_planted_model_does_the_task(seed, make):
@@ -65,7 +65,7 @@ def test_the_planted_model_does_the_task(seed, make):
 )
 def test_the_planted_edges_rank_first(seed: int, method: Callable[..., EdgeScores], least: float):
     made = induction(seed=seed)
-    value = planted.auroc(method(made.model, made.prompts), made.edges)
+    value = planted_circuit.auroc(method(made.model, made.prompts), made.edges)
     print(f"\nAUROC of {len(made.edges)} planted edges: {value:.4f}")
     assert value >= least
 
@@ -78,7 +78,7 @@ def test_integrated_gradients_select_exactly_the_planted_edges():
 def test_exact_edge_patching_ranks_every_planted_edge_before_all_others():
     made = induction(seed=0)
     scores = edge_patching(made.model, made.prompts)
-    assert planted.auroc(scores, made.edges) == 1.0
+    assert planted_circuit.auroc(scores, made.edges) == 1.0
     assert scores.top(k=len(made.edges)).edges == made.edges
 
 
@@ -87,14 +87,14 @@ def test_a_random_ranking_does_not_find_them():
     scores = edge_attribution_patching(made.model, made.prompts)
     order = torch.randn(len(scores), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = EdgeScores.of(dict(zip(scores, order, strict=True)), scores.shape)
-    assert 0.2 < planted.auroc(shuffled, made.edges) < 0.8
+    assert 0.2 < planted_circuit.auroc(shuffled, made.edges) < 0.8
 
 
 QUERY_AND_KEY = ("L2H3.W_Q", "L2H3.W_K")
 """What saturates: the induction head's query (matters when the last token changes) and key (when others do)."""
 
 
-def share_of_exact(method: Callable[..., ComponentScores], made: planted.Planted) -> list[float]:
+def share_of_exact(method: Callable[..., ComponentScores], made: planted_circuit.Planted) -> list[float]:
     """The method's score over the exact effect, for query and key."""
     scores = method(made.model, made.prompts, components=matrices)
     exact = activation_patching(made.model, made.prompts, components=matrices)
@@ -108,7 +108,7 @@ def test_a_saturated_softmax_hides_queries_and_keys_from_plain_attribution():
 
 
 def test_without_saturation_plain_attribution_sees_them():
-    soft = planted.induction(anchor=5.0, kinds=(1, 3))
+    soft = planted_circuit.induction(anchor=5.0, kinds=(1, 3))
     assert all(share > 0.5 for share in share_of_exact(attribution_patching, soft))
 
 
@@ -130,13 +130,15 @@ def test_of_the_edge_methods_only_integrated_gradients_select_the_circuit_behind
     made = saturated()
     scores = method(made.model, made.prompts)
     missed = made.edges - scores.top(k=len(made.edges)).edges
-    print(f"\n{scores.method}: AUROC {planted.auroc(scores, made.edges):.4f}, missed {sorted(map(str, missed))}")
+    print(
+        f"\n{scores.method}: AUROC {planted_circuit.auroc(scores, made.edges):.4f}, missed {sorted(map(str, missed))}"
+    )
     assert (not missed) == found
 
 
 def test_a_saturated_norm_hides_the_head_from_plain_attribution_but_not_from_relp():
     """Without the anchor the answer itself makes up most of what the late norms see: more of it changes little."""
-    made = planted.induction(kinds=(2,), sharpness=30.0)
+    made = planted_circuit.induction(kinds=(2,), sharpness=30.0)
     exact = activation_patching(made.model, made.prompts)["L2H3"]
     methods = (attribution_patching, atp_star, relp, integrated_gradients)
     shares = {m.__name__: abs(m(made.model, made.prompts)["L2H3"] / exact) for m in methods}
@@ -148,7 +150,7 @@ def test_a_saturated_norm_hides_the_head_from_plain_attribution_but_not_from_rel
 
 def test_relp_holds_attention_patterns_so_that_a_head_that_moves_them_is_invisible():
     """L0H1 matters through L2H3's keys alone: RelP's known blind spot, saturated or not."""
-    made = planted.induction(anchor=5.0, kinds=(1,))
+    made = planted_circuit.induction(anchor=5.0, kinds=(1,))
     exact = activation_patching(made.model, made.prompts)["L0H1"]
     assert abs(relp(made.model, made.prompts)["L0H1"] / exact) < 0.05
     assert attribution_patching(made.model, made.prompts)["L0H1"] / exact > 0.5
@@ -156,10 +158,10 @@ def test_relp_holds_attention_patterns_so_that_a_head_that_moves_them_is_invisib
 
 def of_true_and_decoys(method, made, ends, direction="noising") -> tuple[float, ComponentScores]:
     """The AUROC of the circuit's components against the decoys: queries, keys and values, or heads and MLPs."""
-    options = {"components": READERS} if ends is planted.readers else {}
+    options = {"components": READERS} if ends is planted_circuit.readers else {}
     scores = method(made.model, made.prompts, direction=direction, **options)
     true, decoys = ends(made.edges), ends(made.decoys)
-    value = planted.decoy_auroc(scores, true, decoys)
+    value = planted_circuit.decoy_auroc(scores, true, decoys)
     print(f"\n{scores.method}: AUROC {value:.2f}", {label: round(scores[label], 2) for label in [*true, *decoys]})
     return value, scores
 
@@ -168,15 +170,15 @@ def of_true_and_decoys(method, made, ends, direction="noising") -> tuple[float, 
 def test_a_softmax_that_cannot_exceed_one_makes_plain_attribution_rank_decoys_first(seed, direction):
     """Each of the four decoyed queries and keys before all of the values that matter, and several times too high."""
     made = decoyed(seed=seed)
-    value, scores = of_true_and_decoys(attribution_patching, made, planted.readers, direction)
+    value, scores = of_true_and_decoys(attribution_patching, made, planted_circuit.readers, direction)
     exact = activation_patching(made.model, made.prompts, direction=direction, components=READERS)
     assert value == 0.0
-    assert all(scores[decoy] / exact[decoy] > 5 for decoy in planted.readers(made.decoys))
-    assert of_true_and_decoys(attribution_patching, made, planted.writers, direction)[0] < 0.3
+    assert all(scores[decoy] / exact[decoy] > 5 for decoy in planted_circuit.readers(made.decoys))
+    assert of_true_and_decoys(attribution_patching, made, planted_circuit.writers, direction)[0] < 0.3
 
 
 def test_integrated_gradients_over_activations_do_at_queries_and_keys():
-    assert of_true_and_decoys(integrated_gradients_of_activations, decoyed(seed=0), planted.readers)[0] == 1.0
+    assert of_true_and_decoys(integrated_gradients_of_activations, decoyed(seed=0), planted_circuit.readers)[0] == 1.0
 
 
 ATP_STAR = partial(atp_star, grad_drop=False)
@@ -187,14 +189,14 @@ IG_10 = partial(integrated_gradients, steps=10)
 @pytest.mark.parametrize(
     ("method", "ends"),
     [
-        (activation_patching, planted.readers),
-        (ATP_STAR, planted.readers),
-        (integrated_gradients, planted.readers),
-        (IG_10, planted.readers),
-        (activation_patching, planted.writers),
-        (relp, planted.writers),
-        (integrated_gradients, planted.writers),
-        (IG_10, planted.writers),
+        (activation_patching, planted_circuit.readers),
+        (ATP_STAR, planted_circuit.readers),
+        (integrated_gradients, planted_circuit.readers),
+        (IG_10, planted_circuit.readers),
+        (activation_patching, planted_circuit.writers),
+        (relp, planted_circuit.writers),
+        (integrated_gradients, planted_circuit.writers),
+        (IG_10, planted_circuit.writers),
     ],
 )
 def test_atp_star_relp_and_integrated_gradients_rank_what_matters_first(seed, direction, method, ends):
@@ -213,7 +215,7 @@ def test_how_much_of_a_decoys_effect_they_give_it(method, low, high):
     made = decoyed(seed=0)
     options = {"components": READERS}
     scores, exact = (f(made.model, made.prompts, **options) for f in (method, activation_patching))
-    shares = [scores[decoy] / exact[decoy] for decoy in planted.readers(made.decoys)]
+    shares = [scores[decoy] / exact[decoy] for decoy in planted_circuit.readers(made.decoys)]
     print(f"\n{scores.method}, score over exact effect of decoys:", [f"{share:.2f}" for share in shares])
     assert all(low < share < high for share in shares)
 
@@ -221,7 +223,7 @@ def test_how_much_of_a_decoys_effect_they_give_it(method, low, high):
 def test_relp_gives_heads_that_push_decoys_nothing():
     made = decoyed(seed=0)
     scores, exact, plain = (f(made.model, made.prompts) for f in (relp, activation_patching, attribution_patching))
-    for decoy in planted.writers(made.decoys):
+    for decoy in planted_circuit.writers(made.decoys):
         assert abs(scores[decoy]) < 0.1 * abs(exact[decoy])
         assert abs(plain[decoy]) > 5 * abs(exact[decoy])
 
@@ -229,7 +231,7 @@ def test_relp_gives_heads_that_push_decoys_nothing():
 @pytest.mark.parametrize("method", [ATP_STAR, atp_star], ids=["without GradDrop", "with GradDrop"])
 def test_the_qk_fix_does_not_reach_the_heads_that_push_queries_and_keys(method):
     """It corrects the patch of a query or a key; that of a head's output goes through the linear softmax."""
-    assert of_true_and_decoys(method, decoyed(seed=0), planted.writers)[0] < 0.3
+    assert of_true_and_decoys(method, decoyed(seed=0), planted_circuit.writers)[0] < 0.3
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,6 @@ def test_of_the_edge_methods_only_integrated_gradients_leave_the_decoys_out(meth
 
 def test_without_the_push_there_is_nothing_to_mislead_plain_attribution():
     """The control: the same model, in which the token does not change the scores."""
-    made = planted.decoyed(push=0.0)
-    assert of_true_and_decoys(attribution_patching, made, planted.readers)[0] == 1.0
-    assert of_true_and_decoys(attribution_patching, made, planted.writers)[0] == 1.0
+    made = planted_circuit.decoyed(push=0.0)
+    assert of_true_and_decoys(attribution_patching, made, planted_circuit.readers)[0] == 1.0
+    assert of_true_and_decoys(attribution_patching, made, planted_circuit.writers)[0] == 1.0

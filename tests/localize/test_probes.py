@@ -8,12 +8,12 @@ import torch
 from state import left_as_it_was
 
 from mechunlearn.localize import probes
-from mechunlearn.localize.positions import answer, everywhere, subject_last
-from mechunlearn.localize.probes import _folds
+from mechunlearn.localize.readings.probes import _folds
 from mechunlearn.model import logits_at, recording
-from mechunlearn.model.ablation import constant, mean_activations
-from mechunlearn.reading import states_at
+from mechunlearn.model.running import constant, mean_activations
+from mechunlearn.probing import states_at
 from mechunlearn.tasks import joined
+from mechunlearn.tasks.positions import answer, everywhere, subject_last
 
 
 def planted(model, prompts, point, at=subject_last):

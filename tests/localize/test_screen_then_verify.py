@@ -20,7 +20,7 @@ from mechunlearn.localize import (
     relp,
     screen_then_verify,
 )
-from mechunlearn.localize.verified import Verified
+from mechunlearn.localize.screening import Verified
 from mechunlearn.metrics import answer_probability
 from mechunlearn.model import shape
 

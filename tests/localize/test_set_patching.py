@@ -11,10 +11,10 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import ComponentMask, neurons
 from mechunlearn.localize import SetEffects, activation_patching, faithfulness, set_patching
-from mechunlearn.localize.positions import answer, subject_last
 from mechunlearn.localize.replacement import gaussian, mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape
+from mechunlearn.tasks.positions import answer, subject_last
 
 SETS = {
     "heads of two layers": ["L1H2", "L1H0", "L2H1", "L0H3"],

@@ -11,13 +11,10 @@ from torch import nn
 
 from mechunlearn.components import sources
 from mechunlearn.metrics import logit_difference
-from mechunlearn.model import differentiable, recording, shape
-from mechunlearn.model import edge_checks as checks
-from mechunlearn.model.edge_checks import edges_of, is_parallel
-from mechunlearn.model.input_gradients import InputGradients
+from mechunlearn.model import differentiable, edges, recording, shape
+from mechunlearn.model.edge_runs import InputGradients
+from mechunlearn.model.edges import contributions, edges_of, head_readers, is_parallel, reading, writing
 from mechunlearn.model.norms import norm_of
-from mechunlearn.model.readers import head_readers, reading
-from mechunlearn.model.residual_sources import contributions, writing
 
 
 @torch.no_grad()
@@ -136,11 +133,11 @@ def test_a_module_that_is_no_norm_is_refused():
 
 @contextmanager
 def unchecked_model(model):
-    checks._checked.discard(model)
+    edges._checked.discard(model)
     try:
         yield
     finally:
-        checks._checked.discard(model)
+        edges._checked.discard(model)
 
 
 def test_the_check_of_sums_leaves_the_model_as_it_was(model):

@@ -7,7 +7,7 @@ from conftest import HAS_HOOKED, shared
 from state import left_as_it_was
 
 from mechunlearn.model import logits_at
-from mechunlearn.model.exported import exported, exported_logits
+from mechunlearn.model.huggingface import exported, exported_logits
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mechunlearn as mu
-from mechunlearn.tasks import athletes, download, facts
+from mechunlearn.tasks import athletes, facts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "sports_facts.csv"
 SPORTS = ("football", "baseball", "basketball")
@@ -53,26 +53,26 @@ def digest(path: Path) -> str:
 
 def test_a_verified_file_is_downloaded_once(file: Path, tmp_path: Path) -> None:
     sha256, content = digest(file), file.read_bytes()
-    assert download.content_of(file.as_uri(), sha256) == content
+    assert athletes.content_of(file.as_uri(), sha256) == content
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name == f"{sha256[:16]}-sports.csv"
     file.unlink()
-    assert download.content_of(file.as_uri(), sha256) == content
+    assert athletes.content_of(file.as_uri(), sha256) == content
     kept.write_bytes(content[:-3])  # cut short: not taken for the file
     with pytest.raises(ConnectionError, match=r"expected a file at file:.*sports\.csv, got none .* pass its path"):
-        download.content_of(file.as_uri(), sha256)
+        athletes.content_of(file.as_uri(), sha256)
 
 
 def test_another_file_than_expected_is_refused_with_both_digests_and_not_kept(file: Path, tmp_path: Path) -> None:
     for source in (file.as_uri(), file, str(file)):
         with pytest.raises(ValueError, match=rf"expected a file with SHA-256 {'0' * 64}, got {digest(file)} .*source="):
-            download.content_of(source, "0" * 64)
+            athletes.content_of(source, "0" * 64)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_digest_may_be_in_capitals_but_needs_a_source(file: Path, shipped: Any) -> None:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert download.content_of(file, digest.upper()) == file.read_bytes()
+    assert athletes.content_of(file, digest.upper()) == file.read_bytes()
     with pytest.raises(ValueError, match="expected a source with its SHA-256, got no source"):
         mu.tasks.sports_facts(shipped, sha256=digest)
 
@@ -84,12 +84,12 @@ def test_a_row_without_a_name_is_refused(shipped: Any) -> None:
 
 
 def test_a_file_of_unknown_digest_is_read_anew(file: Path, tmp_path: Path) -> None:
-    download.content_of(file.as_uri())
+    athletes.content_of(file.as_uri())
     file.write_text("other")
-    assert download.content_of(file.as_uri()) == b"other"
+    assert athletes.content_of(file.as_uri()) == b"other"
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match=r"got 'none\.csv', which is no file: check the path"):
-        download.content_of("none.csv")
+        athletes.content_of("none.csv")
 
 
 def test_the_cache_is_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

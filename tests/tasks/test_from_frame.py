@@ -7,7 +7,7 @@ import torch
 import mechunlearn as mu
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.templates import filled
+from mechunlearn.tasks.questions import filled
 
 FRAME = pd.DataFrame(
     {

@@ -442,7 +442,7 @@ def test_an_athlete_with_two_sports_is_refused() -> None:
 
 
 def test_subjects_of_general_knowledge_are_those_of_the_question() -> None:
-    prompts = general_knowledge(model(), n=len(facts.general_knowledge()))
+    prompts = general_knowledge(model(), n=len(facts.knowledge_rows()))
     assert prompts.subject is not None
     newline = model().tokenizer.encode("\n", add_special_tokens=False)[0]
     for row, at, name in zip(prompts.tokens, prompts.subject, prompts.names, strict=True):
@@ -453,7 +453,7 @@ def test_general_knowledge_has_the_letter_of_the_true_option() -> None:
     prompts = whole().knowledge
     assert prompts is not None
     assert len(prompts) == 200
-    known = {(row["subject"], row["answer"]) for row in facts.general_knowledge()}
+    known = {(row["subject"], row["answer"]) for row in facts.knowledge_rows()}
     for name, text, letter in zip(prompts.names, prompts.texts, decoded(prompts.answers[:, 0]), strict=True):
         options = dict(line.split(": ", 1) for line in text.split("\n")[1:5])
         assert (name, options.pop(letter.strip())) in known

@@ -11,7 +11,7 @@ from transformers import GemmaTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, LlamaT
 import mechunlearn as mu
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import build, formats, with_random_subjects
-from mechunlearn.tasks.other_subjects import partners_of
+from mechunlearn.tasks.sports import partners_of
 
 SENTENCES = (
     "Magic Johnson plays the sport of basketball . Zoë Ann Smith plays golf and tennis in São Paulo",

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from testbed import batches, corpus, deeper, deeper_route, llama, measure, mechanism
+from testbed.deeper_route import FIRST, LAST, OPTION_LAYER, SUBJECT_LAYER, UPPER, Route
 
 import mechunlearn as mu
-from mechunlearn.testbed import batches, corpus, deeper, deeper_route, llama, measure, mechanism
-from mechunlearn.testbed.deeper_route import FIRST, LAST, OPTION_LAYER, SUBJECT_LAYER, UPPER, Route
-from mechunlearn.testbed.shipped import DEEPER_WEIGHTS, load_huggingface
+from mechunlearn.testbed.loading import DEEPER_WEIGHTS, load_huggingface
 
 pytestmark = pytest.mark.once
 

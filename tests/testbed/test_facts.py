@@ -35,7 +35,7 @@ def test_sports_agree_with_the_authors_table_where_both_have_an_athlete():
 
 
 def test_there_are_hundreds_of_general_facts_each_once_with_answers_to_choose_from():
-    rows = facts.general_knowledge()
+    rows = facts.knowledge_rows()
     keys = [(row["relation"], row["subject"]) for row in rows]
     assert len(set(keys)) == len(keys) >= 600
     answers = {name: {row["answer"] for row in rows if row["relation"] == name} for name in facts.relations()}

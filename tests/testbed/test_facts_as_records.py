@@ -10,7 +10,7 @@ import mechunlearn as mu
 from mechunlearn.tasks import facts
 
 RECORDS, QUESTIONS = mu.testbed.counterfact()
-ROWS = facts.general_knowledge()
+ROWS = facts.knowledge_rows()
 TRUE = {(row["relation"], row["subject"]): row["answer"] for row in ROWS}
 TEXT = torch.ones(5, 8, dtype=torch.long)
 

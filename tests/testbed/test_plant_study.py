@@ -22,7 +22,7 @@ def examples(monkeypatch):
 
 def cell(kind: str, seed: int, shift: float = 0.0) -> dict:
     """A finished planting, written by hand: attribution patching is nearer to the truth than the random place."""
-    from planting.robustness import tests
+    from planted.robustness import tests
 
     places = {"truth": 1.0, "attribution patching": 0.8, "random place": 0.5}
     rows = [
@@ -48,7 +48,7 @@ def cell(kind: str, seed: int, shift: float = 0.0) -> dict:
 
 @pytest.mark.parametrize("kind", ["single layer", "several layers", "MLPs", "attention", "scattered"])
 def test_seeds_of_a_kind_have_different_places_and_the_same_again(kind):
-    from planting.places import drawn
+    from planted.places import drawn
 
     found = [drawn(kind, SHAPE, seed) for seed in range(5)]
     assert len(set(found)) == 5
@@ -57,7 +57,7 @@ def test_seeds_of_a_kind_have_different_places_and_the_same_again(kind):
 
 
 def test_more_seeds_than_places_are_refused():
-    from planting.places import drawn
+    from planted.places import drawn
 
     with pytest.raises(ValueError, match="expected a seed below 7, as many places as 'single layer' has, got 7"):
         drawn("single layer", SHAPE, 7)
@@ -65,8 +65,8 @@ def test_more_seeds_than_places_are_refused():
 
 @pytest.mark.parametrize("kind", ["attention", "scattered"])
 def test_the_random_place_is_as_large_as_the_truth_and_nowhere_in_it(kind):
-    from planting.cell import elsewhere
-    from planting.places import drawn
+    from planted.cell import elsewhere
+    from planted.places import drawn
 
     model = mu.testbed.load()
     truth = drawn(kind, mu.shape(model), 0)
@@ -76,7 +76,7 @@ def test_the_random_place_is_as_large_as_the_truth_and_nowhere_in_it(kind):
 
 
 def test_a_finished_planting_is_not_computed_again(tmp_path, monkeypatch):
-    from planting import cell as work
+    from planted import cell as work
 
     calls = []
     monkeypatch.setattr(work, "computed", lambda folder, kind, seed: calls.append(kind) or {"kind": kind, "seed": seed})
@@ -87,7 +87,7 @@ def test_a_finished_planting_is_not_computed_again(tmp_path, monkeypatch):
 
 
 def test_work_that_was_killed_leaves_nothing_that_counts_as_finished(tmp_path, monkeypatch):
-    from planting import cell as work
+    from planted import cell as work
 
     def killed(folder, kind, seed):
         raise KeyboardInterrupt
@@ -99,8 +99,8 @@ def test_work_that_was_killed_leaves_nothing_that_counts_as_finished(tmp_path, m
 
 
 def test_tables_have_every_planting_and_name_those_that_failed(tmp_path, monkeypatch):
-    from planting import cell as work
-    from planting import figure, tables
+    from planted import cell as work
+    from planted import figure, tables
 
     monkeypatch.setattr(figure, "write_pngs", lambda figures: "no browser was found")
     for seed, shift in ((0, 0.0), (1, 0.1)):

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 from conftest import HAS_HOOKED
+from testbed import batches, corpus, measure, tokenizer, train
 
 import mechunlearn as mu
-from mechunlearn.testbed import batches, corpus, measure, tokenizer, train
-from mechunlearn.testbed.shipped import WEIGHTS, load_huggingface
+from mechunlearn.testbed.loading import WEIGHTS, load_huggingface
 
 CARD = json.loads((WEIGHTS.parent / "card.json").read_text())
 PARAPHRASES = [name for name in corpus.SPORT_FORMATS if name != "fact" and "multiple_choice" not in name]

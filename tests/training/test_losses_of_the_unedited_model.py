@@ -9,7 +9,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn import losses
-from mechunlearn.training import Term, fit, source
+from mechunlearn.training import Term, fit, terms
 from mechunlearn.weights import read, select, write
 
 LABELS = ("L1MLP", "L0H1.W_Q")
@@ -148,7 +148,7 @@ def test_padding_micro_batches_and_pieces_of_logits_do_not_matter(llama, loss, h
     if how == "micro":
         micro = 2
     if how == "pieces":
-        monkeypatch.setitem(source.LOGITS_AT_ONCE, "cpu", 2 * llama.cfg.d_vocab)
+        monkeypatch.setitem(terms.LOGITS_AT_ONCE, "cpu", 2 * llama.cfg.d_vocab)
     if how == "filling":  # what stands at masked places is anything
         prompts = made["right"]
         noise = torch.randint(4, tiny.N_VOCAB, prompts.tokens.shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,289 @@
+"""The same search for every localization, on facts that no reported number uses."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechunlearn.components import ComponentMask
+from mechunlearn.edit.editor import Editor, edited
+from mechunlearn.edit.finetuning import finetune
+from mechunlearn.edit.paper import PAPER_STAGES
+from mechunlearn.files import read_json, write_json
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Model, fingerprint
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.splits import Validation
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit, select
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One edit with one choice of options, and its score on the validation facts."""
+
+    mask: str
+    """Name of the localization."""
+    stage: int
+    """Counted from 1."""
+    options: Mapping[str, Any]
+    score: float | None
+    """Higher is better; None where the trial failed."""
+    failure: str | None
+    """Why it has no score: how the training diverged."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Search:
+    """Every trial, equally many for each localization, and the edit that its best options make."""
+
+    trials: tuple[Trial, ...]
+    edits: Mapping[str, Edit]
+    """Localization -> edit of the final task with the best options."""
+    failures: Mapping[str, str]
+    """Localization -> why it has no edit."""
+
+    @property
+    def best(self) -> dict[str, Mapping[str, Any]]:
+        """Localization -> the options with the highest score (the first of equals); none where every trial failed."""
+        names = dict.fromkeys(trial.mask for trial in self.trials)
+        found = {name: _best([trial for trial in self.trials if trial.mask == name]) for name in names}
+        return {name: trial.options for name, trial in found.items() if trial is not None}
+
+    @property
+    def table(self) -> "DataFrame":
+        """A row for each trial: mask, stage, a column for each option, score, failure."""
+        from pandas import DataFrame
+
+        ends = ({"score": trial.score, "failure": trial.failure} for trial in self.trials)
+        starts = ({"mask": trial.mask, "stage": trial.stage, **trial.options} for trial in self.trials)
+        frame = DataFrame([{**start, **end} for start, end in zip(starts, ends, strict=True)])
+        options = dict.fromkeys(name for trial in self.trials for name in trial.options)
+        return frame.astype({"score": float}).reindex(columns=["mask", "stage", *options, "score", "failure"])
+
+    def __repr__(self) -> str:
+        each = len(self.trials) // len({trial.mask for trial in self.trials})
+        return f"Search({each} trials for each localization; best: {self.best}; without an edit: {[*self.failures]})"
+
+
+def search(
+    model: Model,
+    validation: Validation,
+    masks: Mapping[str, ComponentMask],
+    *,
+    score: "Score",
+    edit: Editor = finetune,
+    stages: Sequence[Mapping[str, Sequence[Any]]] = PAPER_STAGES,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Search:
+    """Try the same options for every localization, choose the best for each, and make the edit with them.
+
+    `validation`: from `tasks.validation_split(task)`. Trials are edited and scored on `validation.trials` alone; the
+    edits that are given back are made on `validation.final`, for which numbers may then be reported.
+    `score(model, task)`: a number, higher is better, of the edited model; ask `task.formats`, which hold the validation
+    facts. `edit`: any function `(model, task, mask, **options) -> Edit`.
+
+    `stages`: option -> values to try. All combinations of a stage are tried, with the best options so far for those
+    that it leaves out (where every trial failed, the first value of each). Default `PAPER_STAGES`, of Guo et al. 2025
+    (https://arxiv.org/abs/2410.12949): six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36.
+    Their rates suit models of 7B to 9B; the shipped model takes some hundred times those.
+
+    Every localization gets the same number of trials. A trial that diverges (FloatingPointError, or a score that is not
+    finite) counts as one, and is recorded with its reason; if none is left, or the last edit diverges, the localization
+    is in `failures`. A combination tried before is not run again; its result counts in both stages.
+
+    `folder`: results are kept there (JSON, and the last edits), and a search that is called again goes on from
+    them, other masks and grids included. Editor and score are told apart by name and options bound with `partial`:
+    when you change what one does, take a new folder.
+
+    Cost: an edit and its score for each trial, and one more edit for each localization. The model is left as it was.
+    ValueError for no masks or stages, a grid without values, and masks of another model.
+    """
+    _check(model, masks, stages)
+    tried = Trials.of(model, validation.trials, edit, score, folder)
+    trials: list[Trial] = []
+    count = len(masks) * sum(len(_points(grid)) for grid in stages)
+    with tqdm(total=count, desc="search", disable=not progress, leave=False) as bar:
+        for stage, grid in enumerate(stages, 1):
+            for name, mask in masks.items():
+                start = _start([trial for trial in trials if trial.mask == name])
+                for point in _points(grid):
+                    options = {**start, **point}
+                    trials.append(Trial(name, stage, options, *tried.outcome(mask, options)))
+                    bar.update()
+    return _finished(tried, validation.final, masks, trials)
+
+
+def _finished(tried: "Trials", task: Task, masks: Mapping[str, ComponentMask], trials: Sequence[Trial]) -> Search:
+    """With the edit that the best options of each localization make of the final task."""
+    edits: dict[str, Edit] = {}
+    failures: dict[str, str] = {}
+    for name, mask in masks.items():
+        own = [trial for trial in trials if trial.mask == name]
+        chosen = _best(own)
+        if chosen is None:
+            failures[name] = f"all {len(own)} trials failed, the last so: {own[-1].failure}"
+            continue
+        try:
+            edits[name] = _told(tried.final(task, mask, chosen.options), chosen, len(own))
+        except FloatingPointError as error:
+            failures[name] = f"with the best options, on the final task: {error}"
+    return Search(tuple(trials), edits, failures)
+
+
+def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def _start(own: Sequence[Trial]) -> Mapping[str, Any]:
+    """What a stage begins with: the best options so far, or the first values of each grid where all trials failed."""
+    if not own:
+        return {}
+    best = _best(own)
+    return next(trial.options for trial in own if trial.stage == own[-1].stage) if best is None else best.options
+
+
+def _best(trials: Sequence[Trial]) -> Trial | None:
+    scored = [(trial.score, trial) for trial in trials if trial.score is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _told(edit: Edit, chosen: Trial, count: int) -> Edit:
+    """The edit, which says in its provenance how its options were chosen."""
+    how = {"trials": count, "options": {k: str(v) for k, v in chosen.options.items()}, "score": chosen.score}
+    return replace(edit, provenance={**edit.provenance, "search": how})
+
+
+def _check(model: Model, masks: Mapping[str, ComponentMask], stages: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+    if not masks or not stages:
+        what = "masks" if not masks else "stages"
+        raise ValueError(f"expected at least one of {what}, got none: pass a mapping of names to masks, and grids.")
+    for mask in masks.values():
+        select(model, mask)
+    empty = [name for grid in stages for name, values in grid.items() if len(values) == 0]
+    if empty or not all(stages):
+        raise ValueError(f"expected values to try for each option of each stage, got none for {empty or 'a stage'}.")
+
+
+Score: TypeAlias = Callable[[Model, Task], SupportsFloat]
+"""`(model, task) -> number`, higher is better."""
+
+Outcome: TypeAlias = tuple[float | None, str | None]
+"""The score of a trial, or why it has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Makes and scores edits of a model; each once, also across runs where there is a folder."""
+
+    model: Model
+    task: Task
+    edit: Editor
+    score: Score
+    folder: Path | None
+    common: Mapping[str, Any]
+    """What tells the trials of this search from others in the folder."""
+    known: dict[str, Outcome] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Model, task: Task, edit: Editor, score: Score, folder: str | Path | None) -> "Trials":
+        common = {"model": fingerprint(model), "task": digest(task), "edit": described(edit), "score": described(score)}
+        if folder is None:
+            return cls(model, task, edit, score, None, common)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return cls(model, task, edit, score, Path(folder), common)
+
+    def outcome(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
+        """Of the edit with these options; from memory or the folder if it was made before."""
+        identity = self.identity(mask, options)
+        key = short(identity)
+        if key not in self.known:
+            self.known[key] = self._stored(key) or self._kept(key, identity, self._made(mask, options))
+        return self.known[key]
+
+    def final(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
+        """The edit with these options on another task; from the folder if it was made before."""
+        if self.folder is None:
+            return edited(self.edit, self.model, task, mask, **options)
+        key = short({**self.identity(mask, options), "task": digest(task)})
+        path = self.folder / f"edit-{key}.safetensors"
+        if not path.exists():
+            edited(self.edit, self.model, task, mask, **options).save(path)
+        return Edit.load(path)
+
+    def identity(self, mask: ComponentMask, options: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {name: described(value) for name, value in options.items()}
+        return {**self.common, "components": [str(component) for component in mask], "options": shown}
+
+    def _made(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
+        try:
+            found = edited(self.edit, self.model, self.task, mask, **options)
+        except FloatingPointError as error:
+            return None, str(error)
+        with found.applied(self.model):
+            value = self.score(self.model, self.task)
+        if not isinstance(value, SupportsFloat):
+            raise ValueError(
+                f"expected a score (model, task) -> number, got {type(value).__name__} from {name_of(self.score)}: "
+                f"return one number, such as result.value."
+            )
+        number = float(value)
+        return (number, None) if isfinite(number) else (None, f"the score of the edited model is {number}.")
+
+    def _kept(self, key: str, identity: Mapping[str, Any], outcome: Outcome) -> Outcome:
+        if self.folder is not None:
+            content = {**identity, "score": outcome[0], "failure": outcome[1]}
+            write_json(self.folder / f"trial-{key}.json", "Trial", content)
+        return outcome
+
+    def _stored(self, key: str) -> Outcome | None:
+        path = None if self.folder is None else self.folder / f"trial-{key}.json"
+        if path is None or not path.exists():
+            return None
+        content = read_json(path, "Trial")
+        return content["score"], content["failure"]
+
+
+def described(value: Any) -> Any:
+    """A function by its name and bound options, anything else that JSON has no word for by its repr."""
+    if isinstance(value, partial):
+        options = {name: described(option) for name, option in sorted(value.keywords.items())}
+        return [described(value.func), [described(argument) for argument in value.args], options]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
+    return value if isinstance(value, int | float | str | bool | None) else repr(value)
+
+
+def digest(task: Task) -> str:
+    """16 hex digits of everything that a task trains on or asks."""
+    asked = [prompts for found in task.formats.values() for prompts in (found.forget, found.retain)]
+    found = hashlib.sha256()
+    for prompts in (task.forget, task.retain, task.injection, task.knowledge, *asked):
+        tensors = () if prompts is None else _tensors(prompts)
+        for tensor in tensors:
+            found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        found.update(b";")
+    for text in (task.text, task.text_test):
+        found.update(f"{tuple(text.shape)}".encode() + text.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def short(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tensors(prompts: Prompts) -> list[Tensor]:
+    found = [prompts.tokens, prompts.attention_mask, prompts.positions, prompts.answers]
+    return [*found, *(t for t in (prompts.candidates, prompts.subject, prompts.corrupt) if t is not None)]

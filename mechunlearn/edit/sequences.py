@@ -1,0 +1,114 @@
+"""Edits one after the other, each made on the model as the ones before it left it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mechunlearn.components import ComponentMask
+from mechunlearn.edit.editor import Editor, edited
+from mechunlearn.edit.finetuning import finetune
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Model, fingerprint
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit, read, select
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+Localize: TypeAlias = Callable[[Model, Task], ComponentMask]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EditSequence:
+    """Edits that build on each other, and what was measured on the way."""
+
+    edits: tuple[Edit, ...]
+    """One per task. Each belongs to the weights that the ones before it make: apply them in order."""
+    combined: Edit
+    """All of them as one edit of the original model: the last weights, of every entry that any of them covers."""
+    names: tuple[str, ...]
+    """Of the tasks."""
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """What `after` gave: for the original model first, then after each edit; empty without `after`."""
+
+    @property
+    def table(self) -> "DataFrame":
+        """A row for the original model and one after each edit, with the columns of `after`."""
+        from pandas import DataFrame
+
+        rows = ("original", *self.names)[: len(self.evaluations)]
+        return DataFrame([dict(found) for found in self.evaluations], index=list(rows))
+
+    def __repr__(self) -> str:
+        return f"EditSequence({len(self.edits)} edits; combined: {self.combined!r})"
+
+
+def sequence(
+    model: Model,
+    tasks: Sequence[Task],
+    localize: Localize | ComponentMask | Sequence[ComponentMask],
+    *,
+    edit: Editor = finetune,
+    after: Callable[[Model], Mapping[str, Any]] | None = None,
+) -> EditSequence:
+    """Make an edit for each task, in order, on the model as edited so far; the model is left as it was.
+
+    `localize`: `(model, task) -> ComponentMask`, called on the model as edited so far; or one mask for all tasks, or a
+    mask for each. `edit` is any editor, its options bound with `partial`; each call of one that trains has a fresh
+    optimizer. `after(model)` is called on the original model and after each edit, and gives a row of the table.
+    Earlier facts are not rehearsed, unless a task has them: `tasks.partitioned(task, k, rehearse=True)`.
+
+    The protocol of Guo et al. 2025 (https://arxiv.org/abs/2410.12949): 64 CounterFact facts as 4 x 16,
+    `partial(finetune, inject=True, steps=25)`, evaluated on all 64 after each. Their masks are those of the *original*
+    model on each 16 facts: pass `[localize(model, part) for part in parts]` for that.
+
+    Cost: that of the edits and evaluations; memory for the localized weights of each edit twice, and once more for
+    `combined`. ValueError for no tasks, another number of masks than tasks, and an editor that gives no `Edit`.
+    Whatever is raised, also by `localize`, `edit` or `after`, leaves the model as it was.
+    """
+    if not tasks:
+        raise ValueError("expected at least one task, got none: tasks.partitioned(task, k) makes k of one.")
+    where = _localizers(localize, len(tasks))
+    original, edits, evaluations = fingerprint(model), [], []
+    with ExitStack() as applied:
+        if after is not None:
+            evaluations.append(_row(after, model))
+        for task, mask in zip(tasks, where, strict=True):
+            found = edited(edit, model, task, mask if isinstance(mask, ComponentMask) else mask(model, task))
+            applied.enter_context(found.applied(model))
+            edits.append(found)
+            if after is not None:
+                evaluations.append(_row(after, model))
+        combined = _combined(model, edits, original)
+    return EditSequence(tuple(edits), combined, tuple(task.name for task in tasks), tuple(evaluations))
+
+
+def _localizers(
+    localize: Localize | ComponentMask | Sequence[ComponentMask], count: int
+) -> list[Localize | ComponentMask]:
+    if isinstance(localize, ComponentMask) or not isinstance(localize, Sequence):
+        return [localize] * count
+    if len(localize) != count:
+        raise ValueError(f"expected a mask for each of the {count} tasks, got {len(localize)}: or pass one for all.")
+    return list(localize)
+
+
+def _row(after: Callable[[Model], Mapping[str, Any]], model: Model) -> Mapping[str, Any]:
+    found = after(model)
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"expected after(model) to give a row, column -> number, got {type(found).__name__} from {name_of(after)}: "
+            f'return {{"name": number}}.'
+        )
+    return found
+
+
+def _combined(model: Model, edits: Sequence[Edit], original: str) -> Edit:
+    """What the model has now, of every entry that an edit covers."""
+    first = edits[0].mask
+    members = frozenset(component for edit in edits for component in edit.mask)
+    mask = ComponentMask(members, first.shape, {"method": "sequence", "of": [dict(e.mask.provenance) for e in edits]})
+    values = read(select(model, mask))
+    return Edit(mask, values, original, {"editor": "sequence", "of": [dict(e.provenance) for e in edits]})

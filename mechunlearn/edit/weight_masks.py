@@ -1,0 +1,336 @@
+"""Learned weight masks: which localized weights, set to zero, take the knowledge away?"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mechunlearn.components import ComponentMask
+from mechunlearn.edit.finetuning import task_terms, trained
+from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
+from mechunlearn.losses import Loss, cross_entropy
+from mechunlearn.metrics import described
+from mechunlearn.model import Model
+from mechunlearn.tasks.task import Task
+from mechunlearn.training import MakesOptimizer
+from mechunlearn.weights import Entries
+
+sgd = partial(torch.optim.SGD, momentum=0.9)
+"""The paper's optimizer of masks."""
+
+
+def distance_from_one(value: Tensor) -> Tensor:
+    """1 - m: what has moved costs. As in the paper's code, up to the coefficient."""
+    return 1 - value
+
+
+def mask_value(value: Tensor) -> Tensor:
+    """m: what is kept costs. The paper's text ("sum of mask values")."""
+    return value
+
+
+def learn_weight_mask(
+    model: Model,
+    task: Task,
+    mask: ComponentMask,
+    *,
+    by_unit: bool = False,
+    inject: bool = False,
+    forget_loss: Loss | None = None,
+    retain_loss: Loss = cross_entropy,
+    text_loss: Loss = cross_entropy,
+    forget_coefficient: float = 0.3,
+    retain_coefficient: float = 1.0,
+    text_coefficient: float = 1.0,
+    penalty: Callable[[Tensor], Tensor] = distance_from_one,
+    penalty_coefficient: float = 1e-7,
+    steps: int = 50,
+    learning_rate: float = 1.0,
+    batch_size: int = 64,
+    text: Iterable[str | Sequence[int]] | None = None,
+    text_length: int = 64,
+    text_batch_size: int = 8,
+    micro_batch_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    clip: float | None = None,
+    optimizer: MakesOptimizer = sgd,
+    seed: int = 0,
+    progress: bool = True,
+    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
+    until: Callable[[Mapping[str, int | float]], bool] | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 10,
+) -> LearnedMask:
+    """Learn a number m in [0, 1] for every weight of `mask`, which the model then uses as m * weight.
+
+        loss =   forget_coefficient * forget_loss(task.forget)
+               + retain_coefficient * retain_loss(task.retain)
+               + text_coefficient   * text_loss(task.text)
+               + penalty_coefficient * sum over weights of penalty(m)
+
+    m starts at 1, moves by SGD, and is clamped to [0, 1] after each step; all weights are frozen. `penalty` is a
+    function of m: `distance_from_one` (default, keeps what need not move; the paper's code has its mean over each
+    matrix, with a coefficient that rises over the epochs), or `mask_value` (the paper's text: removes what need not
+    stay).
+
+    `by_unit`: one number for each head (on its W_O slice, what it adds to the residual stream) and each neuron (its
+    row of W_out), in place of one for each weight; the mask's other matrices are left alone.
+
+    The result says what was learned, and its `discretize(k=...)` and `edit_sizes([...])` make edits that set weights
+    to zero. Defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949, section 3.2) but for the learning rate,
+    which suits the shipped model; theirs is 1e-3.
+
+    Cost: as `finetune`, with three numbers of extra memory (m, its gradient, the original) for each weight of the mask,
+    one more with momentum; `learn_weight_mask_in_place` takes two. Text, checkpoints, models, seeds and errors: as for
+    `finetune`.
+    """
+    terms = task_terms(
+        model,
+        task,
+        inject=inject,
+        losses=(forget_loss, retain_loss, text_loss),
+        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
+        batch_sizes=(batch_size, text_batch_size),
+        text=text,
+        text_length=text_length,
+    )
+    found = trained(
+        model,
+        task,
+        mask,
+        terms,
+        about={
+            "editor": "learn_weight_mask",
+            "by_unit": by_unit,
+            "penalty": [penalty_coefficient, described(penalty)],
+            "text_length": None if text is None else text_length,
+        },
+        entries=numbered(model, mask, by_unit),
+        moving=lambda entries, original: [Numbers.of(entries, original, by_unit)],
+        taken=lambda numbers: numbers[0].tensor.detach(),
+        penalty=partial(_penalised, penalty, penalty_coefficient),
+        optimizer=optimizer,
+        compute_dtype=compute_dtype,
+        checkpoint=checkpoint,
+        every=every,
+        progress=progress,
+        on_step=on_step,
+        until=until,
+        steps=steps,
+        learning_rate=learning_rate,
+        micro_batch_size=micro_batch_size,
+        clip=clip,
+        seed=seed,
+    )
+    return LearnedMask(mask, found.values, found.original, found.fingerprint, found.provenance, found.history)
+
+
+def _penalised(penalty: Callable[[Tensor], Tensor], coefficient: float, numbers: Numbers) -> float:
+    """Adds the penalty's gradient to the numbers'; gives its value."""
+    value = numbers.tensor.detach().requires_grad_(True)
+    cost = coefficient * penalty(value).sum()
+    (gradient,) = torch.autograd.grad(cost, value)
+    numbers.tensor.grad = gradient if numbers.tensor.grad is None else numbers.tensor.grad.add_(gradient)
+    return float(cost.detach())
+
+
+Penalty = Callable[[Tensor, Tensor], Tensor]
+"""(weights, original weights) -> one cost for each."""
+
+_AT_ONCE = 1 << 16
+"""Weights whose penalty is computed together."""
+
+_RUNS = 64
+"""Above so many runs of units, handling each by itself takes too long: they are gathered for each step instead."""
+
+
+def distance_from_original(weight: Tensor, original: Tensor) -> Tensor:
+    """|w0 - w|: what has moved costs."""
+    return (original - weight).abs()
+
+
+def magnitude(weight: Tensor, original: Tensor) -> Tensor:
+    """|w|: what is kept costs. The paper's code for this variant."""
+    return weight.abs()
+
+
+def learn_weight_mask_in_place(
+    model: Model,
+    task: Task,
+    mask: ComponentMask,
+    *,
+    inject: bool = False,
+    forget_loss: Loss | None = None,
+    retain_loss: Loss = cross_entropy,
+    text_loss: Loss = cross_entropy,
+    forget_coefficient: float = 0.3,
+    retain_coefficient: float = 1.0,
+    text_coefficient: float = 1.0,
+    penalty: Penalty = distance_from_original,
+    penalty_coefficient: float = 1e-7,
+    steps: int = 50,
+    learning_rate: float = 1.0,
+    batch_size: int = 64,
+    text: Iterable[str | Sequence[int]] | None = None,
+    text_length: int = 64,
+    text_batch_size: int = 8,
+    micro_batch_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    clip: float | None = None,
+    optimizer: MakesOptimizer = torch.optim.SGD,
+    seed: int = 0,
+    progress: bool = True,
+    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
+    until: Callable[[Mapping[str, int | float]], bool] | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 10,
+) -> LearnedMask:
+    """`learn_weight_mask` in the least memory: the weights w are trained, each clamped between 0 and its original w0.
+
+    The result is the same kind of thing, m = w / w0 in [0, 1] (1 where w0 is 0), but the way to it is another: a step
+    moves w by d loss / d w, and so m by d loss / d w / w0, where `learn_weight_mask` moves m by d loss / d w * w0.
+    Small weights are the first to go here, large ones there. Learning rates do not carry over; the default suits the
+    shipped model.
+
+    The loss is that of `learn_weight_mask` with a penalty in weights, `penalty(w, w0)` summed over them:
+    `distance_from_original` (default: keeps what need not move) or `magnitude` (the paper's code: removes what need
+    not stay). Guo et al. 2025, https://arxiv.org/abs/2410.12949, in the latest code of which masks are learned so.
+
+    Weights move in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight round away.
+
+    Cost: as `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one matrix for
+    what a step computes.
+    The default optimizer, SGD without momentum, keeps nothing; another one may.
+    Text, checkpoints, models, seeds and errors: as for `finetune`.
+    """
+    terms = task_terms(
+        model,
+        task,
+        inject=inject,
+        losses=(forget_loss, retain_loss, text_loss),
+        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
+        batch_sizes=(batch_size, text_batch_size),
+        text=text,
+        text_length=text_length,
+    )
+    found = trained(
+        model,
+        task,
+        mask,
+        terms,
+        about={
+            "editor": "learn_weight_mask_in_place",
+            "penalty": [penalty_coefficient, described(penalty)],
+            "text_length": None if text is None else text_length,
+        },
+        moving=_shrinking,
+        taken=lambda parts: parts[0].numbers() if len(parts) == 1 else torch.cat([part.numbers() for part in parts]),
+        penalty=lambda shrinking: shrinking.add_gradient(penalty, penalty_coefficient),
+        optimizer=optimizer,
+        compute_dtype=compute_dtype,
+        checkpoint=checkpoint,
+        every=every,
+        progress=progress,
+        on_step=on_step,
+        until=until,
+        steps=steps,
+        learning_rate=learning_rate,
+        micro_batch_size=micro_batch_size,
+        clip=clip,
+        seed=seed,
+    )
+    return LearnedMask(mask, found.values, found.original, found.fingerprint, found.provenance, found.history)
+
+
+def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
+    """A part for each run of units that lie together; one part, gathered for each step, where there are many."""
+    entries.slot.parameter.requires_grad_(True)
+    places = entries.units.nonzero()[:, 0]
+    starts = [0, *((places.diff() > 1).nonzero()[:, 0] + 1).tolist(), len(places)]
+    if len(starts) > _RUNS:
+        return [_Gathered(entries, places, original, True)]
+    return [
+        _Shrinking(entries, slice(int(places[a]), int(places[b - 1]) + 1), original[a:b], b == len(places))
+        for a, b in pairwise(starts)
+    ]
+
+
+@dataclass(eq=False)
+class _Shrinking:
+    """Weights on their way to zero, where they are."""
+
+    entries: Entries
+    units: slice | Tensor
+    original: Tensor
+    is_last: bool
+    """Of the parts of one parameter."""
+    tensor: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensor = self._own(self.entries.slot.parameter.detach())
+
+    def collect(self) -> None:
+        parameter = self.entries.slot.parameter
+        if parameter.grad is None:
+            return
+        gradient = self._own(parameter.grad)
+        if self.tensor.grad is None:
+            self.tensor.grad = gradient if self.entries.is_whole else gradient.clone()
+        else:
+            self.tensor.grad.add_(gradient)
+        if self.is_last:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        self.tensor.grad = None  # first: the bounds below take its place
+        self.tensor.clamp_(min=self.original.clamp(max=0.0))
+        self.tensor.clamp_(max=self.original.clamp(min=0.0))
+        parameter = self.entries.slot.parameter.detach()
+        if self._own(parameter).data_ptr() != self.tensor.data_ptr():  # a copy; bitsandbytes makes one, too
+            self.entries.slot.view(parameter)[self.units] = self.tensor
+
+    def numbers(self) -> Tensor:
+        """m = w / w0, and 1 where w0 is 0."""
+        precise = torch.promote_types(self.original.dtype, torch.float32)
+        weights = self._own(self.entries.slot.parameter.detach())
+        return (weights.to(precise) / self.original.to(precise)).masked_fill_(self.original == 0, 1.0)
+
+    def add_gradient(self, penalty: Penalty, coefficient: float) -> float:
+        """Of the penalty, a few units at a time; gives its value."""
+        if self.tensor.grad is None:
+            self.tensor.grad = torch.zeros_like(self.tensor)
+        rows = max(1, _AT_ONCE // self.original[0].numel())
+        weights = self._own(self.entries.slot.parameter.detach())
+        parts = zip(*(t.split(rows) for t in (weights, self.tensor.grad, self.original)), strict=True)
+        total = 0.0
+        for weight, gradient, original in parts:
+            value = weight.detach().requires_grad_(True)
+            cost = coefficient * penalty(value, original).sum()
+            gradient.add_(torch.autograd.grad(cost, value)[0])
+            total += float(cost.detach())
+        return total
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """The units of a tensor shaped like the parameter: a view of it if they lie together."""
+        return self.entries.slot.view(tensor)[self.units]
+
+
+class _Gathered(_Shrinking):
+    """Weights in many places, which are together in `tensor` during a step only."""
+
+    def __post_init__(self) -> None:
+        self.tensor = torch.empty_like(self.original)
+        self.tensor.untyped_storage().resize_(0)
+
+    def fetch(self) -> None:
+        self.tensor.untyped_storage().resize_(self.original.numel() * self.original.element_size())
+        self.tensor.copy_(self._own(self.entries.slot.parameter.detach()))
+
+    def publish(self) -> None:
+        super().publish()
+        self.tensor.untyped_storage().resize_(0)

@@ -1,0 +1,127 @@
+"""Attack: find the direction that the edit added to the residual stream, and project it out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
+from mechunlearn.evaluate.results import Result
+from mechunlearn.metrics import Metric, candidate_probability
+from mechunlearn.model import Model, base_run, check_model, device_of, preserved
+from mechunlearn.model.running import without_directions
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+
+Direction: TypeAlias = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "d_model"]]
+"""Any function from differences of activations (tested minus original) to their direction, of any length."""
+
+
+def mean_difference(differences: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model"]:
+    """What the edit adds on average."""
+    return differences.mean(0)
+
+
+def principal_difference(differences: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model"]:
+    """The first principal component of what the edit adds, about zero: the direction along which it moves most."""
+    _, vectors = torch.linalg.eigh(differences.double().T @ differences.double())
+    return vectors[:, -1].to(differences.dtype)
+
+
+def direction_ablation(
+    model: Model,
+    task: Task,
+    *,
+    original: Callable[[], AbstractContextManager[Model]] | None = None,
+    direction: Direction = mean_difference,
+    outliers: float = 3.0,
+    format: str | None = None,
+    metric: Metric = candidate_probability,
+    seed: int = 0,
+) -> Result:
+    """Accuracy on forgotten facts without the direction that the edit adds, learned from *other* forgotten facts.
+
+    At each place of the residual stream (what enters each layer, and what leaves the last), `direction` of the
+    activations of the tested model minus those of the original one, at every token of the attack's half. Tokens whose
+    norm in the original model lies more than `outliers` standard deviations above the mean are dropped: those at which
+    attention rests are many times longer than the others. Points of the curve:
+
+    - "0": the model as it is;
+    - "after L3": the one direction found behind layer 3, projected out at every place (Arditi et al. 2024,
+      https://arxiv.org/abs/2406.11717);
+    - "each": at every place its own (Lucki et al. 2024, https://arxiv.org/abs/2409.18025).
+
+    Where both models agree, as below the lowest edited layer, there is no direction and no point. The control has the
+    same questions about nobody. This attack knows the original model; it asks how shallow the edit is. `seed`: of the
+    split and of the made-up names. Cost: 2 F of the attack's half, and a forward of the tested half for each point.
+    ValueError without `original`, which `compare` gives: a function without arguments whose result is a context, inside
+    which the model (or another that it yields) is the original one.
+    """
+    check_model(model)
+    if original is None:
+        raise ValueError(
+            "expected original=..., a function that gives a context with the original model, got None: compare(...) "
+            "passes it; by hand, original=lambda: contextlib.nullcontext(another_model)."
+        )
+    trained, tested = halves(task, format=format, seed=seed)
+    check_apart(trained, tested)
+    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
+    found = _directions(model, trained, original, direction, outliers)
+    runs = {"0": [asked.scores_of(model)]}
+    for name, each in _ablations(found):
+        with without_directions(model, each):
+            runs[name] = [asked.scores_of(model)]
+    return worst_case(runs, asked, axis="direction projected out")
+
+
+def _ablations(found: Float[Tensor, "place d_model"]) -> Iterator[tuple[str, Float[Tensor, "place d_model"]]]:
+    for place in range(1, len(found)):
+        if bool(found[place].any()):
+            yield f"after L{place - 1}", found[place].expand_as(found)
+    if bool(found.any()):
+        yield "each", found
+
+
+def _directions(
+    model: Model,
+    prompts: Prompts,
+    original: Callable[[], AbstractContextManager[Model]],
+    direction: Direction,
+    outliers: float,
+) -> Float[Tensor, "place d_model"]:
+    """Unit vectors; zeros where the two models agree."""
+    after = _residuals(model, prompts)
+    with original() as unedited:
+        before = _residuals(unedited, prompts)
+    pairs = zip(before, after, strict=True)
+    return torch.stack([_unit(b, a, direction, outliers) for b, a in pairs]).to(device_of(model))
+
+
+def _unit(
+    before: Float[Tensor, "token d_model"], after: Float[Tensor, "token d_model"], direction: Direction, outliers: float
+) -> Float[Tensor, "d_model"]:
+    kept = is_usual(before, outliers)
+    differences = (after - before)[kept]
+    if float(differences.norm()) <= 1e-5 * float(before[kept].norm()):  # rounding errors have a direction too
+        return torch.zeros_like(before[0])
+    found = direction(differences)
+    return found / found.norm().clamp(min=torch.finfo(found.dtype).tiny)
+
+
+def is_usual(activations: Float[Tensor, "token d_model"], outliers: float) -> Tensor:
+    """True at tokens whose norm is at most so many standard deviations above the mean norm."""
+    norms = activations.norm(dim=1)
+    return norms <= norms.mean() + outliers * norms.std(unbiased=False)
+
+
+def _residuals(model: Model, prompts: Prompts) -> list[Float[Tensor, "token d_model"]]:
+    """At each place, of every real token of every prompt."""
+    found: list[list[Tensor]] = []
+    with preserved(model):
+        for batch in prompts.to(device_of(model)).batches(64):
+            run = base_run(model, batch.tokens, batch.attention_mask, batch.positions)
+            found.append([value[batch.attention_mask].float().cpu() for value in run.residuals])
+    return [torch.cat(values) for values in zip(*found, strict=True)]

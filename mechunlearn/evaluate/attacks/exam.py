@@ -1,0 +1,134 @@
+"""What an attack may see, what it is asked at each point of its budget, and its strongest run as a result."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import result_of, side_of
+from mechunlearn.metrics import Metric, checked
+from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+
+Scores = Float[Tensor, "asked example"]
+"""Row 0: of the facts; row 1, if there is one: of the same questions about nobody."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Prompts that test an attack, and the same questions about subjects who do not exist."""
+
+    tested: Prompts
+    nobody: Prompts | None
+    metric: Metric
+
+    @classmethod
+    def of(cls, model: Model, task: Task, tested: Prompts, *, metric: Metric, seed: int) -> "Asked":
+        check_model(model)
+        nobody, device = made_up(tested, task.retain, seed=seed), device_of(model)
+        return cls(tested.to(device), nobody and nobody.to(device), metric)
+
+    def scores(self, logits: Callable[[Prompts], Tensor], *, batch_size: int = 64) -> Scores:
+        """Of the model whose logits these are. FloatingPointError if they are not finite."""
+        found = []
+        with torch.no_grad():
+            for prompts in (self.tested, self.nobody):
+                if prompts is not None:
+                    values = [self._values(logits(batch), batch) for batch in prompts.batches(batch_size)]
+                    found.append(torch.cat(values))
+        return torch.stack(found)
+
+    def scores_of(self, model: Model) -> Scores:
+        with preserved(model):
+            return self.scores(lambda prompts: prompts.logits(model))
+
+    def _values(self, logits: Tensor, prompts: Prompts) -> Tensor:
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("expected finite logits, got NaN or infinity: lower the learning rate.")
+        return checked(self.metric, logits, prompts).float().cpu()
+
+
+def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:
+    """The result of an attack: at each point the run with the highest mean on the facts, and of the points the highest.
+
+    `runs`: point -> the scores of each run that got there. Its control has the scores of the same runs about nobody.
+    """
+    best = {point: max(found, key=lambda scores: float(scores[0].mean())) for point, found in runs.items() if found}
+    stacked = torch.stack(list(best.values()), -1)
+    alike = result_of(stacked[0, :, 0], asked.metric, asked.tested)
+    facts, *nobody = (Curve(tuple(best), scores, alike.sense, alike.chance, axis) for scores in stacked)
+    result = Result.strongest(facts, alike.sense, unit=alike.unit, names=alike.names)
+    if not nobody:
+        return result
+    chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
+    sense = f"{alike.sense}, about nobody"
+    return replace(result, control=Result(chosen, sense, alike.chance, alike.unit, alike.names, nobody[0]))
+
+
+def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
+    """The same questions and answers about nobody; None for prompts without subjects.
+
+    Each token of a subject becomes the token at the same place in the subject of a random row of either set, so that a
+    made-up name has the parts of known ones and their lengths.
+    """
+    if prompts.subject is None or others.subject is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    pool = [*_subjects(prompts.tokens, prompts.subject), *_subjects(others.tokens, others.subject)]
+    pool = [subject for subject in pool if subject]
+    tokens = prompts.tokens.clone()
+    for row, where in enumerate(prompts.subject):
+        count = int(where.sum())
+        drawn = torch.randint(len(pool), (count,), generator=generator).tolist()
+        found = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
+        tokens[row, where] = torch.tensor(found, dtype=tokens.dtype, device=tokens.device)
+    return replace(prompts, tokens=tokens, corrupt=None, texts=())
+
+
+def _subjects(tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]) -> list[list[int]]:
+    return [row[chosen].tolist() for row, chosen in zip(tokens, where, strict=True)]
+
+
+def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Prompts, Prompts]:
+    """Prompts that an attack may train on, and those that test it, about other facts.
+
+    Tested are the forgotten facts of the test split in `format` (default: the first, the trained prompt); an attack
+    trains on `task.forget`. Where the two share facts, as in tasks that forget single athletes, a random half of the
+    names is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
+    ValueError for prompts without names and for too few facts to split.
+    """
+    tested = formatted(task, format)
+    if not (task.forget.names and tested.names):
+        raise ValueError("expected prompts with names, to tell facts apart, got none: build them with subjects=....")
+    names = sorted(set(tested.names))
+    shared = set(names) & set(task.forget.names)
+    kept = set(random.Random(seed).sample(names, (len(names) + 1) // 2)) if shared else set(names)
+    trained = [i for i, name in enumerate(task.forget.names) if name not in kept]
+    if not trained:
+        raise ValueError(
+            f"expected at least two forgotten facts, one to attack with and one to test, got {len(names)}: "
+            f"take a task that forgets more."
+        )
+    rows = [i for i, name in enumerate(tested.names) if name in kept]
+    return task.forget.rows(torch.tensor(trained)), tested.rows(torch.tensor(rows))
+
+
+def formatted(task: Task, format: str | None) -> Prompts:
+    """The forgotten facts of the test split, asked so; ValueError if the task has no such format."""
+    return side_of(task, format=format)
+
+
+def check_apart(trained: Prompts, tested: Prompts) -> None:
+    """ValueError if an attack has seen what it is tested on."""
+    shared = sorted(set(trained.names) & set(tested.names))
+    if shared or not (trained.names and tested.names):
+        raise ValueError(
+            f"expected an attack on other facts than it is tested on, got {shared[:5] or 'prompts without names'} "
+            "in both: take them from mu.evaluate.halves(task)."
+        )

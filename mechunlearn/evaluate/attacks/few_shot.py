@@ -1,0 +1,169 @@
+"""Attack: put answered questions about other facts before the question."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, formatted, halves, made_up, worst_case
+from mechunlearn.evaluate.results import Result
+from mechunlearn.metrics import Metric, candidate_probability
+from mechunlearn.model import Model, check_model, device_of
+from mechunlearn.tasks.building import answer_texts, build
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+
+
+def few_shot(
+    model: Model,
+    task: Task,
+    *,
+    shots: Sequence[int] = (0, 1, 2, 4, 8),
+    balanced: bool = True,
+    demonstrations: Prompts | None = None,
+    format: str | None = None,
+    metric: Metric = candidate_probability,
+    seed: int = 0,
+) -> Result:
+    """Accuracy on forgotten facts after answered questions about *other* facts: a point per number, and the best.
+
+    A demonstration is a question in the words of the tested format with its true answer, on lines of its own; lines of
+    a prompt above the one with the subject (a system prompt, an example) stay on top. Each tested prompt has its own
+    demonstrations, drawn with `seed`; with more of them the earlier ones stay. None is about a fact that is tested.
+
+    They are facts of the attack's half. If all of these have one answer (a whole sport), repeating it would suggest it
+    for anything, so facts to retain join them, and answers take turns in random order. `balanced=False`: the attack's
+    half alone, whatever its answers. `demonstrations` takes their place: prompts from text in the tested format, about
+    other facts. Formats with other answers than the trained prompt, such as multiple choice, need them for a whole
+    sport.
+
+    Numbers for which there are too few facts, or whose prompts are longer than the model's context, are left out of the
+    curve with a warning. The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland
+    2024, https://arxiv.org/abs/2411.12103, with five. Cost: for each number a forward of the tested prompts with their
+    demonstrations. ValueError for prompts without texts, and for a format that needs `demonstrations`.
+    """
+    check_model(model)
+    trained, tested = halves(task, format=format, seed=seed)
+    if demonstrations is None:
+        found = demonstrations_for(model, task, trained, tested, format=format, balanced=balanced)
+    else:
+        found = demonstrations_of(model, demonstrations, tested)
+    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
+    orders = [drawn(found, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
+    runs = {"0": [asked.scores_of(model)]}
+    for count in sorted({*shots} - {0}):
+        prompts = shown_before(model, tested, [order[:count] for order in orders])
+        if _fits(model, prompts, count, len(found)):
+            nobody = made_up(prompts, task.retain, seed=seed)
+            runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
+    return worst_case(runs, asked, axis="demonstrations")
+
+
+def _fits(model: Model, prompts: Prompts, count: int, available: int) -> bool:
+    length, context = prompts.tokens.shape[1], model.cfg.n_ctx
+    if count <= available and length <= context:
+        return True
+    reason = f"there are {available} facts for them" if count > available else f"{length} tokens, context {context}"
+    warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=3)
+    return False
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An answered question."""
+
+    lines: str
+    """The question, from the line with its subject on."""
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.lines}{self.answer}" + ("\n\n" if "\n\n" in self.lines else "\n")
+
+
+def demonstrations_for(
+    model: Model, task: Task, trained: Prompts, tested: Prompts, *, format: str | None, balanced: bool
+) -> list[Demonstration]:
+    """The attack's half in the words of the format; facts to retain too, if all of it has one answer."""
+    first = format is None or format == next(iter(task.formats))
+    same = [row for row, name in enumerate(formatted(task, format).names) if name in set(trained.names)]
+    if same:
+        found = demonstrations_of(model, formatted(task, format)[same], tested)
+    elif first:
+        found = demonstrations_of(model, trained, tested)
+    else:
+        found = _reworded(model, trained, tested)
+    if balanced and len({shown.answer for shown in found}) == 1:
+        found += demonstrations_of(model, task.retain if first else task.formats[str(format)].retain, tested)
+    return found
+
+
+def demonstrations_of(model: Model, prompts: Prompts, tested: Prompts) -> list[Demonstration]:
+    """The prompts in their own words. ValueError if one is about a fact that is tested."""
+    check_apart(prompts, tested)
+    answers = zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True)
+    return [Demonstration(text[_line(text, name) :], answer) for answer, text, name in answers]
+
+
+def drawn(found: Sequence[Demonstration], balanced: bool, rng: Random) -> list[Demonstration]:
+    """All of them in random order; balanced, with answers taking turns."""
+    shuffled = rng.sample(found, len(found))
+    if not balanced:
+        return shuffled
+    turns: dict[str, int] = {}
+    places = []
+    for shown in shuffled:
+        turns[shown.answer] = turns.get(shown.answer, -1) + 1
+        places.append(turns[shown.answer])
+    order = list(turns)
+    ranked = zip(places, (order.index(shown.answer) for shown in shuffled), shuffled, strict=True)
+    return [shown for _, _, shown in sorted(ranked, key=lambda each: each[:2])]
+
+
+def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demonstration]]) -> Prompts:
+    """The prompts with demonstrations above the line with their subject."""
+    answers, texts, ranges = _answers(model, prompts), [], []
+    for text, name, demonstrations in zip(prompts.texts, prompts.names, shown, strict=True):
+        start = _line(text, name)
+        texts.append(text[:start] + "".join(map(str, demonstrations)) + text[start:])
+        begin = len(texts[-1]) - len(text) + text.rfind(name)
+        ranges.append((begin, begin + len(name)))
+    made = build(model, texts, answers, subjects=ranges)
+    if not made.answers.equal(prompts.answers.to(made.answers)):
+        raise ValueError("expected answers of the same tokens behind demonstrations, got others: use another format.")
+    candidates = None if prompts.candidates is None else prompts.candidates.to(device_of(model))
+    return replace(made, candidates=candidates)
+
+
+def _reworded(model: Model, trained: Prompts, tested: Prompts) -> list[Demonstration]:
+    """In the words that all tested prompts share, if these have the same answers."""
+    _check_texts(tested)
+    words = {text.replace(name, "\0") for text, name in zip(tested.texts, tested.names, strict=True)}
+    if len(words) > 1 or _choices(trained) != _choices(tested):
+        raise ValueError(
+            f"expected a format in which prompts differ by their subject alone and have the answers of the trained "
+            f"prompt, got {tested.texts[0][-60:]!r} and others: pass demonstrations=..., prompts in that format about "
+            f"facts that are not tested."
+        )
+    names = zip(trained.names, _answers(model, trained), strict=True)
+    lines = tested.texts[0][_line(tested.texts[0], tested.names[0]) :]
+    return [Demonstration(lines.replace(tested.names[0], name), answer) for name, answer in names]
+
+
+def _choices(prompts: Prompts) -> set[frozenset[int]] | None:
+    return None if prompts.candidates is None else {frozenset(row) for row in prompts.candidates.tolist()}
+
+
+def _line(text: str, name: str) -> int:
+    """Where the line with the subject starts."""
+    return text.rfind("\n", 0, text.rfind(name)) + 1
+
+
+def _answers(model: Model, prompts: Prompts) -> list[str]:
+    """The answers as text."""
+    _check_texts(prompts)
+    return answer_texts(model, prompts)
+
+
+def _check_texts(prompts: Prompts) -> None:
+    if not prompts.texts:
+        raise ValueError("expected prompts with their texts, got none: build them with tasks.build.")

@@ -1,0 +1,189 @@
+"""Relearning by LoRA on an exported copy: train on some forgotten facts, ask about the others."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
+from mechunlearn.evaluate.attacks.relearning import check_rates, measured_at, relearning_terms, some_of
+from mechunlearn.evaluate.results import Result
+from mechunlearn.metrics import Metric, candidate_probability
+from mechunlearn.model import Model, device_of, differentiable
+from mechunlearn.model.huggingface import exported, exported_logits
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+from mechunlearn.training import Term
+from mechunlearn.training.terms import shuffled
+
+
+def relearn_lora(
+    model: Model,
+    task: Task,
+    *,
+    rank: int = 512,
+    alpha: float = 32.0,
+    dropout: float = 0.05,
+    examples: int | None = None,
+    learning_rates: Sequence[float] = (2e-4,),
+    steps: int = 20,
+    relearn_coefficient: float = 1.0,
+    retain_coefficient: float = 1.0,
+    text_coefficient: float = 1.0,
+    batch_size: int = 32,
+    text_batch_size: int = 16,
+    at: Sequence[int] | None = None,
+    format: str | None = None,
+    metric: Metric = candidate_probability,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+) -> Result:
+    """Accuracy on forgotten facts after LoRA training on *other* forgotten facts: the worst case over rates and steps.
+
+        loss = relearn_coefficient * relearned + retain_coefficient * retained + text_coefficient * text
+
+    as for `relearn`, whose words on `at`, the curve, `control` and divergence hold here too. By PEFT on a copy of the
+    model, exported to a temporary folder that is removed whatever happens: adapters on all linear layers but the
+    unembedding, AdamW without weight decay, cosine schedule, no clipping. Dropout acts on the adapters' inputs alone.
+    `examples`: train on this many of the forgotten facts only.
+
+    The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves`
+    and `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass
+    for example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each
+    batch.
+
+    ImportError without PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be
+    exported (`relearn` takes one), for more examples than there are, and as for `relearn`.
+    """
+    adapted = _peft(rank, alpha, dropout)
+    trained, tested = halves(task, format=format, seed=seed)
+    trained = some_of(trained, examples, seed=seed)
+    terms = relearning_terms(
+        model,
+        task,
+        trained,
+        tested,
+        coefficients=(relearn_coefficient, retain_coefficient, text_coefficient),
+        batch_sizes=(batch_size, batch_size, text_batch_size),
+    )
+    asked, points = Asked.of(model, task, tested, metric=metric, seed=seed), measured_at(steps, at)
+    found: dict[str, list[Scores]] = {str(step): [] for step in points}
+    with differentiable(model), exported(model) as copy:
+        for rate in check_rates(learning_rates):
+            with adapted(copy, seed) as factors:
+                training = _Training(copy, terms, device_of(model), factors, rate, steps, micro_batch_size, seed)
+                for step, scores in training.scores(asked, points):
+                    found[str(step)].append(scores)
+    return worst_case(found, asked, axis="steps")
+
+
+relearn_halves = partial(relearn_lora, at=(0, 10, 20))
+"""The relearning of Guo et al. 2025 (https://arxiv.org/abs/2410.12949): one half for 20 iterations at rank 512."""
+
+relearn_two_facts = partial(
+    relearn_lora,
+    examples=2,
+    rank=64,
+    learning_rates=(1e-4,),
+    steps=10,
+    relearn_coefficient=0.2,
+    at=range(11),
+)
+"""That of its workshop version: two facts for 10 iterations at rank 64."""
+
+
+def _peft(rank: int, alpha: float, dropout: float) -> Callable[..., Any]:
+    """A context that adds adapters to a Hugging Face model and takes them away."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "expected peft for relearning by LoRA, got none installed: pip install 'mechunlearn[peft]', or use "
+            "mu.evaluate.relearn, which trains the weights themselves."
+        ) from error
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": "all-linear"}
+
+    @contextmanager
+    def adapted(copy: Any, seed: int) -> Iterator[list[nn.Parameter]]:
+        """Inside, the copy has adapters, whose parameters these are, with only their dropout in training mode."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(copy, LoraConfig(**settings))
+            for name, module in wrapped.named_modules():
+                module.training = "lora_dropout" in name
+            try:
+                yield [p for p in wrapped.parameters() if p.requires_grad]
+            finally:
+                wrapped.unload()
+
+    return adapted
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """Of the adapters in a copy: AdamW without weight decay, cosine schedule, no clipping."""
+
+    copy: Any
+    terms: Sequence[Term]
+    device: torch.device
+    factors: list[nn.Parameter]
+    learning_rate: float
+    steps: int
+    micro_batch_size: int | None
+    seed: int
+
+    def scores(self, asked: Asked, at: Sequence[int]) -> Iterator[tuple[int, Scores]]:
+        """After each of the steps `at`, for as long as logits and losses are finite."""
+        optimizer = torch.optim.AdamW(self.factors, lr=self.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        batches = [(term, shuffled(term, _prompts(term), self.seed)) for term in self.terms]
+        try:
+            for step in range(self.steps + 1):
+                if step in at:
+                    with self._without_dropout():
+                        found = asked.scores(self._logits)
+                    yield step, found
+                if step < self.steps:
+                    for term, rows in batches:
+                        self._backward(term, next(rows))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+        except FloatingPointError:
+            return
+
+    def _backward(self, term: Term, rows: Tensor) -> None:
+        """The gradient of a term on a batch, a mean over its answer tokens."""
+        batch = _prompts(term).rows(rows)
+        total = int(batch.answer_mask.sum())
+        for part in batch.batches(self.micro_batch_size or len(batch)):
+            part = part.to(self.device)
+            values = term.loss(logits=self._logits(part)[part.answer_mask], targets=part.answers[part.answer_mask])
+            loss = term.coefficient * values.sum() / total
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"expected a finite {term.name} loss, got {loss.item()}.")
+            loss.backward()
+
+    def _logits(self, prompts: Prompts) -> Tensor:
+        return exported_logits(self.copy, prompts.tokens, prompts.attention_mask, prompts.positions)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        dropped = [module for module in self.copy.modules() if module.training]
+        try:
+            for module in dropped:
+                module.training = False
+            yield
+        finally:
+            for module in dropped:
+                module.training = True
+
+
+def _prompts(term: Term) -> Prompts:
+    assert isinstance(term.prompts, Prompts)
+    return term.prompts

@@ -1,0 +1,206 @@
+"""Attack: learned input vectors in front of the prompt that bring the forgotten answers out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from tqdm.auto import tqdm
+
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
+from mechunlearn.evaluate.results import Result
+from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
+from mechunlearn.model import Model, check_model, device_of, differentiable, embeddings, preserved
+from mechunlearn.model.running import with_input_vectors
+from mechunlearn.tasks.prompts import Prompts, joined
+from mechunlearn.tasks.task import Task
+
+
+def soft_prompt(
+    model: Model,
+    task: Task,
+    *,
+    n_vectors: int = 4,
+    radius: float | None = None,
+    steps: int = 64,
+    learning_rate: float = 0.03,
+    batch_size: int = 16,
+    restarts: int = 2,
+    retain_coefficient: float = 1.0,
+    every: int = 16,
+    optimizer: Callable[..., Optimizer] = Adam,
+    format: str | None = None,
+    metric: Metric = candidate_probability,
+    seed: int = 0,
+    progress: bool = False,
+) -> Result:
+    """Accuracy on forgotten facts behind a soft prompt that was trained on *other* forgotten facts, along its training.
+
+    `n_vectors` input vectors go between BOS and the text of every prompt, in place of token embeddings. They minimise
+
+        mean -log p(answer) over the attack's half + retain_coefficient * the same over `task.retain`
+
+    with `batch_size` facts of each side at a step, and after each step every vector is put back into the ball
+    |v| <= `radius` (default: the mean norm of the prompts' token embeddings, as the first layer sees them). The
+    retained facts keep it from always saying the forgotten answer, which would be enough where all forgotten facts have
+    the same one. It may still learn to say it of everybody whom the model does not know: the control has the same
+    questions about nobody, and a model that never knew the facts shows what a soft prompt teaches
+    (https://arxiv.org/abs/2502.15836 elicit strings that no model had seen).
+
+    Each restart begins at the embeddings of other random tokens of the attack's half. The one with the lowest loss on
+    the facts that it was trained on is reported; of the curve over steps the tested facts choose the best. Guo et al.
+    2025, https://arxiv.org/abs/2410.12949, train keys and values of an attention behind the embeddings instead, with
+    radius 6, learning rate 1e-5, 128 steps of 16 facts, 4 restarts and no retained facts.
+
+    Cost: restarts * steps * (F + B) of both batches, and a forward of the tested half for each `every` steps.
+    ValueError for prompts that become longer than the model's context, and for options that are not positive.
+    """
+    check_model(model)
+    _check_positive(n_vectors=n_vectors, steps=steps, batch_size=batch_size, restarts=restarts, every=every)
+    trained, tested = halves(task, format=format, seed=seed)
+    for seen in (trained, task.retain):
+        check_apart(seen, tested)
+    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
+    start = min(n_bos(model, prompts) for prompts in (trained, task.retain, tested))
+    reach = mean_norm(model, trained) if radius is None else radius
+    _check_positive(radius=reach)
+    sides = [with_room(model, prompts, n_vectors, start) for prompts in (trained, task.retain)]
+    search = Search(model, sides[0], sides[1], n_vectors, start, reach, retain_coefficient, batch_size)
+    attempts = []
+    for restart in tqdm(range(restarts), desc="soft prompt", disable=not progress, leave=False):
+        found = search.run(steps, every, learning_rate, optimizer, seed=1000 * seed + restart)
+        attempts.append((search.loss(found[steps]), found))
+    best = min(attempts, key=lambda attempt: attempt[0])[1]
+    runs = {"0": [asked.scores_of(model)]}
+    nobody = asked.nobody and with_room(model, asked.nobody, n_vectors, start)
+    behind = replace(asked, tested=with_room(model, asked.tested, n_vectors, start), nobody=nobody)
+    for step, vectors in best.items():
+        with with_input_vectors(model, vectors, start):
+            runs[str(step)] = [behind.scores_of(model)]
+    return worst_case(runs, asked, axis="steps")
+
+
+def _check_positive(**numbers: int | float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What input vectors are trained on. Prompts have room for them at `start`."""
+
+    model: Model
+    forgotten: Prompts
+    retained: Prompts
+    n_vectors: int
+    start: int
+    radius: float
+    retain_coefficient: float
+    batch_size: int
+
+    def run(
+        self, steps: int, every: int, learning_rate: float, optimizer: Callable[..., Optimizer], *, seed: int
+    ) -> dict[int, Float[Tensor, "vector d_model"]]:
+        """The vectors after each `every` steps, and after the last."""
+        generator, found = torch.Generator().manual_seed(seed), {}
+        with differentiable(self.model):
+            vectors = within(self._tokens(generator), self.radius).requires_grad_()
+            moving = optimizer([vectors], lr=learning_rate)
+            batches = [_batches(len(p), self.batch_size, generator) for p in (self.forgotten, self.retained)]
+            for step in range(1, steps + 1):
+                loss = self._loss(vectors, next(batches[0]), next(batches[1]))
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(f"expected a finite loss, got {float(loss)} at step {step} of a search.")
+                (vectors.grad,) = torch.autograd.grad(loss, [vectors])
+                moving.step()
+                with torch.no_grad():
+                    vectors.copy_(within(vectors, self.radius))
+                if step % every == 0 or step == steps:
+                    found[step] = vectors.detach().clone()
+        return found
+
+    def loss(self, vectors: Float[Tensor, "vector d_model"]) -> float:
+        """On the whole attack's half, and as many retained facts."""
+        total = 0.0
+        with preserved(self.model), torch.no_grad():
+            for rows in torch.arange(len(self.forgotten)).split(64):
+                total += len(rows) * float(self._loss(vectors, rows, rows % len(self.retained)))
+        return total / len(self.forgotten)
+
+    def _loss(self, vectors: Tensor, forgotten: Tensor, retained: Tensor) -> Tensor:
+        batch = self.forgotten[forgotten]
+        if self.retain_coefficient:
+            batch = joined(batch, self.retained[retained])
+        with with_input_vectors(self.model, vectors, self.start):
+            losses = -answer_log_probability(batch.logits(self.model), batch)
+        loss = losses[: len(forgotten)].mean()
+        return loss + self.retain_coefficient * losses[len(forgotten) :].mean() if self.retain_coefficient else loss
+
+    def _tokens(self, generator: torch.Generator) -> Float[Tensor, "vector d_model"]:
+        """The embeddings of random tokens of the attack's half."""
+        prompts = self.forgotten
+        kept = prompts.attention_mask.clone()
+        kept[:, : self.start + self.n_vectors] = False
+        chosen = torch.randint(int(kept.sum()), (self.n_vectors,), generator=generator)
+        tokens = prompts.tokens[kept].cpu()[chosen][None].to(prompts.tokens.device)
+        return embeddings(self.model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0].float().clone()
+
+
+def within(vectors: Float[Tensor, "vector d_model"], radius: float) -> Float[Tensor, "vector d_model"]:
+    """The nearest vectors of norm `radius` or less."""
+    norms = vectors.norm(dim=1, keepdim=True)
+    return vectors * (radius / norms.clamp(min=radius))
+
+
+def with_room(model: Model, prompts: Prompts, count: int, start: int) -> Prompts:
+    """The prompts with `count` more tokens behind the first `start`, padding on the right, on the model's device.
+
+    ValueError if they become longer than the model's context.
+    """
+    prompts = prompts.to(device_of(model))
+    begin = prompts.attention_mask.int().argmax(1, keepdim=True)
+    real = _inserted(_shifted(prompts.attention_mask, begin, fill=False), count, start)
+    if real.shape[1] > model.cfg.n_ctx:
+        raise ValueError(
+            f"expected prompts that fit into the context of {model.cfg.n_ctx} tokens with {count} more, got "
+            f"{real.shape[1]}: take fewer vectors or a shorter format."
+        )
+    tokens = _inserted(_shifted(prompts.tokens, begin, fill=0), count, start)
+    room = replace(prompts, subject=None, corrupt=None, texts=())
+    return replace(room, tokens=tokens, attention_mask=real, positions=prompts.positions - begin + count)
+
+
+def n_bos(model: Model, prompts: Prompts) -> int:
+    """1 if every prompt begins with BOS, else 0."""
+    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
+    first = prompts.tokens.gather(1, prompts.attention_mask.int().argmax(1, keepdim=True))
+    return int(bos is not None and bool((first == bos).all()))
+
+
+def mean_norm(model: Model, prompts: Prompts) -> float:
+    """Of the embeddings of the prompts' tokens, as the first layer sees them (without learned positions)."""
+    prompts = prompts.to(device_of(model))
+    with preserved(model):
+        found = embeddings(model, prompts.tokens, prompts.attention_mask)[prompts.attention_mask]
+    return float(found.float().norm(dim=1).mean())
+
+
+def _shifted(values: Tensor, begin: Tensor, *, fill: int | bool) -> Tensor:
+    """Each row from its first real token on, filled up on the right."""
+    places = torch.arange(values.shape[1], device=values.device) + begin
+    found = values.gather(1, places.clamp(max=values.shape[1] - 1))
+    return found.masked_fill(places >= values.shape[1], fill)
+
+
+def _inserted(values: Tensor, count: int, start: int) -> Tensor:
+    """The first column `count` times more behind the first `start`: all of it real, and any token will do."""
+    return torch.cat([values[:, :start], values[:, :1].expand(-1, count), values[:, start:]], 1)
+
+
+def _batches(length: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows in random order, each once before any comes again."""
+    while True:
+        yield from torch.randperm(length, generator=generator).split(size)

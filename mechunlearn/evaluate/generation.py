@@ -1,0 +1,144 @@
+"""What the model says on its own, and how much of an answer has to be given away before it does."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import Side, measure, side_of
+from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+
+
+def generated(
+    model: Model,
+    task: Task,
+    *,
+    format: str | None = None,
+    side: Side = "forget",
+    batch_size: int = 64,
+) -> Result:
+    """Share of prompts to which the model, left to itself, gives the answer (`says`). Chance is about 0.
+
+    Accuracy over the vocabulary feeds the answer's earlier tokens to predict the later ones, which flatters edits of
+    answers of several tokens (Yang et al. 2025, https://arxiv.org/abs/2502.11177). Here each prompt is continued by
+    its most probable tokens, as many as the longest answer of these prompts has and one more, which shows whether the
+    word goes on: where a model runs words together, as the shipped one does after some trained prompts, it did not say
+    the answer. `format`: default the first, the trained prompt. `continuations` gives the texts.
+    Cost: that many forwards. ValueError for a format or side that the task lacks.
+    """
+    prompts = side_of(task, format=format, side=side)
+    texts = continuations(model, prompts, prompts.answers.shape[1] + 1, batch_size=batch_size)
+    answers = [_text(model, row[real]) for row, real in zip(prompts.answers, prompts.answer_mask, strict=True)]
+    right = torch.tensor([float(says(text, answer)) for text, answer in zip(texts, answers, strict=True)])
+    return Result(right, "exact match of greedy generation", 0.0, "share", prompts.names)
+
+
+def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: int = 64) -> tuple[str, ...]:
+    """The most probable `n_tokens` tokens after each prompt, one after the other, as text up to an end of text.
+
+    The answers of the prompts are not shown to the model. Cost: `n_tokens` forwards. ValueError for a model without a
+    tokenizer and for prompts that leave no room in its context.
+    """
+    check_model(model)
+    _check_room(model, prompts, n_tokens)
+    with preserved(model), torch.no_grad():
+        batches = [_greedy(model, batch, n_tokens) for batch in prompts.to(device_of(model)).batches(batch_size)]
+    return tuple(_text(model, row) for batch in batches for row in batch)
+
+
+def says(text: str, answer: str) -> bool:
+    """True if the text begins with the answer as whole words.
+
+    White space at the ends does not count, and any other counts as one space. Upper and lower case count the same, but
+    for answers of one character: "a" is a word, and not the letter of an option. What follows the answer must not be a
+    letter or a digit: "golf, of course" says "golf"; "golfing" and "the golf" do not.
+    """
+    text, answer = " ".join(text.split()), " ".join(answer.split())
+    if len(answer) > 1:
+        text, answer = text.casefold(), answer.casefold()
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+
+
+def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch new"]:
+    tokens, mask = _opened(prompts, n_tokens)
+    last = mask.sum(1, keepdim=True) - 1
+    places = last + 1 + torch.arange(n_tokens, device=tokens.device)
+    for step in range(n_tokens):
+        width = int(last.max()) + 1 + step
+        new = logits_at(model, tokens[:, :width], mask[:, :width], last + step).argmax(-1)
+        tokens.scatter_(1, last + step + 1, new)
+        mask.scatter_(1, last + step + 1, True)
+    return tokens.gather(1, places)
+
+
+def _opened(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """The prompts without their answers, from the first column on, with room for new tokens."""
+    columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
+    own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
+    lengths = own.sum(1)
+    tokens = prompts.tokens.new_zeros(len(prompts), int(lengths.max()) + n_tokens)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tokens[mask] = prompts.tokens[own]  # both in reading order, row by row
+    return tokens, mask
+
+
+def _text(model: Model, tokens: Int[Tensor, "new"]) -> str:
+    """Up to the first token that ends a text."""
+    ids = tokens.tolist()
+    end = model.tokenizer.eos_token_id
+    ids = ids[: ids.index(end)] if end in ids else ids
+    return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _check_room(model: Model, prompts: Prompts, n_tokens: int) -> None:
+    if model.tokenizer is None:
+        raise ValueError("expected a model with a tokenizer, to read what it says, got none: set model.tokenizer.")
+    if n_tokens < 1:
+        raise ValueError(f"expected n_tokens of 1 or more, got {n_tokens}.")
+    room = model.cfg.n_ctx - int(prompts.attention_mask.sum(1).max())
+    if room < n_tokens - 1:
+        raise ValueError(
+            f"expected prompts that leave room for {n_tokens} tokens in the model's context of {model.cfg.n_ctx}, got "
+            f"room for {room + 1}: shorten the prompts or generate fewer tokens."
+        )
+
+
+def extraction_strength(
+    model: Model,
+    task: Task,
+    *,
+    format: str | None = None,
+    side: Side = "forget",
+    batch_size: int = 64,
+) -> Result:
+    """Mean extraction strength of the answers, from 0 (only the last token, or nothing, is completed) to 1 (all of it).
+
+    For an answer of T tokens, ES = 1 - k / T, where k is the smallest number of its tokens after which greedy
+    generation gives the others; at least one token must be generated, so k <= T - 1 and ES >= 1 / T, even if nothing
+    is right. That floor is taken out: (ES - 1 / T) / (1 - 1 / T) = (T - 1 - k) / (T - 1), which is comparable across
+    lengths. An answer of *one* token cannot be given in part, and ES is 1 whatever the model says: it counts 1 if that
+    token is generated and 0 if not, so there this is accuracy over the vocabulary and says nothing more. With two
+    tokens it is still 0 or 1: all of it, or not.
+
+    Chance is about 0. `format`: default the first, the trained prompt. Cost: 1 forward, since greedy generation is
+    right from k on exactly if each later token is the argmax given those before it.
+
+    Carlini et al. 2021, https://arxiv.org/abs/2012.07805; as a score of unlearning: Wang et al. 2025,
+    https://arxiv.org/abs/2406.09179. ValueError for a format or side that the task lacks.
+    """
+    found = measure(model, side_of(task, format=format, side=side), [_strength], batch_size=batch_size)[0]
+    return replace(found, sense="extraction strength without its floor", chance=0.0, unit="share")
+
+
+def _strength(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
+    real = prompts.answer_mask
+    length = real.sum(1)
+    wrong = (logits.argmax(-1) != prompts.answers) & real
+    places = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
+    given = (wrong * places).amax(1)  # up to the last wrong token
+    strength = (length - 1 - given) / (length - 1).clamp(min=1)
+    return torch.where(length > 1, strength.clamp(min=0.0), (given == 0).float())

@@ -1,0 +1,117 @@
+"""Every test on the original, on every edit and on every control, with every seed, in one report."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from mechunlearn.evaluate.asking import Test, every_format
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.grid.file import CellsFile, key_of
+from mechunlearn.evaluate.grid.rows import Grid, Load, Place, run_here
+from mechunlearn.evaluate.grid.workers import run_on
+from mechunlearn.evaluate.report.report import Report
+from mechunlearn.model import Model
+from mechunlearn.tasks.task import Task
+from mechunlearn.weights import Edit
+
+
+def compare(
+    model: Model,
+    task: Task,
+    edits: Mapping[str, Edit | Sequence[Edit]],
+    *,
+    metrics: Mapping[str, Test] | None = None,
+    seeds: Sequence[int] = (0,),
+    controls: Mapping[str, Model | Load] | None = None,
+    results: str | Path | None = None,
+    executor: Executor | None = None,
+    load: Load | None = None,
+    progress: bool = True,
+) -> Report:
+    """Run every test on the original model, with every edit applied, and on the controls; all are left as they were.
+
+    `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed (say, of random
+    localizations): the i-th is tested with the i-th seed.
+    `metrics`: column -> `(model, task) -> Result`; default: everything that the task can be asked
+    (`every_format(task)`), while `paper_metrics` has the paper's columns. A test with a keyword `seed` runs once for
+    each seed, others once for each edit; one with a keyword `original` gets a function whose context gives the original
+    model (see `Test`). What `functools.partial` has bound is left alone.
+    `controls`: row -> another model with the same tokenizer, or a function that loads it, such as one that never knew
+    the facts: `partial(mu.testbed.load, without="basketball")`.
+
+    Everything is checked before anything runs. A test that raises, returns NaN, or leaves the model changed has that
+    in its cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
+
+    `results`: a file to which finished cells are appended as they come. Called again with the same file, after an
+    interruption or with more rows, columns or seeds, cells that have a result are read from it; failed ones are tried
+    again. A cell is the same one if row, column, seed, model, edit, control, task, the code of the test itself and
+    the versions of packages are. Where you change what a test calls, take a new file. One run at a time may write it.
+
+    `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (with the start method "spawn") or
+    `dask.distributed.Client(...).get_executor()`. Models do not travel: each worker (each thread of it) calls `load`,
+    which must give the same weights, once; controls are then functions too. Every cell is one item of work, and task
+    and edit travel with it. Results equal those of a serial run with the same number of threads per worker. In a pool
+    of threads, tests that draw from global generators disturb each other.
+
+    Cost: the tests', and for each edit a copy of the weights in the memory of the CPU, with which they are compared
+    after each test. ValueError for edits made for other weights, for names that are taken ("original" is), for as many
+    edits as there are no seeds, and for an executor without `load`.
+    """
+    metrics = every_format(task) if metrics is None else metrics
+    grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
+    if executor is not None:
+        _check_loads(load, grid)
+    places = grid.places()
+    file = None if results is None else CellsFile(Path(results))
+    cells = {} if file is None else _known(file, places)
+    todo = [place for place in places if id(place) not in cells]
+    with tqdm(total=len(places), initial=len(cells), desc="evaluate", disable=not progress, leave=False) as bar:
+
+        def begin(place: Place) -> None:
+            bar.set_postfix_str(f"{place.cell.row}: {place.cell.test}")
+
+        def keep(place: Place, cell: Cell) -> None:
+            if file is not None:
+                file.append(place.identity, cell)
+            cells[id(place)] = cell
+            bar.update()
+
+        if executor is None:
+            run_here(grid, todo, begin, keep)
+        else:
+            assert load is not None
+            run_on(executor, load, grid, todo, begin, keep)
+    return Report(_ordered(grid, places, cells), {row.name: row.n_weights for row in grid.rows}, grid.provenance())
+
+
+def _check_loads(load: Load | None, grid: Grid) -> None:
+    """Models do not travel."""
+    if load is None:
+        raise ValueError(
+            "expected a function that loads the model in each worker, got none with an executor: pass load=..., such "
+            "as mu.testbed.load or a functools.partial of TransformerBridge.boot_transformers."
+        )
+    for row in grid.rows:
+        if row.is_loaded:
+            raise ValueError(
+                f"expected a function that loads the control {row.name!r} in each worker, got a model with an "
+                f"executor: pass the function, such as functools.partial(mu.testbed.load, without=...)."
+            )
+
+
+def _known(file: CellsFile, places: Sequence[Place]) -> dict[int, Cell]:
+    """The cells that are in the file, by place."""
+    finished = file.finished()
+    found = {id(place): finished.get(key_of(place.identity)) for place in places}
+    seeds = {id(place): place.cell.seed for place in places}
+    return {place: replace(cell, seed=seeds[place]) for place, cell in found.items() if cell is not None}
+
+
+def _ordered(grid: Grid, places: Sequence[Place], cells: Mapping[int, Cell]) -> tuple[Cell, ...]:
+    """By row, test and seed."""
+    rows, tests = [row.name for row in grid.rows], [*grid.metrics]
+    order = sorted(places, key=lambda p: (rows.index(p.cell.row), tests.index(p.cell.test)))
+    return tuple(cells[id(place)] for place in order)

@@ -1,0 +1,230 @@
+"""Probes for latent knowledge: fitted on some facts, asked about others, layer by layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.arguments import check_batch_size, check_functions
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate.attacks.exam import check_apart, formatted, halves
+from mechunlearn.evaluate.results import Result
+from mechunlearn.model import Model, check_model, shape
+from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
+from mechunlearn.tasks.positions import Where, answer
+from mechunlearn.tasks.prompts import Prompts, joined
+from mechunlearn.tasks.task import Task
+
+
+def binary_probes(
+    model: Model,
+    task: Task,
+    *,
+    side: Literal["forget", "retain"] = "forget",
+    at: Where = answer,
+    splits: int = 5,
+    seed: int = 0,
+    penalty: float = 1.0,
+    batch_size: int = 64,
+) -> Result:
+    """Share of held-out facts for which the probes of all classes are right, at the best layer.
+
+    For each layer, split and class (an answer's first token), a logistic regression "this class or not" on the
+    residual stream at the last token of the prompt. They are fitted on a random 80 % of the forgotten facts that an
+    attack may see (`halves(task, seed=seed)`: the train split of a whole sport, half of single athletes) and of
+    `task.retain`, and asked about the other forgotten facts: never about a name that they saw. Right is who is right
+    for every class. Standardising, penalty, `splits`, `curve`, `control`, `side` and the choice of the best layer: as
+    for `multinomial_probe`.
+
+    Compare with a model that never knew: what it reaches is the floor. Where a whole class is forgotten, probes could
+    learn "a name that means nothing to this model" for it, since the retained facts are known and the forgotten ones
+    are not, and be right about names that were *never* known too.
+
+    Chance: 1 / classes, of a guess of one class. Probes that found nothing say no to every class and are never right.
+    Cost: 1 forward, and 2 x (n_layers + 1) x `splits` x classes small fits.
+
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949 (three sports, first experiments). ValueError for answers of
+    tested facts that no fitted fact has, one class only, too few facts to split, prompts without names.
+    """
+    seen, tested = halves(task, seed=seed)
+    check_apart(seen, tested)
+    fitted = joined(seen, task.retain)
+    tested = tested if side == "forget" else retained(task)
+    sense = f"one binary probe per class, all right, {side} facts, best layer"
+    labels = torch.cat([prompts.answers[:, 0].cpu() for prompts in (fitted, tested)])
+    options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
+    remedy = "forget more facts with this answer, or retain some"
+    return by_layer(model, fitted, tested, labels, _all_right, sense, **options, remedy=remedy)
+
+
+def _all_right(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
+    """A class that no row has been fitted on is said never to be there."""
+    right = np.ones(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        is_label = labels == label
+        right &= guesses(features, is_label, fit, penalty) == is_label
+    return right
+
+
+def multinomial_probe(
+    model: Model,
+    task: Task,
+    *,
+    side: Literal["forget", "retain"] = "forget",
+    injected: bool = False,
+    at: Where = answer,
+    splits: int = 5,
+    seed: int = 0,
+    penalty: float = 1.0,
+    batch_size: int = 64,
+) -> Result:
+    """Accuracy on the forgotten facts of a linear probe that was fitted on retained ones, at its best layer.
+
+    For each layer and split, a multinomial logistic regression for the answer's first token (features standardised,
+    L2 penalty: scikit-learn's C = 1 / `penalty`) on the residual stream at the last token of the prompt. It is fitted
+    on a random 80 % of `task.retain` and asked about every forgotten fact of the test split. The value of a fact is the
+    share of `splits` in which the probe names its answer. `curve`: by layer, from the embedding ("0") to the final
+    residual stream, n_layers + 1 points; the result is the layer with the highest mean, which is chosen on the tested
+    facts: the best of many layers is above chance even where nothing is known. Rows share this, so compare with the
+    original, which knew, and with a model that never knew: what names alone tell about their bearers (language,
+    fashion of their time) is readable in both, and is no knowledge of the fact.
+
+    `control`: the same probe for random labels, one for each last token of a subject, at the same layer (see
+    `mechunlearn.localize.probes`). `side="retain"` asks about the retained facts of the test split: where that fails,
+    the probe is bad, and its failure on the forgotten facts is no evidence. `injected=True` counts the injected answer
+    as right instead of the true one.
+
+    Chance: 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
+
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes: a forgotten sport is no class
+    that retained facts have, and **`binary_probes` is for that**. They use raw features, one split, and leave out the
+    last layer. ValueError for answers that no retained fact has, one class, prompts without names.
+    """
+    tested = formatted(task, None) if side == "forget" else retained(task)
+    right = _injected(task, tested, side) if injected else tested.answers[:, 0].cpu()
+    sense = f"multinomial probe of retained facts, {'injected answer' if injected else f'{side} facts'}, best layer"
+    labels = torch.cat([task.retain.answers[:, 0].cpu(), right])
+    options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
+    remedy = "where a whole class is forgotten, use binary_probes"
+    return by_layer(model, task.retain, tested, labels, _named, sense, **options, remedy=remedy)
+
+
+def _named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
+    return guesses(features, labels, fit, penalty) == labels
+
+
+def _injected(task: Task, tested: Prompts, side: str) -> Int[Tensor, "prompt"]:
+    """The injected answer of each tested fact."""
+    if task.injection is None or side == "retain":
+        raise ValueError(
+            "expected a task with injected answers and the forgotten side for injected=True, got "
+            f"{'the retained side' if task.injection else 'no Task.injection'}: leave injected out."
+        )
+    new = dict(zip(task.injection.names, task.injection.answers[:, 0].tolist(), strict=True))
+    missing = [name for name in tested.names if name not in new]
+    if missing:
+        raise ValueError(
+            f"expected an injected answer for every tested fact, got none for {missing[0]}: the task tests facts that "
+            f"are not edited; leave injected out."
+        )
+    return torch.tensor([new[name] for name in tested.names])
+
+
+Right: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
+"""(features, labels, rows to fit on, penalty) -> for each row, whether probes fitted on those rows get its label."""
+
+Share: TypeAlias = Float[np.ndarray, "tested point"]
+
+FITTED = 0.8
+"""The share of the facts of each class that a round fits on, as in Guo et al."""
+
+
+def by_layer(
+    model: Model,
+    fitted: Prompts,
+    tested: Prompts,
+    labels: Int[Tensor, "prompt"],
+    right: Right,
+    sense: str,
+    *,
+    at: Where,
+    splits: int,
+    seed: int,
+    penalty: float,
+    batch_size: int,
+    remedy: str,
+) -> Result:
+    """Probes at every point of the residual stream, fitted on some prompts and asked about others.
+
+    `labels`: one for each fitted prompt, then for each tested one what counts as right. `remedy`: for the error
+    about a class that no fitted prompt has.
+    """
+    check_model(model)
+    given, count = labels.cpu().numpy(), len(fitted)
+    _check(fitted, tested, at, splits, penalty, batch_size)
+    _check_classes(given[:count], given[count:], tested.names, remedy)
+    states = np.concatenate([states_at(model, p, at, batch_size=batch_size) for p in (fitted, tested)], 1)
+    tokens = np.concatenate([subject_tokens(p, at) for p in (fitted, tested)])
+    facts, control = np.zeros((2, len(tested), len(states)))
+    for turn in range(splits):
+        rng = np.random.default_rng([seed, turn])
+        fit = np.append(_sample(given[:count], fitted.names, rng), np.zeros(len(tested), dtype=bool))
+        for total, asked in ((facts, given), (control, labels_by_token(tokens, given, rng))):
+            total += np.stack([right(layer, asked, fit, penalty)[count:] for layer in states], 1) / splits
+    points = tuple(str(layer) for layer in range(shape(model).n_layers + 1))
+    return _result(points, facts, control, 1 / len(np.unique(given[:count])), sense, tested.names)
+
+
+def retained(task: Task) -> Prompts:
+    """The retained facts of the test split, in the trained format."""
+    formatted(task, None)  # raises where there is none
+    return next(iter(task.formats.values())).retain
+
+
+def _result(
+    points: tuple[str, ...], facts: Share, control: Share, chance: float, sense: str, names: tuple[str, ...]
+) -> Result:
+    curves = [Curve(points, torch.from_numpy(share), "accuracy", chance) for share in (facts, control)]
+    best = int(curves[0].mean.argmax())
+    nothing = Result(
+        curves[1].per_prompt[:, best], f"{sense}, random labels", chance, "share", names=names, curve=curves[1]
+    )
+    return Result.strongest(curves[0], sense, names=names, control=nothing)
+
+
+def _check(fitted: Prompts, tested: Prompts, at: Where, splits: int, penalty: float, batch_size: int) -> None:
+    check_batch_size(batch_size)
+    check_functions(at=at)
+    check_apart(fitted, tested)
+    if splits < 1 or penalty <= 0:
+        raise ValueError(f"expected at least one split and a positive penalty, got splits={splits}, penalty={penalty}.")
+
+
+def _check_classes(
+    known: Int[np.ndarray, "fitted"], looked_for: Int[np.ndarray, "tested"], names: tuple[str, ...], remedy: str
+) -> None:
+    unseen = np.flatnonzero(~np.isin(looked_for, known))
+    if len(unseen):
+        raise ValueError(
+            f"expected probes to be fitted on facts with every answer that they are asked for, got none with that of "
+            f"{names[unseen[0]]} (token {looked_for[unseen[0]]}), and a class never seen cannot be found: {remedy}."
+        )
+    if len(np.unique(known)) < 2:
+        raise ValueError(
+            "expected facts of at least two classes to fit probes on, got one: there is nothing to tell apart; retain "
+            "facts with other answers too."
+        )
+
+
+def _sample(
+    labels: Int[np.ndarray, "prompt"], names: Sequence[str], rng: np.random.Generator
+) -> Bool[np.ndarray, "prompt"]:
+    """True at the prompts of a random 80 % of the facts of each class, at least one; their order does not matter."""
+    kept: set[str] = set()
+    for label in np.unique(labels):
+        facts = sorted({name for name, own in zip(names, labels, strict=True) if own == label})
+        kept |= {facts[place] for place in rng.permutation(len(facts))[: max(1, round(FITTED * len(facts)))]}
+    return np.array([name in kept for name in names])

@@ -1,0 +1,237 @@
+"""The plots of a report: bars of shares, curves along budgets and layers, and how they look."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from math import isnan
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mechunlearn.curve import LAYERS
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.frames import Grouped, by_row_and_test, curve_over_seeds, first_results, pooled_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+SIDES = ("forget", "retain")
+_THICK = 13
+"""Pixels of one bar."""
+
+
+def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
+    """Panel -> test -> its name there, of the tests whose unit is a share and that gave a number.
+
+    "forget, X" and "retain, X" are the bar X of the panels "forget" and "retain"; the others are in the panel "other".
+    """
+    found: dict[str, dict[str, str]] = {"forget": {}, "retain": {}, "other": {}}
+    for test, result in first_results(cells).items():
+        if result is not None and result.unit == "share":
+            side, _, name = test.partition(", ")
+            panel, bar = (side, name) if side in SIDES and name else ("other", test)
+            found[panel][test] = bar
+    return {panel: tests for panel, tests in found.items() if tests}
+
+
+def bars(cells: Sequence[Cell], panels: Mapping[str, Mapping[str, str]], *, title: str = "") -> "Figure":
+    """A panel of bars for each group of tests, with 95 % intervals; chance is a short line across the bars."""
+    from plotly.subplots import make_subplots
+
+    names = [f"{panel} (share)" for panel in panels]
+    figure = make_subplots(1, max(1, len(panels)), subplot_titles=names if len(panels) > 1 else None)
+    numbers = pooled_frame(cell for cell in cells if any(cell.test in tests for tests in panels.values()))
+    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    for column, tests in enumerate(panels.values(), 1):
+        for row, look in styles.items():
+            figure.add_bar(**_bars(numbers, row, tests, look), showlegend=column == 1, row=1, col=column)
+        _add_chance(figure, numbers, tests, column)
+    most = max((len(tests) for tests in panels.values()), default=1)
+    height = 130 + 18 * len(styles) // 3 + most * (len(styles) * _THICK + 14)
+    dressed(figure, title=title, height=height, barmode="group", bargap=0.14)
+    return figure.update_xaxes(range=[0, 1.05], title="share").update_yaxes(autorange="reversed")
+
+
+def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: "Look") -> dict[str, Any]:
+    found = [numbers.loc[(row, test)] if (row, test) in numbers.index else None for test in tests]
+    values = [None if one is None or one["seeds"] == 0 else float(one["value"]) for one in found]
+    ends = [
+        (float(one["high"]) - value, value - float(one["low"])) if one is not None and value is not None else (0.0, 0.0)
+        for one, value in zip(found, values, strict=True)
+    ]
+    whiskers = {"type": "data", "array": [high for high, _ in ends], "arrayminus": [low for _, low in ends]}
+    return {
+        "name": shown(row),
+        "legendgroup": row,
+        "orientation": "h",
+        "x": values,
+        "y": [shown(name, 17) for name in tests.values()],
+        "error_x": whiskers | {"symmetric": False, "thickness": 1, "width": 2, "color": INK},
+        "marker": {"color": look.color},
+        "hovertemplate": "%{y}: %{x:.3f}<extra>" + shown(row) + "</extra>",
+    }
+
+
+def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str], column: int) -> None:
+    """A line across the bars of each test, and its entry in the legend."""
+    chances: dict[str, float] = numbers["chance"].astype(float).groupby(level="test").first().to_dict()
+    line = {"width": 1.5, "color": "black"}
+    figure.add_scatter(
+        name="chance",
+        legendgroup="chance",
+        showlegend=column == 1,
+        x=[chances[test] for test in tests],
+        y=[shown(name, 17) for name in tests.values()],
+        mode="markers",
+        marker={"symbol": "line-ns", "size": 8, "line": line},
+        hovertemplate="%{y}: chance %{x:.3f}<extra></extra>",
+        row=1,
+        col=column,
+    )
+    for place, test in enumerate(tests):
+        if not isnan(chances[test]):
+            ends = {"x0": chances[test], "x1": chances[test], "y0": place - 0.43, "y1": place + 0.43}
+            figure.add_shape(type="line", line=line, **ends, row=1, col=column)  # type: ignore[arg-type]
+
+
+def tests_with_curves(cells: Sequence[Cell], *, layers: bool) -> list[str]:
+    """The tests with a curve along the layers, or along anything else."""
+    found = [(cell.test, cell.result.curve) for cell in cells if cell.result is not None]
+    return list(dict.fromkeys(test for test, curve in found if curve is not None and (curve.axis == LAYERS) == layers))
+
+
+def has_controls(cells: Sequence[Cell], test: str) -> bool:
+    """Whether a control of the test has a curve of its own."""
+    return any(_control(cell) is not None for cell in cells if cell.test == test)
+
+
+def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "Figure":
+    """A panel for each test: a line per row with its band of 95 %, a thin line for its control, chance dotted."""
+    from plotly.subplots import make_subplots
+
+    height = 320
+    figure = make_subplots(max(1, len(tests)), 1, subplot_titles=tests if len(tests) > 1 else None)
+    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    grouped = by_row_and_test(cells)
+    for place, test in enumerate(tests, 1):
+        for row, look in styles.items():
+            found = grouped.get((row, test), [])
+            _add_control(figure, [control for cell in found if (control := _control(cell))], look, place)
+            _add_line(figure, found, look, place)
+        _label(figure, grouped, test, place)
+    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + height * len(tests))
+
+
+def _add_line(figure: "Figure", cells: Sequence[Cell], look: "Look", place: int) -> None:
+    found = [cell for cell in cells if cell.result is not None and cell.result.curve is not None]
+    if not found:
+        return
+    ends, row = curve_over_seeds(found), found[0].row
+    x, high, low = list(ends.index), list(ends["high"]), list(ends["low"])
+    where = {"row": place, "col": 1, "legendgroup": row}
+    area = {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": look.color, "line": {"width": 0}}
+    figure.add_scatter(**area, opacity=0.15, hoverinfo="skip", showlegend=False, mode="lines", **where)
+    line = {"color": look.color, "dash": look.dash, "width": 2}
+    marker = {"symbol": look.symbol, "size": 8, "color": look.color}
+    shared = {"name": shown(row), "showlegend": is_new(figure, row)}
+    text = "%{x}: %{y:.3f}<extra>" + shown(row) + "</extra>"
+    figure.add_scatter(
+        x=x, y=ends["value"], mode="lines+markers", line=line, marker=marker, hovertemplate=text, **shared, **where
+    )
+
+
+def _add_control(figure: "Figure", cells: Sequence[Cell], look: "Look", place: int) -> None:
+    if cells:
+        mean, line = curve_over_seeds(cells)["value"], {"color": look.color, "width": 1}
+        text = "%{x}: %{y:.3f}<extra>control of " + shown(cells[0].row) + "</extra>"
+        where = {"row": place, "col": 1, "legendgroup": cells[0].row, "showlegend": False}
+        figure.add_scatter(
+            x=list(mean.index), y=mean, mode="lines", line=line, opacity=0.6, hovertemplate=text, **where
+        )
+
+
+def _control(cell: Cell) -> Cell | None:
+    """The control in place of the result, if it has a curve."""
+    control = None if cell.result is None else cell.result.control
+    return None if control is None or control.curve is None else replace(cell, result=control)
+
+
+def _label(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
+    """Axes in the curve's own units, and chance."""
+    cells = [cell for (_, name), found in grouped.items() if name == test for cell in found]
+    found = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
+    points = _in_order(dict.fromkeys(point for curve in found for point in curve.points))
+    chance = next((curve.chance for curve in found if curve.chance is not None), None)
+    if chance is not None:
+        line = {"color": INK, "dash": "dot", "width": 1}
+        named = {"name": "chance", "showlegend": is_new(figure, "chance")}
+        ends = {"x": [points[0], points[-1]], "y": [chance, chance], "mode": "lines", "hoverinfo": "skip"}
+        figure.add_scatter(**ends, line=line, legendgroup="chance", **named, row=place, col=1)
+    order = {"type": "category", "categoryorder": "array", "categoryarray": points}
+    figure.update_xaxes(title=shown(found[0].axis), **order, row=place, col=1)
+    bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in found))
+    unit = shown(found[0].unit, 32)  # on its side, in the height of one panel
+    figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
+
+
+def _in_order(points: Iterable[str]) -> list[str]:
+    """By number where all are numbers, else as they came."""
+    try:
+        return sorted(points, key=float)
+    except ValueError:
+        return list(points)
+
+
+INK, FAINT = "#333333", "#e4e4e4"
+
+
+class Look(NamedTuple):
+    color: str
+    symbol: str
+    dash: str
+
+
+# Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
+# which white paper swallows; then dark ones of Tol 2021. Symbols and dashes tell rows apart without colour.
+_GREY, _OKABE = "#6b6b6b", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
+_TOL = ("#332288", "#999933", "#882255", "#000000")
+_COLORS = (_GREY, *_OKABE, *_TOL)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+def looks(rows: Iterable[str]) -> dict[str, Look]:
+    """Row -> how it is drawn."""
+    return {
+        row: Look(_COLORS[i % len(_COLORS)], _SYMBOLS[i % len(_SYMBOLS)], _DASHES[i % len(_DASHES)])
+        for i, row in enumerate(rows)
+    }
+
+
+def shown(text: str, width: int = 0) -> str:
+    """Text as plotly shows it: its tags written out, lines broken at `width` characters."""
+    return "<br>".join(map(escape, wrap(text, width))) if width else escape(text)
+
+
+def is_new(figure: "Figure", row: str) -> bool:
+    """Whether no trace has the name yet: it is in the legend once."""
+    return not any(True for _ in figure.select_traces({"name": shown(row)}))
+
+
+def dressed(figure: "Figure", *, title: str = "", height: int = 420, **layout: Any) -> "Figure":
+    """The figure with fonts, grid, and a legend below that takes its own room; a finger on it scrolls the page."""
+    figure.update_layout(
+        title={"text": shown(title), "font": {"size": 15}} if title else None,
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        height=height,
+        margin={"l": 10, "r": 16, "t": 50 if title else 28, "b": 10},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
+        | {"font": {"size": 12}},
+        showlegend=True,
+        dragmode=False,
+        **layout,
+    )
+    figure.update_xaxes(gridcolor=FAINT, zerolinecolor=FAINT, automargin=True)
+    return figure.update_yaxes(gridcolor=FAINT, zerolinecolor=FAINT, automargin=True)

@@ -1,0 +1,197 @@
+"""The numbers of a report as DataFrames: one row per cell, per example, per point of a curve, per row and test."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mechunlearn.curve import Curve
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.results import Result, facts_of, interval_over_seeds, resampled_means
+from mechunlearn.intervals import ends
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+Grouped = dict[tuple[str, str], list[Cell]]
+
+
+def by_row_and_test(cells: Iterable[Cell]) -> Grouped:
+    """The cells of each row and test, one for each seed."""
+    found: Grouped = {}
+    for cell in cells:
+        found.setdefault((cell.row, cell.test), []).append(cell)
+    return found
+
+
+def first_results(cells: Iterable[Cell]) -> dict[str, Result | None]:
+    """Test -> the first result that it gave, for what all of its results share: sense, chance, unit."""
+    found: dict[str, Result | None] = {}
+    for cell in cells:
+        found[cell.test] = found.get(cell.test) or cell.result
+    return found
+
+
+def value_over_seeds(cells: Sequence[Cell]) -> float:
+    """Mean over the seeds that gave a result; NaN if none did."""
+    values = [cell.result.value for cell in cells if cell.result is not None]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def interval_of(cells: Sequence[Cell]) -> tuple[float, float]:
+    """Over facts and the seeds that gave a result, of which there must be one."""
+    found = [(cell.result, cell.seed) for cell in cells if cell.result is not None]
+    return interval_over_seeds([result for result, _ in found], [seed for _, seed in found])
+
+
+def cell_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per cell."""
+    import pandas as pd
+
+    columns = ["row", "test", "seed", "value", "low", "high", "chance", "n", "sense", "unit", "control", "error"]
+    return pd.DataFrame([_numbers(cell) for cell in cells], columns=[*columns, "seconds"])
+
+
+def example_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per example of each cell."""
+    import pandas as pd
+
+    rows = [
+        {"row": cell.row, "test": cell.test, "seed": cell.seed, "example": i, "name": name, "value": value}
+        for cell in cells
+        if cell.result is not None
+        for i, (name, value) in enumerate(zip(_names(cell.result), cell.result.per_example.tolist(), strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["row", "test", "seed", "example", "name", "value"])
+
+
+def curve_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per point of each curve."""
+    import pandas as pd
+
+    rows = [
+        {"row": cell.row, "test": cell.test, "seed": cell.seed, "axis": cell.result.curve.axis}
+        | point
+        | {"unit": cell.result.curve.unit}
+        for cell in cells
+        if cell.result is not None and cell.result.curve is not None
+        for point in _points(cell.result.curve, cell.result.control)
+    ]
+    columns = ["row", "test", "seed", "axis", "point", "value", "low", "high", "chance", "control", "n", "unit"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pooled_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per row and test: mean over seeds, interval over facts and seeds."""
+    import pandas as pd
+
+    rows = [{"row": row, "test": test} | _pooled(found) for (row, test), found in by_row_and_test(cells).items()]
+    columns = ["row", "test", "value", "low", "high", "chance", "n", "seeds", "sense", "unit"]
+    return pd.DataFrame(rows, columns=columns).set_index(["row", "test"])
+
+
+def difference_frame(cells: Iterable[Cell], reference: str) -> "DataFrame":
+    """One row per other row and test: mean minus the reference on the same facts, paired; NaN where one failed."""
+    import pandas as pd
+
+    grouped = by_row_and_test(cells)
+    rows = [
+        {"row": row, "test": test} | paired_difference(found, grouped.get((reference, test), []))
+        for (row, test), found in grouped.items()
+        if row != reference
+    ]
+    return pd.DataFrame(rows, columns=["row", "test", "difference", "low", "high"]).set_index(["row", "test"])
+
+
+def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, float]:
+    """difference, low and high; nothing where no seed gave both results.
+
+    Seeds are paired; where one side has a single result, as of a test without randomness, it is paired with all.
+    """
+    paired = _pairs(cells, reference)
+    if not paired:
+        return {}
+    found = [one.difference(other) for one, other, _ in paired]
+    if len(found) == 1:
+        return dict(zip(("difference", "low", "high"), found[0], strict=True))
+    apart = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
+    low, high = ends(resampled_means(apart, [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]), 0.95)
+    return {"difference": sum(each[0] for each in found) / len(found), "low": float(low), "high": float(high)}
+
+
+def _pairs(cells: Sequence[Cell], reference: Sequence[Cell]) -> list[tuple[Result, Result, int]]:
+    own = {cell.seed: cell.result for cell in cells if cell.result is not None}
+    others = {cell.seed: cell.result for cell in reference if cell.result is not None}
+    if min(len(own), len(others)) == 1:
+        return [(one, other, i if len(own) > 1 else j) for i, one in own.items() for j, other in others.items()]
+    return [(one, others[seed], seed) for seed, one in own.items() if seed in others]
+
+
+def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
+    """The curve of one row and test: index point; columns value, low, high over facts and seeds."""
+    import pandas as pd
+
+    found = [(cell.result, cell.result.curve, cell.seed) for cell in cells if cell.result and cell.result.curve]
+    points = tuple(dict.fromkeys(point for _, curve, _ in found for point in curve.points))
+    if len(found) == 1:
+        return found[0][1].interval()
+    values = [_at(curve, points) for _, curve, _ in found]
+    names = [_facts_along(curve, result) for result, curve, _ in found]
+    low, high = ends(resampled_means(values, names, [seed for *_, seed in found]), 0.95)
+    mean = torch.stack([value.mean(0) for value in values]).nanmean(0)
+    columns = {"value": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+    return pd.DataFrame(columns, index=pd.Index(points, name="point"))
+
+
+def _numbers(cell: Cell) -> dict[str, Any]:
+    found = {"row": cell.row, "test": cell.test, "seed": cell.seed, "error": cell.error, "seconds": cell.seconds}
+    result = cell.result
+    if result is None:
+        return found
+    low, high = result.interval()
+    control = None if result.control is None else result.control.value
+    numbers = {"value": result.value, "low": low, "high": high, "n": len(result.per_example), "control": control}
+    return found | numbers | _shared(result)
+
+
+def _pooled(cells: Sequence[Cell]) -> dict[str, Any]:
+    results = [cell.result for cell in cells if cell.result is not None]
+    if not results:
+        return {"value": float("nan"), "seeds": 0}
+    low, high = interval_of(cells)
+    n = max(len(result.per_example) for result in results)
+    numbers = {"value": value_over_seeds(cells), "low": low, "high": high, "n": n, "seeds": len(results)}
+    return numbers | _shared(results[0])
+
+
+def _shared(result: Result) -> dict[str, Any]:
+    return {"chance": result.chance, "sense": result.sense, "unit": result.unit}
+
+
+def _names(result: Result) -> tuple[str, ...]:
+    return result.names or ("",) * len(result.per_example)
+
+
+def _points(curve: Curve, control: Result | None) -> list[dict[str, Any]]:
+    """Each point with its interval, and what the control has there."""
+    below = control.curve if control is not None else None
+    beside = {} if below is None else dict(zip(below.points, below.mean.tolist(), strict=True))
+    shared = {"chance": curve.chance, "n": len(curve.per_prompt)}
+    return [
+        {"point": point, "value": value, "low": low, "high": high, "control": beside.get(point)} | shared
+        for point, value, low, high in curve.interval().itertuples()
+    ]
+
+
+def _facts_along(curve: Curve, result: Result) -> tuple[str, ...]:
+    """What each row of a curve is about; a curve may be of other examples than its result."""
+    named = len(result.names) == len(curve.per_prompt)
+    return result.names if named else tuple(map(str, range(len(curve.per_prompt))))
+
+
+def _at(curve: Curve, points: Sequence[str]) -> torch.Tensor:
+    """The curve's values at these points, NaN where it has none."""
+    found = torch.full((len(curve.per_prompt), len(points)), torch.nan, dtype=torch.float64)
+    found[:, [points.index(point) for point in curve.points]] = curve.per_prompt.double()
+    return found

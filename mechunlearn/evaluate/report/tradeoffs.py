@@ -1,0 +1,184 @@
+"""What was forgotten against its price: by size of the edit, and as a Pareto front."""
+
+from collections.abc import Mapping, Sequence
+from math import log10
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.figures import INK, Look, dressed, groups_of_shares, is_new, looks, shown
+from mechunlearn.evaluate.report.frames import Grouped, by_row_and_test, first_results, paired_difference
+from mechunlearn.evaluate.results import interval_over_seeds
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+class Point(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def forget_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """The tests "forget, X" that have a "retain, X"."""
+    panels = groups_of_shares(cells)
+    kept = set(panels.get("retain", {}).values())
+    return tuple(test for test, name in panels.get("forget", {}).items() if name in kept)
+
+
+def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """ "text loss" and "other knowledge", those that gave a number."""
+    first = first_results(cells)
+    return tuple(test for test in ("text loss", "other knowledge") if first.get(test) is not None)
+
+
+def check_tests(cells: Sequence[Cell], tests: Sequence[str], role: str) -> None:
+    """ValueError unless each test gave a number."""
+    known = [test for test, result in first_results(cells).items() if result is not None]
+    missing = [test for test in tests if test not in known]
+    if missing or not tests:
+        raise ValueError(
+            f"expected tests of this report for {role} ({'; '.join(known)}), got {missing or 'none'}: "
+            f"name them with {role}=[...]."
+        )
+
+
+def sizes(
+    cells: Sequence[Cell],
+    weights: Mapping[str, int],
+    forgetting: Sequence[str],
+    damage: Sequence[str],
+    *,
+    title: str = "",
+) -> "Figure":
+    """A panel for what is left of the knowledge and one for each test of damage, over the number of edited weights."""
+    from plotly.subplots import make_subplots
+
+    panels = {"knowledge left": tuple(forgetting)} | {test: (test,) for test in damage}
+    figure = make_subplots(len(panels), 1, subplot_titles=[shown(name) for name in panels], vertical_spacing=0.1)
+    grouped, first = by_row_and_test(cells), first_results(cells)
+    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    for place, tests in enumerate(panels.values(), 1):
+        for row, look in styles.items():
+            found = _mean(grouped, row, tests)
+            if found is not None and weights.get(row):
+                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), found, place)
+        _add_original(figure, _mean(grouped, "original", tests), place)
+        result = first[tests[0]]
+        figure.update_yaxes(title="" if result is None else shown(result.unit or result.sense), row=place, col=1)
+    figure.update_yaxes(rangemode="tozero", row=1, col=1)
+    dressed(figure, title=title, height=120 + 18 * len(styles) // 3 + 250 * len(panels))
+    figure.update_xaxes(**_size_axis([count for count in weights.values() if count]))
+    return figure.update_xaxes(title="edited weights", row=len(panels), col=1)
+
+
+def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, title: str = "") -> "Figure":
+    """Knowledge left over damage: a point per row, the front of those that no other row beats in both as a line."""
+    import plotly.graph_objects as go
+
+    figure, found = go.Figure(), tradeoffs(cells, forgetting, damage)
+    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    for row, (harm, left) in found.items():
+        _add_point(figure, row, styles[row], harm, left)
+    best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in found.items()}))
+    line = {"color": INK, "dash": "dot", "width": 1.5, "shape": "hv"}
+    x, y = [harm for harm, _ in best], [left for _, left in best]
+    figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
+    dressed(figure, title=title, height=400 + 18 * len(styles) // 3)
+    figure.update_yaxes(title="knowledge left (share)", rangemode="tozero")
+    return figure.update_xaxes(title=shown(damage_axis(cells, damage), 30), exponentformat="power")
+
+
+def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> dict[str, tuple[Point, Point]]:
+    """Row -> damage and knowledge left; rows of which a test failed are absent.
+
+    Damage is relative to the row "original", on the same examples: of a share by how much it fell, of anything else,
+    such as a loss, by how much it rose. Knowledge left is the mean over the tests of forgetting.
+    """
+    grouped = by_row_and_test(cells)
+    found = {}
+    for row in dict.fromkeys(cell.row for cell in cells):
+        harm, left = _harm(grouped, row, damage), _mean(grouped, row, forgetting)
+        if harm is not None and left is not None:
+            found[row] = (harm, left)
+    return found
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at least as low as in both numbers and lower in one."""
+    values = set(points.values())
+    return [p for p in values if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in values)]
+
+
+def damage_axis(cells: Sequence[Cell], damage: str) -> str:
+    """What the damage is, in words and units."""
+    result = first_results(cells)[damage]
+    assert result is not None
+    change = "drop" if result.unit == "share" else "rise"
+    return f"damage: {change} of {damage} from the original" + (f" ({result.unit})" if result.unit else "")
+
+
+def _mean(grouped: Grouped, row: str, tests: Sequence[str]) -> Point | None:
+    """Mean over tests and seeds with its interval over facts and seeds; None where a test has no result."""
+    cells = [[cell for cell in grouped.get((row, test), []) if cell.result is not None] for test in tests]
+    if not all(cells):
+        return None
+    found = [(cell.result, cell.seed) for same in cells for cell in same if cell.result is not None]
+    results, seeds = [result for result, _ in found], [seed for _, seed in found]
+    return Point(sum(r.value for r in results) / len(results), *interval_over_seeds(results, seeds))
+
+
+def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
+    cells = grouped.get((row, damage), [])
+    apart = paired_difference(cells, grouped.get(("original", damage), []))
+    if not apart:
+        return None
+    difference, low, high = apart["difference"], apart["low"], apart["high"]
+    falls = any(cell.result is not None and cell.result.unit == "share" for cell in cells)
+    return Point(-difference, -high, -low) if falls else Point(difference, low, high)
+
+
+def _add_point(figure: "Figure", row: str, look: Look, x: Point, y: Point, place: int | None = None) -> None:
+    figure.add_scatter(
+        x=[x.value],
+        y=[y.value],
+        name=shown(row),
+        legendgroup=row,
+        showlegend=is_new(figure, row),
+        mode="markers",
+        marker={"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}},
+        error_x=_whisker(x, look),
+        error_y=_whisker(y, look),
+        hovertemplate="%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>",
+        **({} if place is None else {"row": place, "col": 1}),
+    )
+
+
+def _size_axis(counts: Sequence[int]) -> dict[str, Any]:
+    """Logarithmic, with marks at 1, 2 and 5 of each power of ten, and room for two marks at least."""
+    if not counts:
+        return {}
+    low, high = min(counts) / 2.3, max(counts) * 2.3
+    marks = [digit * 10**power for power in range(len(str(max(counts))) + 1) for digit in (1, 2, 5)]
+    within = [mark for mark in marks if low <= mark <= high]
+    written = {"tickvals": within, "ticktext": [_short(mark) for mark in within]}
+    return {"type": "log", "range": [log10(low), log10(high)]} | written
+
+
+def _short(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:g}{letter}"
+    return str(count)
+
+
+def _whisker(point: Point, look: Look) -> dict[str, object]:
+    ends = {"array": [point.high - point.value], "arrayminus": [point.value - point.low], "symmetric": False}
+    return {"type": "data", "thickness": 1, "width": 3, "color": look.color} | ends
+
+
+def _add_original(figure: "Figure", found: Point | None, place: int) -> None:
+    if found is not None:
+        line = {"dash": "dash", "width": 1, "color": INK}
+        label = {"text": "original", "font": {"size": 11}}
+        figure.add_hline(y=found.value, line=line, annotation=label, row=place, col=1)  # type: ignore[arg-type]

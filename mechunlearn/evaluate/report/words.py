@@ -1,0 +1,136 @@
+"""A report in words: its table as rows of text, and what to say below it; as Markdown and as LaTeX."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
+from mechunlearn.evaluate.results import Result
+
+_WIDEST = 13
+"""Columns, with "edited weights"."""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table whose numbers are written out."""
+
+    columns: tuple[str, ...]
+    """The tests, and "edited weights"."""
+    rows: Mapping[str, tuple[str, ...]]
+    chance: tuple[str, ...]
+
+    def lines(self, chance: str) -> list[tuple[str, ...]]:
+        """The head and a line for each row, chance last under this name; of more than 12 tests, one for each test."""
+        rows = [(row, *texts) for row, texts in self.rows.items()]
+        lines = [("", *self.columns), *rows, (chance, *self.chance)]
+        return list(zip(*lines, strict=True)) if self.is_tall else lines
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether tests are lines: so many columns are not read."""
+        return len(self.columns) > _WIDEST
+
+
+def text_table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool = False) -> TextTable:
+    """Three digits, "failed" where there is no result, nothing where a test was not run."""
+    found, first = by_row_and_test(cells), first_results(cells)
+    return TextTable(
+        (*first, "edited weights"),
+        {
+            row: (*(_text(found.get((row, test), ()), intervals) for test in first), f"{count:,}")
+            for row, count in weights.items()
+        },
+        (*("" if r is None or r.chance is None else f"{r.chance:.3f}" for r in first.values()), ""),
+    )
+
+
+def notes(cells: Sequence[Cell]) -> list[str]:
+    """What the numbers are, over how many seeds, and what failed why."""
+    first = {test: result for test, result in first_results(cells).items() if result is not None}
+    meanings: dict[str, list[str]] = {}
+    for test, result in first.items():
+        meanings.setdefault(_meaning(result), []).append(test)
+    found = [f"{meaning}: {_listed(tests)}" for meaning, tests in meanings.items()]
+    most = max((len(same) for same in by_row_and_test(cells).values()), default=1)
+    return found + ([f"mean over up to {most} seeds"] if most > 1 else []) + failures(cells)
+
+
+def failures(cells: Sequence[Cell]) -> list[str]:
+    """Row, test, seeds and error of the cells without a result."""
+    several = len({cell.seed for cell in cells}) > 1
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for cell in cells:
+        if cell.result is None:
+            seeds.setdefault((cell.row, cell.test, " ".join(cell.error.split())), []).append(str(cell.seed))
+    return [
+        f"failed: {row}, {test}{_of_seeds(found) if several else ''}: {error}"
+        for (row, test, error), found in seeds.items()
+    ]
+
+
+def markdown(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool) -> str:
+    table = text_table(cells, weights, intervals=intervals)
+    head, *body = table.lines("*chance*")
+    lines = [head, ["---"] * len(head), *body]
+    below = "\n".join(f"- {note}" for note in notes(cells))
+    return "\n".join(f"| {' | '.join(_in_a_cell(text) for text in line)} |" for line in lines) + "\n\n" + below
+
+
+def latex(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool) -> str:
+    table = text_table(cells, weights, intervals=intervals)
+    lines = table.lines("chance")
+    head, *body = [" & ".join(map(escaped_for_latex, line)) + r" \\" for line in lines]
+    body.insert(len(body) - 1, r"\midrule")  # above chance, or the number of weights
+    above = [f"% {' '.join(note.split())}" for note in ["needs the package booktabs", *notes(cells)]]
+    begin = rf"\begin{{tabular}}{{l*{{{len(lines[0]) - 1}}}{{r}}}}"
+    rules = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*above, begin, *rules, r"\end{tabular}"]) + "\n"
+
+
+def escaped_for_latex(text: str) -> str:
+    """Text as LaTeX shows it."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\n": " ",
+}
+
+
+def _text(cells: Sequence[Cell], intervals: bool) -> str:
+    worked = sum(cell.result is not None for cell in cells)
+    if not worked:
+        return "failed" if cells else ""
+    low, high = interval_of(cells) if intervals else (0.0, 0.0)
+    between = f" [{low:.3f}, {high:.3f}]" if intervals else ""
+    missing = f" ({worked} of {len(cells)} seeds)" if worked < len(cells) else ""
+    return f"{value_over_seeds(cells):.3f}{between}{missing}"
+
+
+def _of_seeds(seeds: Sequence[str]) -> str:
+    return f" (seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)})"
+
+
+def _listed(tests: Sequence[str]) -> str:
+    """The tests; "forget, X" and "retain, X" together."""
+    sides = {side: [test[len(side) :] for test in tests if test.startswith(side)] for side in ("forget, ", "retain, ")}
+    both = [name for name in sides["forget, "] if name in sides["retain, "]]
+    paired = {side + name for name in both for side in sides}
+    return "; ".join(
+        ([f"forget and retain ({'; '.join(both)})"] if both else []) + [test for test in tests if test not in paired]
+    )
+
+
+def _meaning(result: Result) -> str:
+    return result.sense if result.unit in ("", "share") else f"{result.sense}, {result.unit}"
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")

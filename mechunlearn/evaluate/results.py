@@ -1,0 +1,186 @@
+"""What every test returns: a number with its examples, its chance level and what it means; over seeds, too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.curve import Curve
+from mechunlearn.intervals import bootstrap, ends, resampled
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A number, the mean of one value per example."""
+
+    per_example: Float[Tensor, "example"]
+    """One value per example."""
+    sense: str
+    """What was measured, such as "argmax over the candidates"."""
+    chance: float | None = None
+    """What guessing (for a loss: a uniform guess) would give, in the same unit."""
+    unit: str = ""
+    """"share" for what lies in [0, 1] (the report plots these), or what else it is in: "nats per token"."""
+    names: tuple[str, ...] = ()
+    """What each example is about."""
+    curve: Curve | None = None
+    """Of an attack: what it reaches with each budget (steps, examples, bits); of a probe: by layer."""
+    control: "Result | None" = None
+    """The same test where there is nothing to find, such as a probe for random labels."""
+
+    @classmethod
+    def strongest(
+        cls,
+        curve: Curve,
+        sense: str,
+        *,
+        unit: str = "share",
+        names: tuple[str, ...] = (),
+        control: "Result | None" = None,
+    ) -> "Result":
+        """The point of a curve with the highest mean (the first of equal ones): the worst case of an attack."""
+        best = int(curve.mean.argmax())
+        return cls(curve.per_prompt[:, best], sense, curve.chance, unit, names, curve, control)
+
+    @property
+    def value(self) -> float:
+        """The mean over examples."""
+        return float(self.per_example.mean())
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """Interval of the mean over examples (facts).
+
+        Wilson's for yes/no values, which stays honest at 0 % and 100 %; a percentile bootstrap for others.
+        """
+        n = len(self.per_example)
+        if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
+            return wilson(self.value, n, confidence)
+        low, high = bootstrap(self.per_example, confidence=confidence, draws=draws, seed=seed)
+        return float(low), float(high)
+
+    def difference(
+        self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[float, float, float]:
+        """This minus the other on the same examples: the mean and its interval, by paired bootstrap.
+
+        ValueError if the examples are not the same ones.
+        """
+        if len(self.per_example) != len(other.per_example) or self.names != other.names:
+            raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
+        values = self.per_example.double() - other.per_example.double()
+        low, high = bootstrap(values, confidence=confidence, draws=draws, seed=seed)
+        return float(values.mean()), float(low), float(high)
+
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        chance = "" if self.chance is None else f", chance {self.chance:.3f}"
+        n = len(self.per_example)
+        unit = f" {self.unit}" if self.unit not in ("", "share") else ""
+        return f"Result({self.value:.3f}{unit} [{low:.3f}, {high:.3f}] over {n} examples; {self.sense}{chance})"
+
+
+def wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson 1927: the shares for which the observed one is not surprising."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """One result of several seeds: each example's mean over seeds where all have the same examples, else all of them.
+
+    Curves and controls are pooled alike; a curve is left out where seeds differ in its points. The interval of what
+    is given back is over examples; that seeds differ too is seen only in the single results.
+    """
+    first = results[0]
+    if len(results) == 1:
+        return first
+    same = all((r.names, len(r.per_example)) == (first.names, len(first.per_example)) for r in results)
+    return Result(
+        _joined([r.per_example for r in results], same),
+        first.sense,
+        first.chance,
+        first.unit,
+        first.names if same else tuple(name for r in results for name in r.names),
+        _curve([r.curve for r in results if r.curve is not None], same, len(results)),
+        _control([r.control for r in results if r.control is not None], len(results)),
+    )
+
+
+def _joined(values: Sequence[Tensor], same: bool) -> Tensor:
+    numbers = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+    return torch.stack(numbers).mean(0) if same else torch.cat(numbers)
+
+
+def _curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | None:
+    if len(curves) < count or len({curve.points for curve in curves}) > 1:
+        return None
+    first = curves[0]
+    averaged = same and len({curve.per_prompt.shape for curve in curves}) == 1
+    return Curve(first.points, _joined([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
+
+
+def _control(controls: Sequence[Result], count: int) -> Result | None:
+    return pooled(controls) if len(controls) == count else None
+
+
+def interval_over_seeds(
+    results: Sequence[Result], seeds: Sequence[int], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean over seeds of each seed's mean, both facts and seeds being drawn anew.
+
+    One result has its own interval (`Result.interval`). For several, each draw takes as many facts and as many seeds
+    with replacement, a fact with all of its examples and a seed with all of its results (Owen 2007,
+    https://arxiv.org/abs/0712.1111, whose draws are a little too wide rather than too narrow); results of one seed are
+    kept together, and facts are told apart by name, or by place where there are no names. Yes/no values, which could
+    all be equal, never get less than Wilson's interval over the facts. Two or three seeds say little about how much
+    seeds differ, and no interval can mend that.
+    """
+    if len(results) == 1:
+        return results[0].interval(confidence=confidence, draws=draws, seed=seed)
+    means = resampled_means(
+        [r.per_example[:, None] for r in results], [facts_of(r) for r in results], seeds, draws=draws, seed=seed
+    )
+    low, high = (float(end[0]) for end in ends(means, confidence))
+    if not all(bool(((r.per_example == 0) | (r.per_example == 1)).all()) for r in results):
+        return low, high
+    facts = {fact for r in results for fact in facts_of(r)}
+    least = wilson(sum(r.value for r in results) / len(results), len(facts), confidence)
+    return min(low, least[0]), max(high, least[1])
+
+
+def resampled_means(
+    values: Sequence[Float[Tensor, "_ number"]],
+    facts: Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Float[Tensor, "draw number"]:
+    """The mean over groups of their means over examples, for each draw of facts and seeds.
+
+    One group of values for each result, with the facts that its examples are about and its seed. A group that no drawn
+    fact is in is left out of that draw, and so are numbers that are NaN in it.
+    """
+    place = {name: i for i, name in enumerate(dict.fromkeys(name for names in facts for name in names))}
+    order = {number: i for i, number in enumerate(dict.fromkeys(seeds))}
+    of_facts = resampled(len(place), draws, seed)
+    of_seeds = resampled(len(order), draws, seed + 1)
+    total = torch.zeros(draws, values[0].shape[1], dtype=torch.float64)
+    weight = torch.zeros_like(total)
+    for group, names, number in zip(values, facts, seeds, strict=True):
+        drawn = of_facts[:, [place[name] for name in names]]
+        means = (drawn @ group.double()) / drawn.sum(1, keepdim=True)
+        times = of_seeds[:, order[number], None] * (~means.isnan())
+        total += times * means.nan_to_num(0.0)
+        weight += times
+    return total / weight
+
+
+def facts_of(result: Result) -> tuple[str, ...]:
+    """The name of each example, or its place."""
+    return result.names or tuple(map(str, range(len(result.per_example))))

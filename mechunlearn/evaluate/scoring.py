@@ -1,0 +1,128 @@
+"""What accuracy means: over the vocabulary, over the candidates, or the paper's; of one token or of whole answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+
+from mechunlearn.evaluate.results import Result
+from mechunlearn.metrics import (
+    Metric,
+    answer_log_probability,
+    candidate_probability,
+    checked,
+    is_top_of_candidates,
+    is_top_of_vocabulary,
+    name_of,
+)
+from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.tasks.building import answer_texts, answered
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Task
+
+SENSES: dict[Metric, str] = {
+    is_top_of_vocabulary: "argmax over the vocabulary",
+    is_top_of_candidates: "argmax over the candidates",
+    candidate_probability: "mean probability over the candidates (the paper's accuracy)",
+}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The three senses of accuracy on the same prompts."""
+
+    vocabulary: Result
+    """Share of prompts whose answer is the argmax over the vocabulary, every token of it. Chance is about 0."""
+    candidates: Result
+    """Share whose answer is the argmax over the candidates. Chance is 1 / candidates."""
+    probability: Result
+    """Mean probability of the answer after a softmax over the candidates: what the paper calls accuracy."""
+
+
+def accuracy(model: Model, prompts: Prompts, *, batch_size: int = 64) -> Accuracy:
+    """Accuracy of the model on prompts with candidates, in its three senses. Cost: 1 forward."""
+    return Accuracy(*measure(model, prompts, tuple(SENSES), batch_size=batch_size))
+
+
+def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64) -> tuple[Result, ...]:
+    """One result per metric, from one forward over the prompts in batches (answers are teacher-forced)."""
+    check_model(model)
+    values: list[list[torch.Tensor]] = [[] for _ in metrics]
+    order = prompts.attention_mask.sum(1).cpu().argsort(stable=True)  # rows of about one length need little padding
+    with preserved(model), torch.no_grad():
+        for batch in prompts.to(device_of(model)).rows(order).batches(batch_size):
+            logits = batch.logits(model)
+            for kept, metric in zip(values, metrics, strict=True):
+                kept.append(checked(metric, logits, batch).float().cpu())
+    back = order.argsort()
+    return tuple(
+        result_of(torch.cat(kept)[back], metric, prompts) for kept, metric in zip(values, metrics, strict=True)
+    )
+
+
+def result_of(values: Float[torch.Tensor, "prompt"], metric: Metric, prompts: Prompts) -> Result:
+    """What a metric gave for each prompt, with what it means."""
+    sense, unit = SENSES.get(metric, name_of(metric)), "share" if metric in SENSES else ""
+    return Result(values, sense, _chance(metric, prompts), unit=unit, names=prompts.names)
+
+
+def _chance(metric: Metric, prompts: Prompts) -> float | None:
+    return prompts.chance if metric in (is_top_of_candidates, candidate_probability) else None
+
+
+def whole_answers(
+    model: Model, task: Task, *, name: str | None = None, side: "Side" = "forget", answers: Sequence[str] | None = None
+) -> Result:
+    """Probability of the right answer among whole answers, for formats whose answers begin alike, such as "dashed".
+
+    p = exp(l) / sum over answers a of exp(l_a), where l_a is the log probability of all tokens of a. `answers`: text,
+    with the space before it; default: every answer that the format has on any side. Chance is 1 / answers. With answers
+    of one token, `in_format` gives the same. Guo et al. 2025 (https://arxiv.org/abs/2410.12949) score spelled sports
+    so. Cost: 1 forward for each answer. ValueError for prompts without texts, and for a right answer that is not among
+    `answers`.
+    """
+    prompts = side_of(task, format=name, side=side)
+    right = answer_texts(model, prompts)
+    options = list(dict.fromkeys(answers if answers is not None else _all_answers(model, task, name)))
+    unknown = sorted(set(right) - set(options))
+    if unknown or len(options) < 2:
+        raise ValueError(f"expected two answers or more, the right ones among them, got {options}: add {unknown}.")
+    asked = (answered(model, prompts, option) for option in options)
+    scores = torch.stack([measure(model, each, [answer_log_probability])[0].per_example for each in asked], 1)
+    column = torch.tensor([options.index(answer) for answer in right])
+    found = scores.softmax(1).gather(1, column[:, None])[:, 0]
+    sense = "mean probability over whole answers"
+    return Result(found, sense, 1 / len(options), unit="share", names=prompts.names)
+
+
+def _all_answers(model: Model, task: Task, name: str | None) -> list[str]:
+    first = next(iter(task.formats)) if name is None else name
+    found = task.formats[first]
+    sides = (found.forget, found.retain, *([] if found.injected is None else [found.injected]))
+    return sorted({answer for prompts in sides for answer in answer_texts(model, prompts)})
+
+
+Side: TypeAlias = Literal["forget", "retain", "injected"]
+"""Facts to forget, facts to keep, or the facts to forget with the injected answers in place of the true ones."""
+
+
+def side_of(task: Task, *, format: str | None = None, side: Side = "forget") -> Prompts:
+    """One side of the test split in a format (default: the first, the trained prompt); ValueError if there is none."""
+    name = next(iter(task.formats), "") if format is None else format
+    if name not in task.formats:
+        raise ValueError(
+            f"expected a format of the task ({', '.join(task.formats) or 'it has none'}), got {name!r}: "
+            f"mu.tasks.sports_facts, .counterfact and .from_frame build some; for one more, dataclasses.replace(task, "
+            f"formats={{**task.formats, {name!r}: mu.tasks.Format(forget, retain)}})."
+        )
+    found = getattr(task.formats[name], side)
+    if found is None:
+        able = [other for other, format in task.formats.items() if format.injected is not None]
+        raise ValueError(
+            f"expected a format with injected answers ({', '.join(able) or 'the task has none'}), got {name!r}: "
+            f"sports_facts and from_frame of mu.tasks build them with injected=..., counterfact always; or set "
+            f"Format.injected."
+        )
+    return found

@@ -1,0 +1,88 @@
+"""Which function, option or value is this? Digests that are the same in another process."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a value: of a function its code and what is bound to it, of a dataclass its fields, of a
+    tensor its numbers.
+
+    The same in another process. Functions that a function calls are not looked into; of other objects only the type
+    counts and, if it tells more than an address, the repr.
+    """
+    return hashlib.sha256(_told(value, ()).encode()).hexdigest()[:16]
+
+
+def name_in_full(function: Callable[..., Any]) -> str:
+    """Module and name, through `functools.partial`."""
+    inner = function.func if isinstance(function, partial) else function
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+
+
+def _told(value: Any, above: tuple[int, ...]) -> str:
+    """`above`: the objects that this one is a part of; one that contains itself is not followed."""
+    if value is None or isinstance(value, int | float | complex | str | bytes | Path | torch.dtype | torch.device):
+        return f"{type(value).__name__} {value!r}"
+    if id(value) in above:
+        return "itself"
+    inside = (*above, id(value))
+    if isinstance(value, Tensor):
+        return _numbers(value)
+    if isinstance(value, torch.nn.Module):
+        return _told(dict(value.named_parameters()), inside)
+    parts = _parts(value)
+    if parts is None:
+        shown = repr(value)
+        return type(value).__qualname__ if " at 0x" in shown else f"{type(value).__qualname__} {shown}"
+    return f"{type(value).__qualname__}({'; '.join(_told(part, inside) for part in parts)})"
+
+
+def _parts(value: Any) -> list[Any] | None:
+    if isinstance(value, Mapping):
+        return [part for pair in value.items() for part in pair]
+    if isinstance(value, AbstractSet):
+        return sorted(digest(part) for part in value)
+    if isinstance(value, tuple | list):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, value.args, dict(sorted(value.keywords.items()))]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        return _function(inspect.unwrap(value))
+    if isinstance(value, CodeType):
+        return [value.co_code, value.co_names, value.co_varnames, value.co_consts]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__qualname__, *(getattr(value, field.name) for field in fields(value))]
+    return None
+
+
+def _function(function: Callable[..., Any]) -> list[Any] | None:
+    if not isinstance(function, FunctionType):
+        return [name_in_full(function)]
+    bound = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return [name_in_full(function), function.__code__, function.__defaults__, function.__kwdefaults__, bound]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # of a name that has no value yet
+        return False
+
+
+def _numbers(tensor: Tensor) -> str:
+    own = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(own.flatten().view(torch.uint8).numpy().data).hexdigest()
+    return f"Tensor {own.dtype} {tuple(own.shape)} {found}"

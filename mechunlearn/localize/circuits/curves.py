@@ -1,0 +1,255 @@
+"""Circuits of growing size: how much of a behaviour they keep, and how much is left without them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.components import Component, ComponentMask, ComponentScores, Edge, EdgeMask, EdgeScores, ModelShape
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import ends, resampled
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness:
+    r"""The metric m of circuits C, of what is left without them, of the whole model M and of nothing.
+
+        faithfulness = (m(C) - m(nothing)) / (m(M) - m(nothing)),    m = means over prompts
+
+    1: the circuit does what the model does; 0: it does no better than the replaced model; outside [0, 1] is possible.
+    """
+
+    names: tuple[str, ...]
+    """The curve that each circuit belongs to; circuits of a curve follow each other in order of size."""
+    circuits: tuple[ComponentMask | EdgeMask, ...]
+    """Of components or of edges; each curve starts with the empty circuit and ends with all of them."""
+    share: Float[Tensor, "circuit"]
+    """How large each is, as a share of everything."""
+    alone: Float[Tensor, "prompt circuit"]
+    """The metric with everything outside the circuit replaced."""
+    without: Float[Tensor, "prompt circuit"]
+    """The metric with the circuit replaced and nothing else."""
+    whole: Float[Tensor, "prompt"]
+    """The metric of the model."""
+    nothing: Float[Tensor, "prompt"]
+    """The metric with everything replaced."""
+    metric: str = ""
+    """The metric's name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The replacement, the sizes asked for, the seeds of the random circuits, ..."""
+
+    def __post_init__(self) -> None:
+        gap, size = float(self.whole.mean() - self.nothing.mean()), float(self.whole.abs().mean())
+        if abs(gap) <= 1e-5 * max(size, float(self.nothing.abs().mean())):
+            raise ValueError(
+                f"expected a model that changes when all its components are replaced, got {self.metric} "
+                f"{float(self.whole.mean()):.4g} before and after: faithfulness is undefined; use corrupted prompts "
+                f"with another answer, another replacement or another metric."
+            )
+
+    @property
+    def cpr(self) -> dict[str, float]:
+        """Area under each curve of faithfulness over size, by trapezoids: MIB's circuit performance ratio."""
+        return {name: float(area) for name, area in self._areas(self._normalised(self.alone)).items()}
+
+    @property
+    def cmd(self) -> dict[str, float]:
+        """Area between each curve and 1, by trapezoids of |1 - faithfulness|: MIB's circuit-model distance."""
+        return {name: float(area) for name, area in self._areas((1 - self._normalised(self.alone)).abs()).items()}
+
+    def to_frame(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """One row per circuit: its curve, size, faithfulness, what is left without it, and their intervals.
+
+        `left` is the faithfulness of the rest of the model: near 0 for a circuit that is complete, in the sense of
+        Wang et al. (2022) with the whole circuit knocked out. Intervals: percentile bootstrap over prompts.
+        """
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "circuit": self.names,
+            self._unit: [len(circuit) for circuit in self.circuits],
+            "share": self.share.tolist(),
+        }
+        if self._unit == "components":
+            columns["weights"] = [c.n_parameters for c in self.circuits if isinstance(c, ComponentMask)]
+        weights = resampled(len(self.whole), draws, seed)
+        for name, values in (("faithfulness", self.alone), ("left", self.without)):
+            low, high = ends(self._normalised(values, weights), confidence)
+            columns[name] = self._normalised(values)[0].tolist()
+            columns |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
+        return pd.DataFrame(columns)
+
+    def summary(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """One row per curve: cpr, cmd, and the area under `left`, with intervals over prompts."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {}
+        weights = resampled(len(self.whole), draws, seed)
+        for name, values in (
+            ("cpr", lambda w: self._normalised(self.alone, w)),
+            ("cmd", lambda w: (1 - self._normalised(self.alone, w)).abs()),
+            ("left", lambda w: self._normalised(self.without, w)),
+        ):
+            low, high = ends(torch.stack(list(self._areas(values(weights)).values()), 1), confidence)
+            columns[name] = [float(area) for area in self._areas(values(None)).values()]
+            columns |= {f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
+        return pd.DataFrame(columns, index=pd.Index(list(self._members), name="circuit"))
+
+    def plot(self) -> "Figure":
+        """Faithfulness over size with 95 % intervals, and dotted what is left without; random circuits are grey."""
+        import plotly.graph_objects as go
+        from plotly.colors import qualitative
+
+        figure, frame = go.Figure(), self.to_frame()
+        for place, (name, members) in enumerate(self._members.items()):
+            rows, is_random = frame.iloc[members], name.startswith("random ")
+            color = "lightgrey" if is_random else qualitative.Plotly[place % len(qualitative.Plotly)]
+            line = {"x": rows["share"], "legendgroup": name, "line": {"color": color}}
+            if not is_random:
+                edge = [*rows["faithfulness_low"], *rows["faithfulness_high"][::-1]]
+                band = {"x": [*rows["share"], *rows["share"][::-1]], "y": edge, "line": {"width": 0}}
+                figure.add_scatter(**band, fill="toself", fillcolor=color, opacity=0.2, showlegend=False)
+            figure.add_scatter(**line, y=rows["faithfulness"], name=name, mode="lines+markers")
+            dotted = line | {"line": {"color": color, "dash": "dot"}}
+            figure.add_scatter(**dotted, y=rows["left"], name=f"without {name}", mode="lines", visible="legendonly")
+        title = f"{self.metric}, {len(self.whole)} prompts, {self.settings.get('replacement', '')}"
+        axes = {"xaxis": {"title": f"share of all {self._unit}"}, "yaxis": {"title": "faithfulness"}}
+        return figure.update_layout({"title": title, "template": "plotly_white"} | axes)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        names = ("share", "alone", "without", "whole", "nothing")
+        content = {
+            "names": list(self.names),
+            "unit": self._unit,
+            "circuits": [list(map(str, circuit)) for circuit in self.circuits],
+            "provenance": [dict(circuit.provenance) for circuit in self.circuits],
+            "shape": asdict(self.circuits[0].shape),
+            "metric": self.metric,
+            "settings": dict(self.settings),
+        }
+        write_tensors(path, "Faithfulness", {name: getattr(self, name) for name in names}, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Faithfulness":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "Faithfulness")
+        shape = ModelShape(**content["shape"])
+        circuits: list[ComponentMask | EdgeMask] = []
+        for labels, provenance in zip(content["circuits"], content["provenance"], strict=True):
+            if content["unit"] == "edges":
+                circuits.append(EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance))
+            else:
+                circuits.append(ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance))
+        names, metric, settings = tuple(content["names"]), content["metric"], content["settings"]
+        return cls(names, tuple(circuits), **tensors, metric=metric, settings=settings)
+
+    def __repr__(self) -> str:
+        cpr, cmd = self.cpr, self.cmd
+        shown = "; ".join(f"{name}: CPR {cpr[name]:.3f}, CMD {cmd[name]:.3f}" for name in cpr)
+        return f"Faithfulness({self.metric}, {len(self.whole)} prompts; {shown})"
+
+    @property
+    def _unit(self) -> str:
+        return "edges" if isinstance(self.circuits[0], EdgeMask) else "components"
+
+    @cached_property
+    def _members(self) -> dict[str, list[int]]:
+        """Curve -> places of its circuits."""
+        found: dict[str, list[int]] = {}
+        for place, name in enumerate(self.names):
+            found.setdefault(name, []).append(place)
+        return found
+
+    def _normalised(
+        self, values: Float[Tensor, "prompt circuit"], weights: Float[Tensor, "draw prompt"] | None = None
+    ) -> Float[Tensor, "draw circuit"]:
+        """(m - m(nothing)) / (m(whole) - m(nothing)), for weighted prompts; one draw of all prompts by default."""
+        if weights is None:
+            weights = torch.ones(1, len(self.whole), dtype=torch.float64)
+        gap = weights @ (self.whole - self.nothing)
+        found = (weights @ (values - self.nothing[:, None])) / gap[:, None] + 0.0  # no -0.0
+        return found.masked_fill((values == self.whole[:, None]).all(0), 1.0)  # not 1 within rounding
+
+    def _areas(self, values: Float[Tensor, "draw circuit"]) -> dict[str, Float[Tensor, "draw"]]:
+        return {name: torch.trapezoid(values[:, p], self.share[p], dim=1) for name, p in self._members.items()}
+
+
+MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The shares at which the Mechanistic Interpretability Benchmark cuts circuits."""
+
+Ranking: TypeAlias = ComponentScores | EdgeScores
+Circuit: TypeAlias = ComponentMask | EdgeMask
+Given: TypeAlias = Ranking | Sequence[Circuit]
+"""One curve: scores whose ranking is to be cut, or circuits."""
+Size: TypeAlias = Callable[[Any], int]
+"""How large a circuit is."""
+
+
+def check_sizes(sizes: Sequence[float], random_circuits: int) -> None:
+    """ValueError for sizes that are no shares, and for less than no random circuits."""
+    outside = [size for size in sizes if not 0 <= size <= 1]
+    if outside or not sizes:
+        raise ValueError(
+            f"expected sizes in [0, 1], shares of all components (at least one), got {outside or 'none'}: divide a "
+            f"number of components by how many there are."
+        )
+    if random_circuits < 0:
+        raise ValueError(f"expected a number of random circuits, 0 or more, got {random_circuits}.")
+
+
+def named(circuits: Any) -> dict[str, Given]:
+    """What was given (scores, a circuit, several, or a dict of such), under names."""
+    if isinstance(circuits, ComponentScores | EdgeScores):
+        circuits = {circuits.method: circuits}
+    elif not isinstance(circuits, Mapping):
+        circuits = {"circuit": circuits}
+    if not circuits or any(name.startswith("random ") for name in circuits):
+        raise ValueError(
+            f'expected at least one circuit or scores, under a name that does not start with "random " (the '
+            f"baseline's), got {list(circuits) or 'none'}: name them otherwise."
+        )
+    return {name: [one] if isinstance(one, ComponentMask | EdgeMask) else one for name, one in circuits.items()}
+
+
+def curve(circuits: Iterable[Circuit], nothing: Circuit, everything: Circuit, size: Size) -> list[Circuit]:
+    """Circuits in order of size, nothing and everything among them."""
+    return sorted(dict.fromkeys([nothing, *circuits, everything]), key=lambda circuit: (size(circuit), len(circuit)))
+
+
+def measured(
+    curves: Mapping[str, Sequence[Any]],
+    size: Size,
+    values_without: Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]],
+    metric: str,
+    settings: Mapping[str, Any],
+) -> Faithfulness:
+    """Circuits by themselves and taken out; equal ones are run once, and the whole model is never run again.
+
+    `values_without` gives the metric of the whole model, and of the model with each of these sets replaced.
+    """
+    names = tuple(name for name, circuits in curves.items() for _ in circuits)
+    circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
+    inside = [_members(circuit) for circuit in circuits]
+    everything = inside[-1]
+    outside = [everything - circuit for circuit in inside]
+    replaced = [chosen for chosen in dict.fromkeys([everything, *outside, *inside]) if chosen]
+    whole, values = values_without(list(replaced))
+    values = torch.cat([values, whole[:, None]], 1)
+    column = {chosen: place for place, chosen in enumerate(replaced)} | {frozenset(): len(replaced)}
+    share = torch.tensor([size(circuit) / size(circuits[-1]) for circuit in circuits], dtype=torch.float64)
+    alone, without = (values[:, [column[chosen] for chosen in each]] for each in (outside, inside))
+    return Faithfulness(names, circuits, share, alone, without, whole, values[:, 0], metric, settings)
+
+
+def _members(circuit: Any) -> frozenset[Any]:
+    return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components

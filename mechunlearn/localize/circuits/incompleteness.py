@@ -1,0 +1,245 @@
+"""Incompleteness: does a circuit without some of its parts do what the model without these parts does?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.arguments import check
+from mechunlearn.components import Component, ComponentMask, Components, Edge, EdgeMask, ModelShape
+from mechunlearn.components.edge import edges_where
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import bootstrap, ends, resampled
+from mechunlearn.localize.circuits.curves import named
+from mechunlearn.localize.circuits.faithfulness import edge_circuit_values, replaced_components, replaced_edges
+from mechunlearn.localize.circuits.runs import circuit_values
+from mechunlearn.localize.replacement import Replacement, resample
+from mechunlearn.metrics import Metric, described, logit_difference, name_of
+from mechunlearn.model import Model, shape
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+def incompleteness(
+    model: Model,
+    prompts: Prompts,
+    circuit: ComponentMask | EdgeMask,
+    *,
+    metric: Metric = logit_difference,
+    knockouts: int = 20,
+    seed: int = 0,
+    components: Components | None = None,
+    replacement: Replacement = resample,
+    batch_size: int = 16,
+) -> "Incompleteness":
+    r"""How differently the circuit and the model react when parts K of the circuit are replaced in both.
+
+        incompleteness(K) = |F(C \ K) - F(M \ K)|,    F = mean over prompts of the metric, in its unit
+
+    F(C \ K) replaces everything outside C, and K; F(M \ K) replaces K alone. 0: what the model does without K, the
+    circuit does too. A circuit that leaves out a backup can be faithful, and is incomplete for those K that the backup
+    stands in for. `knockouts` sets K are drawn, each member of C with probability 1/2, by the `seed`; always there are
+    K = nothing, which compares C with the model, and K = C, which compares the replaced model with the rest of it.
+
+    What a circuit is, `components` (what is replaced outside it, default heads and MLPs) and `replacement`: as for
+    `faithfulness`, and for circuits of edges as for `edge_faithfulness`, where all edges outside C are replaced. The
+    largest of few random K is a lower bound of the largest there is.
+
+    Cost: 2F, and for each K twice the part of F from the lowest replaced layer on; for edges, two forwards.
+
+    Wang et al. 2022, https://arxiv.org/abs/2211.00593, section 4. ValueError for an empty circuit, no knockouts, and
+    as for `faithfulness`.
+    """
+    check("noising", batch_size, metric=metric, replacement=replacement)
+    _check(circuit, knockouts)
+    options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
+    everything, values_without = _outside(model, prompts, circuit, components, options)
+    chosen = [circuit - circuit, *_drawn(circuit, knockouts, seed), circuit]
+    from_circuit = [everything - (_members(circuit) - _members(one)) for one in chosen]
+    from_model = [_members(one) for one in chosen]
+    removed = [each for each in dict.fromkeys([*from_circuit, *from_model]) if each]
+    whole, values = values_without(removed)
+    values = torch.cat([values, whole[:, None]], 1)
+    column = {each: place for place, each in enumerate(removed)} | {frozenset(): len(removed)}
+    of_circuit, of_model = (values[:, [column[each] for each in side]] for side in (from_circuit, from_model))
+    settings = {"replacement": described(replacement), "knockouts": knockouts, "seed": seed}
+    settings |= {"prompts": len(prompts), "batch_size": batch_size}
+    return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
+
+
+def _check(circuit: ComponentMask | EdgeMask, knockouts: int) -> None:
+    if not isinstance(circuit, ComponentMask | EdgeMask) or not circuit:
+        raise ValueError(
+            f"expected a circuit with at least one component or edge, a ComponentMask or an EdgeMask, got "
+            f"{circuit!r}: cut scores with .top(...)."
+        )
+    if knockouts < 1:
+        raise ValueError(f"expected at least one knockout, got {knockouts}: the paper draws many and shows them all.")
+
+
+def _outside(
+    model: Model,
+    prompts: Prompts,
+    circuit: ComponentMask | EdgeMask,
+    components: Components | None,
+    options: dict[str, Any],
+) -> tuple[frozenset[Any], Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]]]:
+    """All that is replaced outside the circuit, and what measures the model with some of it replaced."""
+    if isinstance(circuit, EdgeMask):
+        if components is not None:
+            raise ValueError(
+                "expected components=None for a circuit of edges, got some: all edges outside are replaced."
+            )
+        level = replaced_edges(model, named(circuit))
+        return frozenset(edges_where(level, shape(model))), partial(edge_circuit_values, model, prompts, **options)
+    sizes = shape(model)
+    level = replaced_components(named(circuit), components, sizes)
+    return frozenset(level), partial(circuit_values, model, prompts, sizes=sizes, **options)
+
+
+def _drawn(circuit: Any, count: int, seed: int) -> list[Any]:
+    """Subsets of the circuit, each member in half of them."""
+    generator = Random(f"incompleteness {seed}")
+    members = list(circuit)
+    return [circuit & {member for member in members if generator.random() < 0.5} for _ in range(count)]
+
+
+def _members(circuit: ComponentMask | EdgeMask) -> frozenset[Any]:
+    return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Incompleteness:
+    r"""The metric F of a circuit C without K, and of the model M without K, for parts K of the circuit.
+
+    incompleteness(K) = |F(C \ K) - F(M \ K)|,    F = means over prompts, in the metric's unit
+    """
+
+    circuit: ComponentMask | EdgeMask
+    """C."""
+    knockouts: tuple[ComponentMask | EdgeMask, ...]
+    """The sets K: nothing, the random ones, and all of the circuit."""
+    circuit_without: Float[Tensor, "prompt knockout"]
+    """The metric with everything replaced but what is in C and not in K."""
+    model_without: Float[Tensor, "prompt knockout"]
+    """The metric with K replaced; the first column is that of the model."""
+    metric: str = ""
+    """The metric's name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The replacement, the seed of the random knockouts, ..."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the knockouts are called in tables."""
+        return ("nothing", *(f"random {i}" for i in range(len(self.knockouts) - 2)), "all of it")
+
+    @property
+    def tensor(self) -> Float[Tensor, "knockout"]:
+        """The incompleteness for each knockout."""
+        return self._difference.mean(0).abs()
+
+    @property
+    def mean(self) -> float:
+        """Over the random knockouts."""
+        return float(self.tensor[1:-1].mean())
+
+    @property
+    def largest(self) -> float:
+        """Among the random knockouts: a lower bound of the largest that there is."""
+        return float(self.tensor[1:-1].max())
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """Low and high end of the interval of `mean`: percentile bootstrap over prompts, for these knockouts.
+
+        It is a mean of sizes, so that noise makes it larger and the interval of a complete circuit does not reach 0.
+        """
+        weights = resampled(len(self.circuit_without), draws, seed) / len(self.circuit_without)
+        low, high = ends((weights @ self._difference)[:, 1:-1].abs().mean(1), confidence)
+        return float(low), float(high)
+
+    def to_frame(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """One row per knockout: its size, F(C without K), F(M without K), their difference with its interval over
+        prompts, and the difference's size, the incompleteness."""
+        import pandas as pd
+
+        low, high = bootstrap(self._difference, confidence=confidence, draws=draws, seed=seed)
+        columns = {
+            "size": [len(one) for one in self.knockouts],
+            "circuit_without": self.circuit_without.mean(0).tolist(),
+            "model_without": self.model_without.mean(0).tolist(),
+            "difference": self._difference.mean(0).tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "incompleteness": self.tensor.tolist(),
+        }
+        return pd.DataFrame(columns, index=pd.Index(self.names, name="knockout"))
+
+    def plot(self) -> "Figure":
+        """F(M without K) over F(C without K), a point per knockout: a complete circuit's are on the dotted line."""
+        import plotly.graph_objects as go
+
+        x, y = self.circuit_without.mean(0).tolist(), self.model_without.mean(0).tolist()
+        span = [min(x + y), max(x + y)]
+        figure = go.Figure(go.Scatter(x=span, y=span, mode="lines", line={"dash": "dot", "color": "grey"}))
+        figure.add_scatter(x=x, y=y, text=list(self.names), mode="markers")
+        axes = {"xaxis": {"title": f"circuit without K, {self.metric}"}}
+        axes |= {"yaxis": {"title": f"model without K, {self.metric}"}}
+        title = f"{len(self.circuit)} {self._unit}, {len(self.circuit_without)} prompts"
+        return figure.update_layout({"title": title, "template": "plotly_white", "showlegend": False} | axes)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        content = {
+            "unit": self._unit,
+            "circuit": list(map(str, self.circuit)),
+            "provenance": dict(self.circuit.provenance),
+            "knockouts": [list(map(str, one)) for one in self.knockouts],
+            "shape": asdict(self.circuit.shape),
+            "metric": self.metric,
+            "settings": dict(self.settings),
+        }
+        tensors = {"circuit_without": self.circuit_without, "model_without": self.model_without}
+        write_tensors(path, "Incompleteness", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Incompleteness":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "Incompleteness")
+        shape, provenance = ModelShape(**content["shape"]), content["provenance"]
+
+        def made(labels: list[str]) -> ComponentMask | EdgeMask:
+            if content["unit"] == "edges":
+                return EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance)
+            return ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
+
+        knockouts = tuple(made(labels) for labels in content["knockouts"])
+        return cls(
+            made(content["circuit"]), knockouts, **tensors, metric=content["metric"], settings=content["settings"]
+        )
+
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        place = 1 + int(self.tensor[1:-1].argmax())
+        return (
+            f"Incompleteness({self.metric}, {len(self.circuit_without)} prompts, {len(self.circuit)} {self._unit}; "
+            f"mean over {len(self.knockouts) - 2} random knockouts {self.mean:.3g} [{low:.3g}, {high:.3g}], largest "
+            f"{self.largest:.3g} ({self.names[place]}); model {float(self.model_without[:, 0].mean()):.3g}, circuit "
+            f"{float(self.circuit_without[:, 0].mean()):.3g})"
+        )
+
+    @property
+    def _difference(self) -> Float[Tensor, "prompt knockout"]:
+        return self.circuit_without - self.model_without
+
+    @property
+    def _unit(self) -> str:
+        return "edges" if isinstance(self.circuit, EdgeMask) else "components"

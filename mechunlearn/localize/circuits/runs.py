@@ -1,0 +1,119 @@
+"""A model reduced to circuits: everything that is replaced, replaced at once; many circuits share a batch."""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from mechunlearn.arguments import check
+from mechunlearn.components import Component, ModelShape
+from mechunlearn.localize.replacement import Replacement, replaced
+from mechunlearn.localize.sites import places_of
+from mechunlearn.metrics import Metric, checked
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved
+from mechunlearn.tasks.positions import Where, everywhere
+from mechunlearn.tasks.prompts import Prompts
+
+
+def circuit_values(
+    model: Model,
+    prompts: Prompts,
+    removed: Sequence[Set[Component]],
+    sizes: ModelShape,
+    *,
+    metric: Metric,
+    replacement: Replacement,
+    batch_size: int,
+    where: Where = everywhere,
+) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
+    """The metric of the whole model, and of the model with each of these sets of components replaced at some tokens.
+
+    Cost: 2F, and for each set the part of F from its lowest layer on; what replaces is computed once.
+    """
+    check("noising", batch_size, metric=metric, replacement=replacement, where=where)
+    places = _Places(removed, sizes, device_of(model))
+    whole, values = [], []
+    with preserved(model), torch.no_grad():
+        for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "circuits", leave=False, disable=None):
+            run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=places.names)
+            source = replaced(replacement, model, batch, run.values)
+            tokens = where(batch) & batch.attention_mask
+            whole.append(checked(metric, run.logits, batch).double())
+            values.append(_values(model, batch, run, source, tokens, places, metric, batch_size))
+    return torch.cat(whole).cpu(), torch.cat(values).cpu()
+
+
+class _Places:
+    """Where sets of components are in the model: hook points, and which heads or neurons there."""
+
+    def __init__(self, removed: Sequence[Set[Component]], sizes: ModelShape, device: torch.device) -> None:
+        components = sorted(set().union(*removed))
+        self.lowest = torch.tensor([min(component.layer for component in chosen) for chosen in removed])
+        self._chosen: dict[str, Tensor] = {}
+        for name, units in places_of(components, sizes).items():
+            members = {column: torch.tensor([components[column] in chosen for chosen in removed]) for column in units}
+            self._chosen[name] = _whole(members) if None in units.values() else _by_unit(members, units)
+        self._chosen = {name: chosen.to(device) for name, chosen in self._chosen.items()}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._chosen)
+
+    def at(self, circuits: Int[Tensor, "row"]) -> Iterable[tuple[str, Bool[Tensor, "row *unit"]]]:
+        """Each hook point where some of the rows have something replaced."""
+        for name, chosen in self._chosen.items():
+            if bool(chosen[circuits].any()):
+                yield name, chosen[circuits]
+
+
+def _whole(members: Mapping[int, Bool[Tensor, "circuit"]]) -> Bool[Tensor, "circuit"]:
+    return torch.stack(list(members.values())).any(0)
+
+
+def _by_unit(
+    members: Mapping[int, Bool[Tensor, "circuit"]], units: Mapping[int, int | None]
+) -> Bool[Tensor, "circuit unit"]:
+    numbers = {column: unit for column, unit in units.items() if unit is not None}
+    chosen = torch.zeros(len(next(iter(members.values()))), max(numbers.values()) + 1, dtype=torch.bool)
+    for column, unit in numbers.items():
+        chosen[:, unit] |= members[column]  # query heads that share a KV head share its unit
+    return chosen
+
+
+def _values(
+    model: Model,
+    prompts: Prompts,
+    run: Run,
+    source: dict[str, Tensor],
+    tokens: Bool[Tensor, "prompt pos"],
+    places: _Places,
+    metric: Metric,
+    rows: int,
+) -> Float[Tensor, "prompt circuit"]:
+    values = run.logits.new_zeros(len(prompts), len(places.lowest), dtype=torch.float64)
+    late_first = places.lowest.argsort(descending=True, stable=True).to(values.device)
+    pairs = torch.cartesian_prod(late_first, torch.arange(len(prompts), device=values.device))
+    for circuits, row in (part.unbind(1) for part in pairs.split(rows)):
+        hooks = [_putting(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
+        layer = int(places.lowest[circuits.cpu()].min())
+        inside = any(name.startswith(f"blocks.{layer}.attn.") for name, _ in hooks)
+        attention = None if inside else run.attention[layer][row]
+        logits = continued(model, run, row, layer, attention=attention, hooks=hooks)
+        values[row, circuits] = checked(metric, logits, prompts.rows(row)).double()
+    return values
+
+
+def _putting(name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]) -> Hook:
+    """A hook that puts `source` at those tokens, in the units chosen for each row."""
+    where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
+    return name, partial(_put, source=source, where=where)
+
+
+def _put(value: Tensor, hook: object, *, source: Tensor, where: Bool[Tensor, "row pos *unit"]) -> Tensor:
+    if where.ndim == 3:
+        where = pad(where, (0, value.shape[2] - where.shape[2]))
+    return torch.where(where.view(*where.shape, *[1] * (value.ndim - where.ndim)), source, value)

@@ -1,0 +1,383 @@
+"""Activation patching: what changes when components' outputs are replaced, measured by running the model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mechunlearn.arguments import check, check_functions, chosen_components
+from mechunlearn.components import (
+    Component,
+    ComponentMask,
+    Components,
+    ComponentScores,
+    ModelShape,
+    PositionScores,
+    heads_and_mlps,
+)
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import bootstrap
+from mechunlearn.localize.circuits.runs import circuit_values
+from mechunlearn.localize.replacement import Replacement, patched_run, replaced, resample
+from mechunlearn.localize.sites import Direction, Places, places_of
+from mechunlearn.metrics import Metric, checked, described, logit_difference, name_of
+from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+def activation_patching(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    components: Components = heads_and_mlps,
+    replacement: Replacement = resample,
+    where: Where = everywhere,
+    batch_size: int = 64,
+) -> ComponentScores:
+    r"""The exact effect of patching each component alone.
+
+        score = mean over prompts of metric(x with a replaced by a') - metric(x)
+
+    in the metric's unit, where a is the component's output in the run x that is patched.
+
+    - `"noising"`: x is clean, a' corrupt. A component that the answer needs scores *negative*.
+    - `"denoising"`: x is corrupt, a' clean. A component that carries the answer scores *positive*.
+
+    `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)` or
+    `gaussian(std=...)`, or your own; with the last three x is clean and `direction` must be `"noising"`.
+    `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
+    `components` and what their outputs are: as for `attribution_patching`. `batch_size` counts rows of one pass:
+    several components share it. Each component is patched alone, also those of a mask: `set_patching` patches
+    all of a mask together.
+
+    Cost: 2F, and for each component of layer l the part of F that comes after it: no layer below l, no attention
+    of layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
+
+    Vig et al. 2020, https://arxiv.org/abs/2004.12265; Zhang & Nanda 2023, https://arxiv.org/abs/2309.16042.
+    ValueError without corrupted prompts where the replacement or the direction needs them.
+    """
+
+    def positions(batch: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
+        return {"": where(batch)}
+
+    check_functions(where=where)
+    sizes = shape(model)
+    chosen = chosen_components(components, sizes)
+    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)[:, :, 0]
+    settings = _settings(prompts, direction, replacement, batch_size) | {"where": described(where)}
+    name = name_of(metric)
+    return ComponentScores(chosen, effects.mean(0), sizes, "activation_patching", name, settings, effects.contiguous())
+
+
+def activation_patching_by_position(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    components: Components = heads_and_mlps,
+    replacement: Replacement = resample,
+    positions: Groups = roles,
+    batch_size: int = 64,
+) -> PositionScores:
+    """`activation_patching` of each component at each group of tokens alone.
+
+    `positions` divides each prompt's tokens into named groups, the same names for all prompts: `roles` (default)
+    by where they stand to the subject. All tokens of a group are patched together.
+    Cost: as `activation_patching`, for every component and group.
+    """
+    sizes = shape(model)
+    chosen = chosen_components(components, sizes)
+    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)
+    settings = _settings(prompts, direction, replacement, batch_size) | {"positions": described(positions)}
+    labels, name = tuple(positions(prompts)), name_of(metric)
+    return PositionScores(chosen, labels, effects, sizes, "activation_patching_by_position", name, settings)
+
+
+def _effects(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    direction: Direction,
+    components: tuple[Component, ...],
+    sizes: ModelShape,
+    replacement: Replacement,
+    positions: Groups,
+    batch_size: int,
+) -> Float[Tensor, "prompt component group"]:
+    check(direction, batch_size, metric=metric, replacement=replacement, positions=positions)
+    _check_groups(prompts, positions, batch_size)
+    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    places = places_of(components, sizes)
+    found = []
+    with preserved(model), torch.no_grad():
+        for batch in patched.batches(batch_size):
+            found.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
+    return torch.cat(found).cpu()
+
+
+def _check_groups(prompts: Prompts, positions: Groups, batch_size: int) -> None:
+    labels = tuple(positions(prompts))
+    for batch in prompts.batches(batch_size):
+        if tuple(positions(batch)) != labels:
+            raise ValueError(
+                f"expected the same groups of tokens for all prompts, got {len(positions(batch))} in one batch and "
+                f"{len(labels)} for all: group by role, or use prompts of one length."
+            )
+
+
+def _batch_effects(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    places: Places,
+    replacement: Replacement,
+    positions: Groups,
+    rows: int,
+) -> Float[Tensor, "prompt component group"]:
+    run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=places)
+    source = replaced(replacement, model, prompts, run.values)
+    where = torch.stack(list(positions(prompts).values()), 1) & prompts.attention_mask[:, None]
+    unpatched = checked(metric, run.logits, prompts).double()
+    count = sum(len(units) for units in places.values())
+    effects = unpatched.new_zeros(len(prompts), count, where.shape[1])
+    for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
+        columns = torch.tensor(list(units), device=where.device)
+        index = _every(len(units), where.shape[1], len(prompts), device=where.device)
+        for column, group, row in (part.unbind(1) for part in index.split(rows)):
+            unit = _units(units, column)
+            logits = _patched(model, run, source[name], name, row, unit, where[row, group])
+            values = checked(metric, logits, prompts.rows(row)).double()
+            effects[row, columns[column], group] = values - unpatched[row]
+    return effects
+
+
+def _every(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
+    """All combinations of numbers below the counts, the last one fastest."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
+
+
+def _units(units: Mapping[int, int | None], column: Int[Tensor, "row"]) -> Int[Tensor, "row"] | None:
+    """The head or neuron of each row; None where the site is patched as a whole."""
+    listed = list(units.values())
+    if listed[0] is None:
+        return None
+    return torch.tensor(listed, device=column.device)[column]
+
+
+def _patched(
+    model: Model,
+    run: Run,
+    source: Tensor,
+    name: str,
+    row: Int[Tensor, "row"],
+    unit: Int[Tensor, "row"] | None,
+    where: Bool[Tensor, "row pos"],
+) -> Float[Tensor, "row answer d_vocab"]:
+    """Logits of copies of the run's prompts, each with one unit of the site replaced at some tokens."""
+    layer = int(name.split(".")[1])
+    base = run.values[name]
+    if name.endswith("hook_mlp_out"):
+        change = (source[row] - base[row]) * where[..., None]
+        return continued(model, run, row, layer + 1, residual=run.residuals[layer + 1][row] + change)
+    if name.endswith("hook_z") and unit is not None:
+        change = (source[row, :, unit] - base[row, :, unit]) * where[..., None]
+        w_o = slots(model)[layer, "W_O"]
+        added = change.to(w_o.parameter.dtype) @ w_o.view(w_o.parameter)[unit]
+        return continued(model, run, row, layer, attention=run.attention[layer][row] + added)
+    attention = None if name.endswith(("hook_q", "hook_k", "hook_v")) else run.attention[layer][row]
+
+    def put(value: Tensor, hook: object) -> Tensor:
+        return _with(value, source, row, unit, where)
+
+    return continued(model, run, row, layer, attention=attention, hooks=[(name, put)])
+
+
+def _with(
+    value: Tensor,
+    source: Tensor,
+    row: Int[Tensor, "row"],
+    unit: Int[Tensor, "row"] | None,
+    where: Bool[Tensor, "row pos"],
+) -> Tensor:
+    if unit is None:
+        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
+    copies = torch.arange(len(row), device=row.device)
+    patched = value.clone()
+    chosen = where.view(*where.shape, *[1] * (value.ndim - 3))
+    patched[copies, :, unit] = torch.where(chosen, source[row, :, unit], value[copies, :, unit])
+    return patched
+
+
+def _settings(prompts: Prompts, direction: str, replacement: Replacement, batch_size: int) -> dict[str, Any]:
+    given = {"direction": direction, "replacement": described(replacement)}
+    return given | {"prompts": len(prompts), "batch_size": batch_size}
+
+
+def set_patching(
+    model: Model,
+    prompts: Prompts,
+    sets: Mapping[str, Components],
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    replacement: Replacement = resample,
+    where: Where = everywhere,
+    batch_size: int = 64,
+) -> "SetEffects":
+    r"""The exact effect of patching all components of a set together, for each set.
+
+        effect = mean over prompts of metric(x with every a of the set replaced by its a') - metric(x)
+
+    in the metric's unit. Signs, `direction`, `replacement` and `where`: as for `activation_patching`, which patches
+    each component alone; effects of components do not add up to that of their set. Each a' is what the replacement
+    gives in the unpatched run, also above other members of the set. Where one member is part of another (a head of
+    an attention layer), the larger one decides.
+
+    `sets`: names and what is in them, masks or components of any kinds, such as neurons of several layers:
+    `{"found": scores.top(k=50), "control": random_like(...)}`. Sets may overlap.
+
+    Cost: 2F, and for each set the part of F from its lowest layer on, without that layer's attention where the set
+    touches only what follows it. Sets share batches. A set of one component has its `activation_patching` score.
+
+    Vig et al. 2020, https://arxiv.org/abs/2004.12265 (sets of neurons and of heads). ValueError for an empty set, one
+    of another model, and as for `activation_patching`.
+    """
+    check(direction, batch_size, metric=metric, replacement=replacement, where=where)
+    sizes = shape(model)
+    masks = _masks(sets, sizes)
+    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    options = {"metric": metric, "replacement": replacement, "where": where, "batch_size": batch_size}
+    whole, values = circuit_values(model, patched, [mask.components for mask in masks.values()], sizes, **options)
+    settings = {"direction": direction, "replacement": described(replacement), "where": described(where)}
+    settings |= {"prompts": len(prompts), "batch_size": batch_size}
+    return SetEffects(masks, values - whole[:, None], "set_patching", name_of(metric), settings)
+
+
+def _masks(sets: Mapping[str, Components], sizes: ModelShape) -> dict[str, ComponentMask]:
+    if not isinstance(sets, Mapping) or not sets:
+        raise ValueError(
+            f"expected a dict of named sets, got {sets if isinstance(sets, Mapping) else type(sets).__name__}: pass "
+            f'{{"name": mask}}.'
+        )
+    return {name: _mask(name, given, sizes) for name, given in sets.items()}
+
+
+def _mask(name: str, given: Components, sizes: ModelShape) -> ComponentMask:
+    if isinstance(given, ComponentMask) and given.shape != sizes:
+        raise ValueError(
+            f"expected sets of this model ({sizes}), got {name!r} of another one ({given.shape}): localize on the "
+            f"model that you test."
+        )
+    members = chosen_components(given, sizes, f"the set {name!r}")
+    return given if isinstance(given, ComponentMask) else ComponentMask.of(members, sizes)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SetEffects(Mapping[str, float]):
+    """An effect for every set: a mapping from their names to floats, means over prompts."""
+
+    sets: Mapping[str, ComponentMask]
+    """What was replaced together, under its name, in the order of the columns."""
+    per_prompt: Float[Tensor, "prompt set"]
+    """Each prompt's own effect."""
+    method: str
+    """The function that made it."""
+    metric: str = ""
+    """The metric whose change the effects are; their unit is the metric's."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The direction, the replacement, the tokens patched, ..."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sets", MappingProxyType(dict(self.sets)))
+
+    @property
+    def tensor(self) -> Float[Tensor, "set"]:
+        """Means over prompts."""
+        return self.per_prompt.mean(0)
+
+    def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
+        """Percentile bootstrap over prompts: columns effect, low, high. All sets share the draws."""
+        import pandas as pd
+
+        low, high = bootstrap(self.per_prompt, confidence=confidence, draws=draws, seed=seed)
+        columns = {"effect": self.tensor.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return pd.DataFrame(columns, index=pd.Index(list(self.sets), name="set"))
+
+    def minus(self, other: str) -> "SetEffects":
+        """Every effect minus that of one set, prompt by prompt: its interval says whether they differ.
+
+        ValueError for a set that is not there.
+        """
+        if other not in self.sets:
+            raise ValueError(f"expected one of the sets {', '.join(self.sets)}, got {other!r}.")
+        difference = self.per_prompt - self.per_prompt[:, [list(self.sets).index(other)]]
+        return SetEffects(self.sets, difference, self.method, self.metric, {**self.settings, "minus": other})
+
+    def to_frame(self) -> "DataFrame":
+        """One row per set: effect, its 95 % interval, number of components and of weights."""
+        masks = self.sets.values()
+        sizes = {"components": [len(mask) for mask in masks], "weights": [mask.n_parameters for mask in masks]}
+        return self.interval().assign(**sizes)
+
+    def plot(self) -> "Figure":
+        """A bar per set with its 95 % interval."""
+        import plotly.graph_objects as go
+
+        ends = self.interval()
+        up, down = ends["high"] - ends["effect"], ends["effect"] - ends["low"]
+        error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
+        title = f"{self.method}, {len(self.per_prompt)} prompts"
+        figure = go.Figure(go.Bar(x=list(ends.index), y=ends["effect"], error_y=error))
+        return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        content = {
+            "sets": [[name, list(map(str, mask)), dict(mask.provenance)] for name, mask in self.sets.items()],
+            "shape": asdict(next(iter(self.sets.values())).shape),
+            "method": self.method,
+            "metric": self.metric,
+            "settings": dict(self.settings),
+        }
+        write_tensors(path, "SetEffects", {"per_prompt": self.per_prompt}, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SetEffects":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "SetEffects")
+        shape = ModelShape(**content["shape"])
+        sets = {
+            name: ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
+            for name, labels, provenance in content["sets"]
+        }
+        return cls(sets, tensors["per_prompt"], content["method"], content["metric"], content["settings"])
+
+    def __getitem__(self, name: str) -> float:
+        return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sets)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def __repr__(self) -> str:
+        shown = "; ".join(
+            f"{name} ({len(mask)} components): {effect:+.3g}"
+            for (name, mask), effect in zip(self.sets.items(), self.tensor.tolist(), strict=True)
+        )
+        return f"SetEffects({self.method}, {self.metric}, {len(self.per_prompt)} prompts; {shown})"

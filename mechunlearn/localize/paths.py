@@ -1,0 +1,248 @@
+"""Path patching: the effect of what senders write on what receivers read, all other ways held as they were."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechunlearn.arguments import check, chosen_components
+from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.localize.sites import Direction, Places, places_of
+from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model.edges import is_parallel
+from mechunlearn.model.paths import Changes, arriving, at_answers, changes, read_by_attention, read_by_mlp, sender_sites
+from mechunlearn.tasks.prompts import Prompts
+
+Receivers: TypeAlias = Components | Literal["logits"] | int
+"""What reads: components, `"logits"` (the final residual stream), or the residual stream that enters a layer."""
+
+
+def path_patching(
+    model: Model,
+    prompts: Prompts,
+    *,
+    receivers: Receivers = "logits",
+    senders: Components = heads_and_mlps,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    through_mlps: bool = False,
+    batch_size: int = 64,
+) -> ComponentScores:
+    """The exact effect of each sender, alone, through the receivers' inputs.
+
+        score = mean over prompts of metric(x with the receivers' inputs changed) - metric(x)
+
+    in the metric's unit. The receivers' inputs are those in a run x in which the sender writes what it writes in the
+    other run x', and every other component what it writes in x, but for MLPs between them with `through_mlps`,
+    which respond. Then x runs with these inputs and all else free.
+
+    - `"noising"`: x is clean, x' corrupt. A path that the answer needs scores *negative*.
+    - `"denoising"`: x is corrupt, x' clean. A path that carries the answer scores *positive*.
+
+    Receivers are patched together: `"logits"` (default), a layer (an int: all that follows reads the changed residual
+    stream), or components: `L5H3.W_Q` (or `W_K`, `W_V`: the KV head that it reads, which others may share), a head
+    (all three), an attention layer, an MLP, one of its input matrices, a neuron. Senders are heads (or W_O),
+    attention layers and MLPs (or W_out); one from which no path leads to a receiver scores 0.
+
+    Cost: 2F, and for each sender the part of F from the lowest receiver's layer on; with `through_mlps`, also the
+    MLPs from the sender to the highest receiver. For `"logits"`, all of it at the answers' positions only.
+
+    Wang et al. 2022, https://arxiv.org/abs/2211.00593; Goldowsky-Dill et al. 2023, https://arxiv.org/abs/2304.05969.
+    ValueError without corrupted prompts, and if no path leads from any sender to any receiver.
+    """
+    sizes = shape(model)
+    chosen = _senders(senders, sizes)
+    received = _resolved(receivers, sizes)
+    reading = _reading(received, sizes)
+    parallel = is_parallel(model)
+    linked = [sender for sender in chosen if _leads(sender, reading, parallel)]
+    _check_linked(linked, chosen, received)
+    effects = _effects(model, prompts, metric, direction, [{s} for s in linked], reading, through_mlps, batch_size)
+    per_prompt = torch.zeros(len(prompts), len(chosen), dtype=torch.float64)
+    per_prompt[:, [chosen.index(sender) for sender in linked]] = effects
+    settings = {"direction": direction, "receivers": _named(received), "through_mlps": through_mlps}
+    settings |= {"prompts": len(prompts), "batch_size": batch_size}
+    name = name_of(metric)
+    return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
+
+
+def path_effect(
+    model: Model,
+    prompts: Prompts,
+    senders: Components,
+    receivers: Receivers,
+    *,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    through_mlps: bool = False,
+    batch_size: int = 64,
+) -> Float[Tensor, "prompt"]:
+    """The effect of all senders together, through the receivers' inputs, for each prompt; as in `path_patching`."""
+    sizes = shape(model)
+    chosen, received = _senders(senders, sizes), _resolved(receivers, sizes)
+    reading = _reading(received, sizes)
+    linked = {sender for sender in chosen if _leads(sender, reading, is_parallel(model))}
+    _check_linked(linked, chosen, received)
+    return _effects(model, prompts, metric, direction, [linked], reading, through_mlps, batch_size)[:, 0]
+
+
+Reading: TypeAlias = int | Places
+"""A layer that the changed residual stream enters, or hook points that are set."""
+
+_Resolved: TypeAlias = tuple[Component, ...] | Literal["logits"] | int
+
+
+def _effects(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    direction: Direction,
+    senders: Sequence[set[Component]],
+    reading: Reading,
+    through_mlps: bool,
+    batch_size: int,
+) -> Float[Tensor, "prompt sender"]:
+    check(direction, batch_size, metric=metric)
+    given = prompts.to(device_of(model))
+    corrupt = given.corrupted()
+    patched, other = (given, corrupt) if direction == "noising" else (corrupt, given)
+    names = sender_sites({component.layer for members in senders for component in members})
+    found = []
+    with preserved(model), torch.no_grad():
+        for start in range(0, len(prompts), batch_size):
+            batch, source = (side[start : start + batch_size] for side in (patched, other))
+            base, its = (base_run(model, p.tokens, p.attention_mask, p.positions, names=names) for p in (batch, source))
+            own = checked(metric, base.logits, batch).double()
+            if reading == len(base.attention):
+                base, its = at_answers(base), at_answers(its)
+            values = []
+            for rows, members in _rows(len(batch), senders, batch_size, batch.tokens.device):
+                sent = changes(model, base, its, members, rows)
+                logits = _received(model, base, sent, reading, through_mlps)
+                values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
+            found.append(torch.cat(values).view(len(senders), len(batch)).T)
+    return torch.cat(found).cpu()
+
+
+def _rows(
+    n_prompts: int, senders: Sequence[set[Component]], size: int, device: torch.device
+) -> Iterable[tuple[Int[Tensor, "row"], list[set[Component]]]]:
+    """Every set of senders with every prompt, at most `size` at once."""
+    total = n_prompts * len(senders)
+    for start in range(0, total, size):
+        numbers = torch.arange(start, min(start + size, total), device=device)
+        yield numbers % n_prompts, [senders[i] for i in (numbers // n_prompts).tolist()]
+
+
+def _received(
+    model: Model, base: Run, sent: Changes, reading: Reading, through_mlps: bool
+) -> Float[Tensor, "row answer d_vocab"]:
+    """Logits of the base run with what the receivers read changed."""
+    if isinstance(reading, int):
+        residual = arriving(model, base, sent, [reading], through_mlps=through_mlps)[reading]
+        return continued(model, base, sent.rows, reading, residual=residual)
+    layers = sorted({_layer(name) for name in reading})
+    entering = arriving(model, base, sent, layers, through_mlps=through_mlps)
+    hooks = []
+    for layer in layers:
+        names = [name for name in reading if _layer(name) == layer]
+        for read, inside in ((read_by_attention, True), (read_by_mlp, False)):
+            wanted = [name for name in names if (".attn." in name) == inside]
+            found = read(model, base, sent, layer, entering[layer], wanted) if wanted else {}
+            hooks += [_setting(name, value, list(reading[name].values())) for name, value in found.items()]
+    return continued(model, base, sent.rows, layers[0], hooks=hooks)
+
+
+def _setting(name: str, value: Tensor, units: list[int | None]) -> Hook:
+    def put(own: Tensor, hook: object) -> Tensor:
+        if None in units:
+            return value
+        changed = own.clone()
+        changed[:, :, units] = value[:, :, units]
+        return changed
+
+    return name, put
+
+
+def _senders(senders: Components, sizes: ModelShape) -> tuple[Component, ...]:
+    chosen = chosen_components(senders, sizes, "senders")
+    for sender in chosen:
+        if sender.kind not in (("H", None), ("H", "W_O"), ("ATTN", None), ("MLP", None), ("MLP", "W_out")):
+            raise ValueError(
+                f"expected senders that write to the residual stream (heads, attention layers, MLPs), got {sender}: "
+                f"use the head or MLP that it belongs to."
+            )
+    return chosen
+
+
+def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
+    """The receivers, components as a tuple: an iterator can be read only once."""
+    if receivers == "logits":
+        return "logits"
+    if isinstance(receivers, bool | str):
+        raise ValueError(
+            f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
+        )
+    return receivers if isinstance(receivers, int) else chosen_components(receivers, sizes, "receivers")
+
+
+def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:
+    if receivers == "logits":
+        return sizes.n_layers
+    if isinstance(receivers, int):
+        if not 0 < receivers <= sizes.n_layers:
+            raise ValueError(
+                f"expected a layer in 1..{sizes.n_layers} whose incoming residual stream is to be patched, got "
+                f"{receivers}: {sizes.n_layers} is the final residual stream."
+            )
+        return receivers
+    found = [read for component in receivers for read in _inputs(component, sizes)]
+    if not found:
+        raise ValueError('expected at least one receiver, got none: pass components, a layer or "logits".')
+    return places_of(list(dict.fromkeys(found)), sizes)
+
+
+def _inputs(component: Component, sizes: ModelShape) -> list[Component]:
+    """What stands for the component's inputs: values that are functions of the residual stream alone."""
+    if component.matrix in ("W_O", "W_out"):
+        raise ValueError(
+            f"expected receivers that read the residual stream, got {component}, which reads what its own head or MLP "
+            f"has made of it: use the head, its W_Q, W_K or W_V, or the MLP."
+        )
+    if component.part in ("MLP", "N") or component.matrix is not None:
+        return [component]
+    chosen = range(sizes.n_heads) if component.part == "ATTN" else [component.index]
+    return [Component(component.layer, "H", head, matrix) for matrix in ("W_Q", "W_K", "W_V") for head in chosen]
+
+
+def _leads(sender: Component, reading: Reading, parallel: bool) -> bool:
+    """Whether what the sender writes can reach what is read."""
+    if isinstance(reading, int):
+        return sender.layer < reading
+    to_own_mlp = sender.part in ("H", "ATTN") and not parallel
+    return any(
+        sender.layer < _layer(name) or (to_own_mlp and sender.layer == _layer(name) and ".attn." not in name)
+        for name in reading
+    )
+
+
+def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], receivers: _Resolved) -> None:
+    if not list(linked):
+        shown = ", ".join(str(sender) for sender in chosen[:5]) or "none"
+        named = str(receivers) if isinstance(receivers, int | str) else ", ".join(str(c) for c in receivers[:5])
+        raise ValueError(
+            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which "
+            f"there is no path: choose receivers in later layers (in parallel blocks, an MLP does not read its own "
+            f"layer's heads)."
+        )
+
+
+def _named(receivers: _Resolved) -> str | int | list[str]:
+    return receivers if isinstance(receivers, int | str) else [str(component) for component in receivers]
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])

@@ -1,0 +1,403 @@
+"""The paper's mechanistic localization: which MLPs look a fact up, step by step, each step open to correction."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechunlearn.arguments import check, chosen_components
+from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
+from mechunlearn.curve import Curve
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.localize.paths import Receivers, path_patching
+from mechunlearn.localize.readings.probes import ProbeResult, probes
+from mechunlearn.localize.readings.thresholds import (
+    borderline,
+    described_borderline,
+    effects_near,
+    heads_near_the_cut,
+    read_off,
+)
+from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.model import Hook, Model, device_of, preserved, shape
+from mechunlearn.model.running import constant, mean_activations
+from mechunlearn.tasks.positions import Where, subject_last
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def fact_lookup_by_probes(
+    model: Model,
+    prompts: Prompts,
+    labels: Sequence[Any] | Tensor | None = None,
+    *,
+    text: Int[Tensor, "row pos"],
+    rise: float = 0.2,
+    selectivity: float = 0.1,
+    saturation: float = 0.95,
+    tolerance: float = 0.05,
+    layers: Iterable[int] | None = None,
+    at: Where = subject_last,
+    seeds: int = 5,
+    folds: int = 5,
+    penalty: float = 10.0,
+    batch_size: int = 64,
+) -> "FactLookup":
+    """The MLPs under which an attribute becomes linearly readable at the subject (the paper's way for Sports Facts).
+
+    1. `probes` give the accuracy for each layer at the subject's last token, on held-out facts.
+    2. The lookup begins with the first layer whose output is read better than chance + `rise`, and better than the
+       control task + `selectivity`: where subjects share last tokens, the rise above chance may be these tokens. It
+       ends with the first layer whose output has `saturation` of the whole rise above chance. The MLPs from first to
+       last are the mask.
+    3. Attention outputs of all layers after the last are replaced, at every token, by their mean over `text`
+       (such as `task.text`), and new probes are fitted. If no later accuracy falls by more than `tolerance`, the
+       representation does not depend on later heads: `findings["holds_without_later_attention"]`.
+
+    `layers`: your own reading of the curves, instead of step 2. The prompts need several answers: for a sport to
+    forget, `tasks.joined(task.forget, task.retain)`. Curves: `"accuracy"`, `"control"`, `"selectivity"` (the
+    difference of the two), and `"later attention ablated"`. `findings["borderline"]` has the layers whose value lies
+    within 20 % of a threshold (for `saturation`, of the share that may be missing): other prompts may put them on its
+    other side. What the MLPs at the subject's last token hold is not proof that the answer needs it: compare with
+    `activation_patching`.
+
+    Cost: 2 forwards of the prompts, 1 of the text, and the fits of two calls of `probes`.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949; Nanda et al. 2023 (Fact Finding). ValueErrors as for `probes`.
+    """
+    _check_shares(rise=rise, selectivity=selectivity, saturation=saturation, tolerance=tolerance)
+    sizes = shape(model)
+    given = None if layers is None else _chosen_layers(layers, sizes)
+    options: dict[str, Any] = {"at": at, "seeds": seeds, "folds": folds, "penalty": penalty, "batch_size": batch_size}
+    found = probes(model, prompts, labels, **options)
+    read, near = read_off(found, rise, selectivity, saturation)
+    by_thresholds = read.pop("layers")
+    chosen = by_thresholds if given is None else given
+    curves = found.curves() | {"selectivity": _selectivity(found)}
+    thresholds = {"rise": rise, "selectivity": selectivity, "saturation": saturation, "tolerance": tolerance}
+    overruled = [] if given is None else ["layers"]
+    findings: dict[str, Any] = {"layers": chosen, "chance": found.chance, **read, **thresholds, "overruled": overruled}
+    findings["borderline"] = near if given is None else {}
+    later = list(range(chosen[-1] + 1, sizes.n_layers)) if chosen else []
+    if later:
+        ablated = probes(model, prompts, labels, **options, hooks=_without_attention(model, text, later, batch_size))
+        curves["later attention ablated"] = ablated.curves()["accuracy"]
+        fall = float((found.accuracy - ablated.accuracy)[chosen[-1] + 2 :].max())
+        findings["attention_ablated_in_layers"] = later
+        findings["largest_fall_without_later_attention"] = max(0.0, fall)
+        findings["holds_without_later_attention"] = fall <= tolerance
+        findings["borderline"] |= {"tolerance": borderline({"largest fall": fall}, tolerance)}
+    mask = _mask(chosen, sizes, "fact_lookup_by_probes", findings)
+    return FactLookup(mask, "fact_lookup_by_probes", findings, curves)
+
+
+def lowest_layer(extraction_heads: Sequence[Component]) -> Receivers:
+    """The residual stream that enters the lowest extraction head's layer, as in the paper: all above it recomputes."""
+    return min(head.layer for head in extraction_heads)
+
+
+def all_inputs(extraction_heads: Sequence[Component]) -> Receivers:
+    """The queries, keys and values of the extraction heads alone."""
+    return list(extraction_heads)
+
+
+def fact_lookup_by_paths(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = logit_difference,
+    n_heads: int = 10,
+    extraction_heads: Iterable[Component | str] | None = None,
+    receivers: Callable[[Sequence[Component]], Receivers] = lowest_layer,
+    threshold: float = 0.02,
+    layers: Iterable[int] | None = None,
+    batch_size: int = 64,
+) -> "FactLookup":
+    """The MLPs whose output the heads that extract facts read (the paper's way for CounterFact).
+
+    1. Denoising `path_patching` of every head to the final residual stream, MLPs on the way responding: the `n_heads`
+       heads with the largest |effect| are the extraction heads.
+    2. Denoising `path_patching` of every MLP, not through other MLPs, to what `receivers` makes of these heads:
+       `lowest_layer` (default, the paper's: the residual stream that enters the lowest one's layer), `all_inputs`
+       (their queries, keys and values), or a function of yours.
+    3. The MLPs with |effect| > `threshold` are the mask.
+
+    Effects are shares of the mean difference of the metric between clean and corrupt prompts. The paper subtracts the
+    last layer's effect, as a baseline, which is 0 here: nothing above a receiver has a path to it.
+
+    `findings["borderline"]` has the MLPs whose |effect| lies within 20 % of `threshold`, and the heads whose |effect|
+    lies within 20 % of the cut, half-way between the last head chosen and the next: other prompts may choose otherwise.
+
+    `extraction_heads` replaces step 1, `layers` step 3. Scores: `"heads"` (without step 1: none) and `"mlps"`.
+    Cost: 4F + 2F for the metric's ends, for each head the MLPs above it, for each MLP the layers from the receivers on.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError without corrupted prompts, if these do not lower the
+    metric, and if no MLP is below the receivers because extraction heads are in layer 0.
+    """
+    sizes = shape(model)
+    check("denoising", batch_size, metric=metric, receivers=receivers)
+    given = None if layers is None else _chosen_layers(layers, sizes)
+    gap = _gap(model, prompts, metric, batch_size)
+    options: dict[str, Any] = {"metric": metric, "direction": "denoising", "batch_size": batch_size}
+    scores, near = {}, {}
+    if extraction_heads is None:
+        found = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, **options)
+        scores["heads"] = _share(found, gap)
+        chosen_heads = tuple(scores["heads"].top(k=n_heads))
+        near["n_heads"] = heads_near_the_cut(scores["heads"], n_heads)
+    else:
+        chosen_heads = _heads(extraction_heads, sizes)
+    receiving = receivers(chosen_heads)
+    _check_above_first_layer(chosen_heads, receiving)
+    scores["mlps"] = _share(path_patching(model, prompts, senders=mlps, receivers=receiving, **options), gap)
+    crossed = [component.layer for component, effect in scores["mlps"].items() if abs(effect) > threshold]
+    chosen = crossed if given is None else given
+    if given is None:
+        near["threshold"] = effects_near(scores["mlps"], threshold)
+    findings = {
+        "layers": chosen,
+        "extraction_heads": [str(head) for head in chosen_heads],
+        "receivers": scores["mlps"].settings["receivers"],
+        "threshold": threshold,
+        "n_heads": n_heads,
+        "metric": name_of(metric),
+        "clean_minus_corrupt": gap,
+        "overruled": [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None],
+        "borderline": near,
+    }
+    mask = _mask(chosen, sizes, "fact_lookup_by_paths", findings)
+    return FactLookup(mask, "fact_lookup_by_paths", findings, {}, scores)
+
+
+def _selectivity(found: ProbeResult) -> Curve:
+    return Curve(found.points, found.correct - found.control, "accuracy minus control")
+
+
+@torch.no_grad()
+def _without_attention(
+    model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
+) -> list[Hook]:
+    names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
+    with preserved(model):
+        return constant(mean_activations(model, text, names, batch_size=batch_size).items())
+
+
+def _mask(layers: Sequence[int], sizes: ModelShape, method: str, findings: dict[str, Any]) -> ComponentMask:
+    members = frozenset(Component(layer, "MLP") for layer in layers)
+    return ComponentMask(members, sizes, {"method": method, "findings": dict(findings)})
+
+
+def _share(scores: ComponentScores, gap: float) -> ComponentScores:
+    assert scores.per_prompt is not None  # path patching always has them
+    per_prompt = scores.per_prompt / gap
+    settings = {**scores.settings, "divided_by_clean_minus_corrupt": gap}
+    return replace(scores, tensor=per_prompt.mean(0), per_prompt=per_prompt, settings=settings)
+
+
+def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> float:
+    """Mean of the metric on clean prompts minus that on corrupt ones."""
+    clean = prompts.to(device_of(model))
+    means = []
+    with preserved(model), torch.no_grad():
+        for side in (clean, clean.corrupted()):
+            values = [checked(metric, batch.logits(model), batch) for batch in side.batches(batch_size)]
+            means.append(float(torch.cat(values).double().mean()))
+    if means[0] - means[1] <= 0:
+        raise ValueError(
+            f"expected corrupt prompts that lower {name_of(metric)}, got means of {means[0]:.4g} (clean) and "
+            f"{means[1]:.4g} (corrupt): effects are shares of the difference; use prompts whose answer the model knows."
+        )
+    return means[0] - means[1]
+
+
+def _heads(given: Iterable[Component | str], sizes: ModelShape) -> tuple[Component, ...]:
+    found = chosen_components(given, sizes, "extraction_heads")
+    wrong = [head for head in found if head.kind != ("H", None)]
+    if wrong:
+        raise ValueError(f"expected heads such as L5H3 as extraction heads, got {wrong[0]}: pass heads only.")
+    return found
+
+
+def _check_above_first_layer(chosen: Sequence[Component], receiving: Receivers) -> None:
+    if receiving == 0 or all(head.layer == 0 for head in chosen):
+        first = [str(head) for head in chosen if head.layer == 0]
+        raise ValueError(
+            f"expected extraction heads above layer 0, got {', '.join(first)}: no MLP is below them; pass another "
+            f"n_heads, extraction_heads=... or receivers=all_inputs."
+        )
+
+
+def _chosen_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
+    found = sorted(set(layers))
+    if not found or found[0] < 0 or found[-1] >= sizes.n_layers:
+        raise ValueError(f"expected layers in 0..{sizes.n_layers - 1}, got {found or 'none'}.")
+    return found
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FactLookup:
+    """The MLPs that look facts up, and every curve and threshold that says so. Printing it shows the evidence."""
+
+    mask: ComponentMask
+    """The MLPs; empty if nothing crossed the thresholds."""
+    method: str
+    """The function that made it."""
+    findings: Mapping[str, Any]
+    """Thresholds, what was read off with them, checks, and which steps were overruled by hand. `"borderline"`:
+    threshold -> what lies within 20 % of it, so that other prompts might decide otherwise -> its value."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """Evidence by layer: accuracy of probes."""
+    scores: Mapping[str, ComponentScores] = field(default_factory=dict)
+    """Evidence by component: effects of paths, as shares of the difference between clean and corrupt prompts."""
+
+    def __post_init__(self) -> None:
+        for name in ("findings", "curves", "scores"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def plot(self) -> "Figure":
+        """One panel for the curves, and one for each kind of scores, with 95 % intervals and thresholds."""
+        from plotly.subplots import make_subplots
+
+        from mechunlearn.curve import lines
+
+        panels = (["probes"] if self.curves else []) + list(self.scores)
+        figure = make_subplots(rows=len(panels), cols=1, subplot_titles=panels)
+        if self.curves:
+            figure.add_traces(lines(self.curves).data, rows=1, cols=1)
+            figure.update_xaxes(type="category", title="residual stream that enters layer", row=1, col=1)
+            if "rise" in self.findings:
+                _lines(figure, 1, [self.findings["chance"] + self.findings["rise"]])
+        for row, (name, scores) in enumerate(self.scores.items(), start=1 + bool(self.curves)):
+            ends = scores.interval()
+            up, down = ends["high"] - ends["score"], ends["score"] - ends["low"]
+            error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0}
+            figure.add_bar(x=list(ends.index), y=ends["score"], error_y=error, name=name, row=row, col=1)
+            if name == "mlps" and "threshold" in self.findings:
+                _lines(figure, row, [self.findings["threshold"], -self.findings["threshold"]])
+        shown = ", ".join(str(component) for component in self.mask) or "none"
+        return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with mask, findings and all evidence."""
+        tensors: dict[str, Tensor] = {f"curve {name}": curve.per_prompt for name, curve in self.curves.items()}
+        for name, scores in self.scores.items():
+            assert scores.per_prompt is not None  # path patching always has them
+            tensors[f"scores {name}"] = scores.per_prompt
+        content = {
+            "method": self.method,
+            "mask": [str(component) for component in self.mask],
+            "provenance": dict(self.mask.provenance),
+            "shape": asdict(self.mask.shape),
+            "findings": list(self.findings.items()),  # lists keep their order
+            "curves": [(name, [c.points, c.unit, c.chance]) for name, c in self.curves.items()],
+            "scores": {
+                name: [[str(c) for c in s], s.method, s.metric, dict(s.settings)] for name, s in self.scores.items()
+            },
+        }
+        write_tensors(path, "FactLookup", tensors, json.loads(json.dumps(content)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FactLookup":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "FactLookup")
+        shape = ModelShape(**content["shape"])
+        members = frozenset(Component.parse(label) for label in content["mask"])
+        curves = {
+            name: Curve(tuple(points), tensors[f"curve {name}"], unit, chance)
+            for name, (points, unit, chance) in content["curves"]
+        }
+        scores = {}
+        for name, (labels, method, metric, settings) in content["scores"].items():
+            values, components = tensors[f"scores {name}"], tuple(Component.parse(label) for label in labels)
+            scores[name] = ComponentScores(components, values.mean(0), shape, method, metric, settings, values)
+        mask = ComponentMask(members, shape, content["provenance"])
+        return cls(mask, content["method"], dict(content["findings"]), curves, scores)
+
+    def __repr__(self) -> str:
+        shown = dict(self.findings)
+        if "borderline" in shown:
+            shown["borderline"] = described_borderline(shown["borderline"])
+        found = [f"  {name.replace('_', ' ')}: {value}" for name, value in shown.items()]
+        found += [f"  {name}: {curve}" for name, curve in self.curves.items()]
+        found += [f"  {name}: {scores}" for name, scores in self.scores.items()]
+        return "\n".join([f"FactLookup({self.method}; {self.mask})", *found])
+
+
+def _lines(figure: "Figure", row: int, heights: Sequence[float]) -> None:
+    """Thresholds, dashed."""
+    for height in heights:
+        figure.add_hline(y=height, line_dash="dash", line_color="grey", row=row, col=1)  # type: ignore[arg-type]
+
+
+PAPER_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "gemma-7b": {
+        "sports": (2, 3, 4, 5, 6, 7),
+        "counterfact 0:64": (1, 3, 4, 6, 12),
+        "counterfact 0:16": (1, 3, 4, 6, 9, 17, 18, 19),
+        "counterfact 16:32": (3, 6, 9, 18, 19),
+        "counterfact 32:48": (0, 1, 3, 5, 7, 9, 11, 12, 13, 18, 19),
+        "counterfact 48:64": (0, 1, 3, 4, 6, 12, 19),
+    },
+    "gemma-2-9b": {
+        "sports": (2, 3, 4, 5, 6),
+        "counterfact 0:64": (3, 4, 5, 7, 8, 9, 10, 17),
+        "counterfact 0:16": (3, 4, 7, 8, 9),
+        "counterfact 16:32": (4, 7, 8, 9, 17),
+        "counterfact 32:48": (3, 5, 7, 8, 9, 10, 16),
+        "counterfact 48:64": (3, 4, 5, 7, 8, 9, 10, 15, 18, 21, 22),
+    },
+    "llama-3-8b": {
+        "sports": (1, 2, 3, 4),
+        "counterfact 0:64": (4, 5, 6, 7),
+        "counterfact 0:16": (5, 6, 9, 13),
+        "counterfact 16:32": (2, 5, 6, 7, 9, 10),
+        "counterfact 32:48": (2, 4, 5, 6, 7),
+        "counterfact 48:64": (6, 7, 8),
+    },
+}
+"""Model -> task -> layers whose MLPs the authors trained. `sports`: probes and ablations; `counterfact a:b`: path
+patching on facts a to b of their list for that model (a fact counts if the model gives its answer at least 0.5).
+
+Source: the paper (arXiv 2410.12949) for sports; for CounterFact the layer lists in the authors' published analysis
+code, github.com/magikarp01/mechanistic-unlearning at a36be56."""
+
+PAPER_SHAPES = {
+    "gemma-7b": ModelShape(28, 16, 16, 3072, 256, 24576, gated=True),
+    "gemma-2-9b": ModelShape(42, 16, 8, 3584, 256, 14336, gated=True),
+    "llama-3-8b": ModelShape(32, 32, 8, 4096, 128, 14336, gated=True),
+}
+"""The shapes of these models."""
+
+
+def paper_fact_lookup(model: Model, name: str, *, task: str = "sports") -> ComponentMask:
+    """The MLPs that the paper edits as "fact lookup" in `"gemma-7b"`, `"gemma-2-9b"` or `"llama-3-8b"`.
+
+    `task`: `"sports"` (default) or a slice of CounterFact facts, such as `"counterfact 0:64"`; see `PAPER_LAYERS`.
+    ValueError for other names, and for a model of another shape than the one that the layers were read off.
+    """
+    if name not in PAPER_LAYERS:
+        raise ValueError(
+            f"expected one of {', '.join(PAPER_LAYERS)}, got {name!r}: localize with fact_lookup_by_probes."
+        )
+    if task not in PAPER_LAYERS[name]:
+        raise ValueError(f"expected one of the tasks {', '.join(PAPER_LAYERS[name])}, got {task!r}.")
+    if shape(model) != PAPER_SHAPES[name]:
+        raise ValueError(
+            f"expected {name}, {PAPER_SHAPES[name]}, got a model of {shape(model)}: these layers were read off that "
+            f"model's curves; use fact_lookup_by_probes or fact_lookup_by_paths on yours."
+        )
+    members = frozenset(Component(layer, "MLP") for layer in PAPER_LAYERS[name][task])
+    source = "Guo et al. 2025, https://arxiv.org/abs/2410.12949"
+    return ComponentMask(members, PAPER_SHAPES[name], {"method": "paper_fact_lookup", "task": task, "source": source})

@@ -1,0 +1,206 @@
+"""Linear probes: in which layers can a property be read off the residual stream, on facts never seen?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.arguments import check_batch_size, check_functions
+from mechunlearn.curve import Curve, lines
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Hook, Model, shape
+from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
+from mechunlearn.tasks.positions import Where, subject_last
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbeResult:
+    """Accuracy of probes by layer, with what it has to be compared to."""
+
+    points: tuple[str, ...]
+    """"3" is the residual stream that enters layer 3, the last number the final one, before its norm."""
+    correct: Float[Tensor, "prompt point"]
+    """For each prompt, the share of seeds in which a probe that never saw its fact was right."""
+    control: Float[Tensor, "prompt point"]
+    """The same with random labels, one for each last token of a subject (the control task)."""
+    control_fitted: Float[Tensor, "point"]
+    """Accuracy with these random labels on the facts that the probe was fitted on: near 1, it can memorise anything."""
+    per_seed: Float[Tensor, "seed point"]
+    """Accuracy in each seed: how much it depends on the split."""
+    chance: float
+    """Share of the commonest label."""
+    labels: tuple[str, ...]
+    """The classes."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Position, seeds, folds, penalty."""
+
+    @property
+    def accuracy(self) -> Float[Tensor, "point"]:
+        """On held-out facts, the mean over prompts and seeds."""
+        return self.correct.mean(0)
+
+    @property
+    def selectivity(self) -> Float[Tensor, "point"]:
+        """Accuracy minus that of the control task (Hewitt & Liang 2019)."""
+        return self.accuracy - self.control.mean(0)
+
+    def curves(self) -> dict[str, Curve]:
+        """Accuracy and control by layer, with intervals over prompts."""
+        accuracy = Curve(self.points, self.correct, "accuracy on held-out facts", self.chance)
+        return {"accuracy": accuracy, "control": Curve(self.points, self.control, accuracy.unit, self.chance)}
+
+    def to_frame(self) -> "DataFrame":
+        """One row per point: accuracy, its 95 % interval over prompts, control, selectivity, control_fitted, chance."""
+        frame = self.curves()["accuracy"].interval().rename(columns={"value": "accuracy"})
+        columns = {"control": self.control.mean(0), "selectivity": self.selectivity}
+        columns["control_fitted"] = self.control_fitted
+        return frame.assign(**{name: values.tolist() for name, values in columns.items()}, chance=self.chance)
+
+    def plot(self) -> "Figure":
+        """Accuracy and control by layer, chance dotted."""
+        return lines(self.curves(), title=f"probes, {len(self.labels)} classes, {len(self.correct)} prompts")
+
+    def __repr__(self) -> str:
+        best = int(self.accuracy.argmax())
+        return (
+            f"ProbeResult({len(self.labels)} classes, {len(self.correct)} prompts, chance {self.chance:.3f}; best at "
+            f"{self.points[best]}: {float(self.accuracy[best]):.3f}, control {float(self.control.mean(0)[best]):.3f})"
+        )
+
+
+def probes(
+    model: Model,
+    prompts: Prompts,
+    labels: Sequence[Any] | Tensor | None = None,
+    *,
+    at: Where = subject_last,
+    seeds: int = 5,
+    folds: int = 5,
+    penalty: float = 10.0,
+    hooks: Sequence[Hook] = (),
+    batch_size: int = 64,
+) -> ProbeResult:
+    """Logistic regressions for `labels` (default: the answer's first token) on the residual stream at one token.
+
+    For each layer, seed and fold: features are standardised and the probe is fitted (multinomial cross-entropy plus
+    penalty / 2 times the squared weights) without the fold's facts, and asked for these. A fact is a name of
+    `prompts.names` (without names: the subject's tokens): prompts about one subject are never on both sides, and
+    every prompt is held out once per seed. Accuracy is the share answered right; chance is the commonest label's share.
+
+    `at`: which token, `subject_last` (default), `answer`, or a function of prompts that gives a mask with one token
+    per row. `hooks`: forward hooks that the model runs with, such as ablations.
+
+    **Control task.** Hewitt & Liang give each word type a random label, so that a control can only be solved by
+    remembering types. Facts are types here, and each is held out: a random label per fact is at chance by
+    construction and says nothing. So a type is the *last token of the subject* (a surname's ending, a suffix), which
+    facts share: `control` is the accuracy on held-out facts with random labels per such token, in the same splits.
+    Where tokens recur it rises above chance by as much as a probe gains by telling tokens apart, and
+    `selectivity` = accuracy - control takes that away. Where they do not recur the control is at chance. Its
+    accuracy on the fitted facts, `control_fitted`, is the capacity to memorise: why only held-out facts count.
+
+    A probe finds what can be read there, not what the model uses. Layer by layer gains mix attention and MLP, so
+    there are no component scores.
+
+    Cost: 1 forward, then 2 x points x seeds x folds small fits on the CPU.
+    Alain & Bengio 2016, https://arxiv.org/abs/1610.01644; Hewitt & Liang 2019, https://arxiv.org/abs/1909.03368.
+    ValueError for one class only, fewer facts than folds, and prompts without a subject if `at` needs it.
+    """
+    check_batch_size(batch_size)
+    check_functions(at=at)
+    sizes = shape(model)
+    targets, classes = _targets(prompts, labels)
+    groups = _facts(prompts)
+    _check(classes, targets, groups, folds, seeds, penalty)
+    states = states_at(model, prompts, at, hooks=hooks, batch_size=batch_size)
+    types = subject_tokens(prompts, at)
+    rounds = [_round(states, targets, types, groups, seed, folds, penalty) for seed in range(seeds)]
+    correct, control, fitted = (torch.stack(kind) for kind in zip(*rounds, strict=True))
+    settings = {"at": name_of(at), "seeds": seeds, "folds": folds, "penalty": penalty, "hooks": len(hooks)}
+    points = tuple(str(layer) for layer in range(sizes.n_layers + 1))
+    chance = float(np.bincount(targets).max() / len(targets))
+    per_seed = correct.mean(1)
+    return ProbeResult(points, correct.mean(0), control.mean(0), fitted.mean(0), per_seed, chance, classes, settings)
+
+
+def _targets(prompts: Prompts, labels: Sequence[Any] | Tensor | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    given = prompts.answers[:, 0].cpu() if labels is None else labels
+    if len(given) != len(prompts):
+        raise ValueError(f"expected one label for each of {len(prompts)} prompts, got {len(given)}.")
+    values = given.tolist() if isinstance(given, Tensor) else list(given)
+    classes, targets = np.unique(np.array(values), return_inverse=True)
+    return targets, tuple(str(value) for value in classes)
+
+
+def _facts(prompts: Prompts) -> list[str]:
+    """What each prompt is about."""
+    if prompts.names:
+        return list(prompts.names)
+    real = prompts.attention_mask if prompts.subject is None else prompts.subject & prompts.attention_mask
+    return [str(row[kept].tolist()) for row, kept in zip(prompts.tokens, real, strict=True)]
+
+
+def _check(
+    classes: tuple[str, ...], targets: np.ndarray, groups: list[str], folds: int, seeds: int, penalty: float
+) -> None:
+    if len(classes) < 2:
+        raise ValueError(
+            f"expected labels of at least two classes, got only {''.join(classes)}: probe facts with several answers, "
+            f"such as those to forget and to retain together (tasks.joined)."
+        )
+    count = len(set(groups))
+    if not 2 <= folds <= count:
+        raise ValueError(
+            f"expected folds in 2..{count} (the number of facts), got {folds}: use fewer folds or more facts."
+        )
+    if seeds < 1 or penalty <= 0:
+        raise ValueError(f"expected at least one seed and a positive penalty, got seeds={seeds}, penalty={penalty}.")
+
+
+def _round(
+    states: Float[np.ndarray, "point prompt d_model"],
+    targets: np.ndarray,
+    types: np.ndarray,
+    groups: list[str],
+    seed: int,
+    folds: int,
+    penalty: float,
+) -> tuple[Float[Tensor, "prompt point"], Float[Tensor, "prompt point"], Float[Tensor, "point"]]:
+    """Correct on held-out facts, the same for the control task, and the control's accuracy where it was fitted."""
+    rng = np.random.default_rng(seed)
+    places = _folds(targets, groups, folds, rng)
+    random_labels = labels_by_token(types, targets, rng)
+    found = [
+        [_held_out(layer, labels, places, folds, penalty) for layer in states] for labels in (targets, random_labels)
+    ]
+    correct, control = (torch.stack([held_out for held_out, _ in kind], 1) for kind in found)
+    return correct, control, torch.tensor([fitted for _, fitted in found[1]], dtype=torch.float64)
+
+
+def _folds(targets: np.ndarray, groups: list[str], folds: int, rng: np.random.Generator) -> np.ndarray:
+    """The fold of each prompt: facts are dealt out class by class, so that folds are alike; order does not matter."""
+    label = {group: int(target) for group, target in sorted(zip(groups, targets, strict=True), reverse=True)}
+    names = sorted(label)
+    shuffled = sorted(rng.permutation(len(names)), key=lambda place: label[names[place]])
+    fold = {names[place]: turn % folds for turn, place in enumerate(shuffled)}
+    return np.array([fold[group] for group in groups])
+
+
+def _held_out(
+    features: Float[np.ndarray, "prompt d_model"], labels: np.ndarray, places: np.ndarray, folds: int, penalty: float
+) -> tuple[Float[Tensor, "prompt"], float]:
+    correct, fitted = np.zeros(len(labels)), []
+    for fold in range(folds):
+        held = places == fold
+        guessed = guesses(features, labels, ~held, penalty)
+        correct[held] = guessed[held] == labels[held]
+        fitted.append(float((guessed[~held] == labels[~held]).mean()))
+    return torch.from_numpy(correct), float(np.mean(fitted))

@@ -1,0 +1,221 @@
+"""Screen, then verify: an estimate for everything, exact patching for the best, and how far to trust the screen."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import comb
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechunlearn.arguments import check_functions
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, heads_and_mlps
+from mechunlearn.localize.attribution import attribution_patching
+from mechunlearn.localize.patching import activation_patching
+from mechunlearn.localize.sites import Direction
+from mechunlearn.metrics import Metric, logit_difference, name_of
+from mechunlearn.model import Model
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+Method: TypeAlias = Callable[..., ComponentScores]
+"""(model, prompts, *, metric, direction, components, batch_size) -> scores, as `attribution_patching` is."""
+
+
+def screen_then_verify(
+    model: Model,
+    prompts: Prompts,
+    *,
+    k: int | None = None,
+    fraction: float | None = None,
+    estimate: Method = attribution_patching,
+    verify: Method = activation_patching,
+    metric: Metric = logit_difference,
+    direction: Direction = "noising",
+    components: Components = heads_and_mlps,
+    sample: int = 10,
+    seed: int = 0,
+    by: Callable[[Tensor], Tensor] = torch.abs,
+    batch_size: int = 64,
+) -> "Verified":
+    r"""Exact scores of the components that an estimate puts first, and what the estimate got wrong.
+
+    1. `estimate` scores every component. 2. The `k`, or the `fraction`, that it ranks highest `by` size are the
+    candidates. 3. `verify` scores the candidates, and `sample` others drawn at random: what the screen dropped.
+    Unit and sign of all scores: those of the two methods. An estimate without a sign (`atp_star` with GradDrop) can
+    screen as well as any; of its error only `rank correlation` and `missed` then mean something.
+
+    Cost: that of `estimate`, and of `verify` for the candidates and the sample. ValueError unless exactly one of k and
+    fraction is given and in range, and for a negative sample. A sample larger than what is left takes all of it.
+
+    The idea of screening and of sampling what was dropped: Kramár et al. 2024, https://arxiv.org/abs/2403.00745.
+    """
+    if sample < 0:
+        raise ValueError(f"expected a sample of at least 0 components, got {sample}.")
+    check_functions(metric=metric, estimate=estimate, verify=verify, by=by)
+    options = {"metric": metric, "direction": direction, "batch_size": batch_size}
+    estimated = estimate(model, prompts, components=components, **options)
+    candidates = estimated.top(k=k, fraction=fraction, by=by)
+    dropped = [component for component in estimated.components if component not in candidates]
+    drawn = Random(f"screen_then_verify {seed}").sample(dropped, min(sample, len(dropped)))
+    exact = verify(model, prompts, components=[*candidates, *sorted(drawn)], **options)
+    settings = {"estimate": estimated.method, "verify": exact.method, "direction": direction, "by": name_of(by)}
+    settings |= {"k": len(candidates), "of": len(estimated), "sample": len(drawn), "seed": seed}
+    scores = _only(exact, candidates, settings)
+    return Verified(scores, estimated, _only(exact, drawn, settings) if drawn else None, by)
+
+
+def _only(scores: ComponentScores, components: Iterable[Component], settings: dict[str, Any]) -> ComponentScores:
+    chosen = sorted(components)
+    places = [scores.components.index(component) for component in chosen]
+    per_prompt = None if scores.per_prompt is None else scores.per_prompt[:, places]
+    name = name_of(screen_then_verify)
+    return ComponentScores(
+        tuple(chosen), scores.tensor[places], scores.shape, name, scores.metric, settings, per_prompt
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Verified:
+    """Exact scores of candidates; `.top(...)` selects by them."""
+
+    scores: ComponentScores
+    """The candidates' exact scores."""
+    estimate: ComponentScores
+    """Every component's estimate."""
+    sampled: ComponentScores | None
+    """Exact scores of a random sample of the components that were not candidates; None without one."""
+    by: Callable[[Tensor], Tensor] = torch.abs
+    """What ranks scores."""
+
+    def top(
+        self,
+        *,
+        k: int | None = None,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        parameters: int | None = None,
+    ) -> ComponentMask:
+        """The candidates that score highest exactly, by one of the rules of `ComponentScores.top`.
+
+        `k` and `fraction` count candidates. Take fewer than there are, so that the screen's order does not decide.
+        """
+        return self.scores.top(k=k, fraction=fraction, threshold=threshold, parameters=parameters, by=self.by)
+
+    def missed(self, threshold: float | None = None, *, confidence: float = 0.95) -> "Missed":
+        """How many dropped components would rank higher than `threshold` (default: than the lowest candidate).
+
+        Give the rank of the last one that you select: `threshold=abs(scores of the mask).min()`.
+        """
+        if threshold is None:
+            threshold = float(self.by(self.scores.tensor).min())
+        dropped = len(self.estimate) - len(self.scores)
+        ranks = self.by(self.sampled.tensor) if self.sampled is not None else torch.zeros(0, dtype=torch.float64)
+        found = int((ranks > threshold).sum())
+        largest = float(ranks.max()) if len(ranks) else float("nan")
+        at_most = _at_most(found, len(ranks), dropped, confidence)
+        return Missed(threshold, dropped, len(ranks), found, largest, at_most, confidence)
+
+    @property
+    def error(self) -> "DataFrame":
+        """Estimate against exact score, for the candidates and for the sample of the others: a row each.
+
+        Bias is the mean of estimate - exact, `rms` the root of the mean square of it, `correlation` Pearson's, `rank
+        correlation` Spearman's of what `by` ranks, `same sign` a share. NaN where one component or equal values
+        have no correlation. Candidates were chosen by their estimate, so theirs tends to be too large.
+        """
+        import pandas as pd
+
+        groups = {"candidates": self.scores} | ({"sample": self.sampled} if self.sampled is not None else {})
+        rows = {name: self._error(scores) for name, scores in groups.items()}
+        return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name="of"))
+
+    def to_frame(self) -> "DataFrame":
+        """One row per component verified: exact score, estimate, their difference, candidate or sample."""
+        import pandas as pd
+
+        groups = [("candidate", self.scores)] + ([("sample", self.sampled)] if self.sampled is not None else [])
+        rows = [(str(c), scores[c], self.estimate[c], kind) for kind, scores in groups for c in scores]
+        frame = pd.DataFrame(rows, columns=["component", "exact", "estimate", "verified as"]).set_index("component")
+        frame.insert(2, "error", frame["estimate"] - frame["exact"])
+        return frame.sort_values("exact", key=abs, ascending=False, kind="stable")
+
+    def __repr__(self) -> str:
+        error = self.error.loc["candidates"]
+        best = sorted(self.scores.items(), key=lambda pair: -abs(pair[1]))[:5]
+        shown = ", ".join(f"{component}: {value:+.3g}" for component, value in best)
+        settings = self.scores.settings
+        return (
+            f"Verified({len(self.scores)} of {len(self.estimate)} components, {settings['estimate']} then "
+            f"{settings['verify']}; {shown}; rms error of the estimate {error['rms']:.3g}, rank correlation "
+            f"{error['rank correlation']:.2f}; {self.missed()})"
+        )
+
+    def _error(self, scores: ComponentScores) -> dict[str, float | int]:
+        exact = scores.tensor.double()
+        estimate = torch.tensor([self.estimate[component] for component in scores], dtype=torch.float64)
+        difference = estimate - exact
+        return {
+            "components": len(scores),
+            "bias": float(difference.mean()),
+            "rms": float(difference.pow(2).mean().sqrt()),
+            "correlation": _correlation(estimate, exact),
+            "rank correlation": _correlation(_ranks(self.by(estimate)), _ranks(self.by(exact))),
+            "same sign": float((estimate.sign() == exact.sign()).double().mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What the screen may have dropped, judged by a random sample of what it dropped."""
+
+    threshold: float
+    """Dropped components that rank higher than this count as missed."""
+    dropped: int
+    """How many components were dropped."""
+    sampled: int
+    """How many of them were verified."""
+    found: int
+    """How many of those rank higher than the threshold."""
+    largest: float
+    """The highest rank among them; NaN without a sample."""
+    at_most: int
+    """How many of all dropped ones do, at most, with this confidence (hypergeometric, one-sided)."""
+    confidence: float
+
+    def __str__(self) -> str:
+        if self.sampled == self.dropped:
+            return f"all {self.dropped} dropped components were verified: {self.found} exceed {self.threshold:.3g}"
+        return (
+            f"of {self.dropped} dropped components {self.sampled} were verified: {self.found} exceed "
+            f"{self.threshold:.3g} (largest {self.largest:.3g}), so that at most {self.at_most} of all do "
+            f"({self.confidence:.0%} confidence)"
+        )
+
+
+def _at_most(found: int, sampled: int, dropped: int, confidence: float) -> int:
+    """The largest number of marked ones among `dropped` of which so few in the sample would not be too surprising."""
+
+    def chance(marked: int) -> float:
+        ways = sum(comb(marked, hits) * comb(dropped - marked, sampled - hits) for hits in range(found + 1))
+        return ways / comb(dropped, sampled)
+
+    return max(marked for marked in range(found, dropped - sampled + found + 1) if chance(marked) > 1 - confidence)
+
+
+def _ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
+    """Ranks, ties sharing their mean."""
+    smaller = (values[:, None] > values[None, :]).double().sum(1)
+    equal = (values[:, None] == values[None, :]).double().sum(1)
+    return smaller + (equal - 1) / 2.0
+
+
+def _correlation(a: Float[Tensor, "component"], b: Float[Tensor, "component"]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = a.norm() * b.norm()
+    return float((a * b).sum() / size) if float(size) > 0 else float("nan")

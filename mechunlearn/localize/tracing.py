@@ -1,0 +1,412 @@
+"""Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mechunlearn.arguments import check_batch_size, check_functions
+from mechunlearn.components import Component, ComponentScores, ModelShape
+from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.intervals import bootstrap
+from mechunlearn.metrics import Metric, answer_probability, checked, name_of
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, embeddings, preserved, shape
+from mechunlearn.tasks.positions import ROLES, roles, subject
+from mechunlearn.tasks.prompts import Prompts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+
+KINDS = ("residual", "MLP", "ATTN")
+"""What can be restored."""
+
+Kind: TypeAlias = Literal["residual", "MLP", "ATTN"]
+
+
+def causal_tracing(
+    model: Model,
+    prompts: Prompts,
+    *,
+    metric: Metric = answer_probability,
+    noise: float = 3.0,
+    draws: int = 10,
+    window: int = 10,
+    kinds: tuple[Kind, ...] = KINDS,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> "CausalTrace":
+    r"""Indirect effects of every (token, layer) for the residual stream, MLPs and attention.
+
+    The corrupted run adds noise N(0, (noise * s)**2) to the embeddings of the subject's tokens, s the standard
+    deviation of all entries of the embeddings of these prompts' subject tokens. The same `draws` draws serve every
+    prompt, layer and token: the i-th token of a subject always gets the same noise. Then, for one token t at a time,
+
+        indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
+        total effect    = metric of the clean run - mean over draws of metric of the corrupted run
+
+    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back.
+    Restored is, for `"residual"`, what enters layer l + 1; for `"MLP"` and `"ATTN"`, the outputs of the layers
+    l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone moves little.
+
+    The trace plots the classic heat map (tokens by their role) and gives intervals over prompts.
+    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so each is of a layer's neighbourhood.
+
+    Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
+    layer restored (for a window that starts in layer 0, but for the longest, the part above its highest layer).
+    Tokens before the subject have no effect, exactly, and are not run.
+
+    Meng et al. 2022, https://arxiv.org/abs/2202.05262 (restoring a window: their section 2). ValueError for prompts
+    without a subject, a window or number of draws below 1, a window larger than the model, or negative noise.
+    """
+    sizes = shape(model)
+    check_batch_size(batch_size)
+    check_functions(metric=metric)
+    _check(noise, draws, window, kinds, sizes.n_layers)
+    given = prompts.to(device_of(model))
+    pieces: list[dict[str, Tensor]] = []
+    with preserved(model), torch.no_grad():
+        drawn = _noise(model, given, noise, draws, seed, batch_size)
+        for batch in tqdm(given.batches(max(1, batch_size // draws)), desc="causal tracing", leave=False, disable=None):
+            pieces.append(_traced(model, batch, metric, drawn, window, kinds, batch_size))
+    width = max(piece["effects"].shape[-1] for piece in pieces)
+    settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
+    return CausalTrace(
+        torch.cat([piece["clean"] for piece in pieces]).cpu(),
+        torch.cat([piece["corrupt"] for piece in pieces]).cpu(),
+        torch.cat([_widened(piece["effects"], width) for piece in pieces]).cpu(),
+        torch.cat([_widened(piece["roles"], width) for piece in pieces]).cpu(),
+        kinds,
+        sizes,
+        name_of(metric),
+        settings,
+    )
+
+
+def _noise(
+    model: Model, prompts: Prompts, noise: float, draws: int, seed: int, batch_size: int
+) -> Float[Tensor, "draw token d_model"]:
+    """What is added to the i-th token of a subject in each draw."""
+    entries = []
+    for batch in prompts.batches(batch_size):
+        embedded = embeddings(model, batch.tokens, batch.attention_mask)
+        entries.append(embedded[subject(batch)].flatten().double())
+    std = float(torch.cat(entries).std(correction=0))
+    generator = torch.Generator().manual_seed(seed)
+    d_model = shape(model).d_model
+    tokens = [torch.randn(draws, d_model, generator=generator) for _ in range(int(subject(prompts).sum(1).max()))]
+    return (noise * std * torch.stack(tokens, 1)).to(prompts.tokens.device)
+
+
+def _traced(
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    drawn: Float[Tensor, "draw token d_model"],
+    window: int,
+    kinds: tuple[Kind, ...],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    n_layers, draws = len(model.blocks), len(drawn)
+    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(n_layers) for part in ("mlp", "attn")]
+    clean = _run(model, prompts, names)
+    copies = prompts.rows(torch.arange(len(prompts), device=prompts.tokens.device).repeat_interleave(draws))
+    noisy = _run(model, copies, names, [_adding(copies, drawn)])
+    corrupt = checked(metric, noisy.logits, copies).double()
+    row, token = _sites(copies)
+    effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
+    for place, kind in enumerate(kinds):
+        for part in torch.arange(len(row), device=row.device).split(batch_size):
+            for layer, logits in _restored(model, noisy, clean, row[part], token[part], kind, window):
+                values = checked(metric, logits, copies.rows(row[part])).double()
+                effects[row[part], place, layer, token[part]] = values - corrupt[row[part]]
+    return {
+        "clean": checked(metric, clean.logits, prompts).double(),
+        "corrupt": corrupt.view(-1, draws).mean(1),
+        "effects": _left(effects.unflatten(0, (-1, draws)).mean(1), prompts),
+        "roles": _left(_roles(prompts), prompts),
+    }
+
+
+def _run(model: Model, prompts: Prompts, names: list[str], hooks: list[Hook] | None = None) -> Run:
+    given = (prompts.tokens, prompts.attention_mask, prompts.positions)
+    return base_run(model, *given, names=names, hooks=hooks or [])
+
+
+def _adding(copies: Prompts, drawn: Float[Tensor, "draw token d_model"]) -> Hook:
+    """The noise of each copy's draw, on its subject: where the embeddings enter the first layer."""
+    is_subject = subject(copies)
+    order = (is_subject.cumsum(1) - 1).clamp(min=0)
+    draw = torch.arange(len(copies), device=order.device)[:, None] % len(drawn)
+    added = drawn[draw, order] * is_subject[..., None]
+    return "blocks.0.hook_resid_pre", lambda value, hook: value + added.to(value.dtype)
+
+
+def _sites(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
+    """Rows and columns of the tokens from the subject's first to the one that predicts the answer."""
+    order = torch.arange(copies.tokens.shape[1], device=copies.tokens.device)
+    first = subject(copies).int().argmax(1, keepdim=True)
+    row, token = ((order >= first) & (order <= copies.positions[:, :1])).nonzero(as_tuple=True)
+    return row, token
+
+
+def _restored(
+    model: Model,
+    noisy: Run,
+    clean: Run,
+    row: Int[Tensor, "site"],
+    token: Int[Tensor, "site"],
+    kind: Kind,
+    window: int,
+) -> Iterator[tuple[int, Float[Tensor, "site answer d_vocab"]]]:
+    """For each layer, the last first, logits of copies of the noisy run, each with one token restored.
+
+    Windows that start in layer 0 are one run up to where the shorter one ends, so only the longest is run from there.
+    """
+    prompt = row // (len(noisy.tokens) // len(clean.tokens))
+    entering: dict[int, Tensor] = {}
+
+    def keeping(layer: int) -> Hook:
+        return f"blocks.{layer}.hook_resid_pre", lambda value, hook: entering.update({layer: value})
+
+    for layer in reversed(range(len(model.blocks))):
+        first, end = max(0, layer - window // 2), min(len(model.blocks), layer + (window + 1) // 2)
+        if kind == "residual":
+            residual = noisy.residuals[layer + 1][row]
+            residual[torch.arange(len(row), device=row.device), token] = clean.residuals[layer + 1][prompt, token]
+            logits = continued(model, noisy, row, layer + 1, residual=residual)
+        elif end in entering:
+            logits = continued(model, noisy, row, end, residual=entering[end])
+        else:
+            kept = [keeping(i) for i in range((window + 1) // 2, end)] if first == 0 else []
+            logits = _with_window(model, noisy, clean, row, token, prompt, kind, range(first, end), kept)
+        yield layer, logits
+
+
+def _with_window(
+    model: Model,
+    noisy: Run,
+    clean: Run,
+    row: Int[Tensor, "site"],
+    token: Int[Tensor, "site"],
+    prompt: Int[Tensor, "site"],
+    kind: Literal["MLP", "ATTN"],
+    layers: range,
+    hooks: list[Hook],
+) -> Float[Tensor, "site answer d_vocab"]:
+    """Logits with the outputs of these layers restored; `hooks` see the copies."""
+    copies, first = torch.arange(len(row), device=row.device), layers[0]
+
+    def restoring(layer: int) -> Hook:
+        name = f"blocks.{layer}.hook_{kind.lower()}_out"
+
+        def restore(value: Tensor, hook: object) -> Tensor:
+            restored = value.clone()
+            restored[copies, token] = clean.values[name][prompt, token]
+            return restored
+
+        return name, restore
+
+    if kind == "ATTN":
+        attention = noisy.attention[first][row]
+        hooks = [*(restoring(layer) for layer in layers), *hooks]
+        return continued(model, noisy, row, first, attention=attention, hooks=hooks)
+    name = f"blocks.{first}.hook_mlp_out"
+    residual = noisy.residuals[first + 1][row]
+    residual[copies, token] += clean.values[name][prompt, token] - noisy.values[name][row, token]
+    hooks = [*(restoring(layer) for layer in layers[1:]), *hooks]
+    return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)
+
+
+def _roles(prompts: Prompts) -> Int[Tensor, "prompt pos"]:
+    masks = torch.stack(list(roles(prompts).values()), -1)
+    return torch.where(masks.any(-1), masks.int().argmax(-1), -1)
+
+
+def _left(values: Tensor, prompts: Prompts) -> Tensor:
+    """The last axis counted from each prompt's first real token, whatever side the padding is on."""
+    order = prompts.attention_mask.int().argsort(dim=1, descending=True, stable=True)
+    index = order.view(len(order), *[1] * (values.ndim - 2), -1).expand_as(values)
+    return values.gather(-1, index)
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    filling = 0 if values.is_floating_point() else -1
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=filling)
+
+
+def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_layers: int) -> None:
+    if noise < 0 or draws < 1:
+        raise ValueError(
+            f"expected noise of at least 0 standard deviations and at least one draw of it, got noise={noise} and "
+            f"draws={draws}: the paper takes 3 and 10."
+        )
+    if not 1 <= window <= n_layers:
+        raise ValueError(f"window must lie in 1..{n_layers} (the number of layers), got {window}: pass window=... .")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"expected kinds among {', '.join(KINDS)}, got {kinds}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalTrace:
+    """Indirect effects in the metric's unit: positive = restoring brings the answer back."""
+
+    clean: Float[Tensor, "prompt"]
+    """The metric of the clean run."""
+    corrupt: Float[Tensor, "prompt"]
+    """The metric of the corrupted run, the mean over draws of noise."""
+    effects: Float[Tensor, "prompt kind layer token"]
+    """What restoring the i-th token adds to the corrupted run's metric, the mean over draws; 0 where there is none."""
+    roles: Int[Tensor, "prompt token"]
+    """The role of each token, a place in `ROLES`; -1 where there is no token."""
+    kinds: tuple[str, ...]
+    """What was restored, in the order of the effects."""
+    shape: ModelShape
+    metric: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_effect(self) -> Float[Tensor, "prompt"]:
+        """What the noise takes from the metric of each prompt."""
+        return self.clean - self.corrupt
+
+    def total(self, *, confidence: float = 0.95) -> tuple[float, float, float]:
+        """The mean of `total_effect` over prompts, and the low and high end of its interval (bootstrap over prompts).
+
+        In the metric's unit; positive = the noise takes from the metric. An interval that contains 0 says that the
+        noise does not reliably hide the answer, so that there is little to restore.
+        """
+        low, high = bootstrap(self.total_effect, confidence=confidence)
+        return float(self.total_effect.mean()), float(low), float(high)
+
+    @property
+    def by_role(self) -> Float[Tensor, "prompt kind layer role"]:
+        """Means over the tokens of each role; NaN where a prompt has no such token."""
+        member = torch.nn.functional.one_hot(self.roles + 1, len(ROLES) + 1)[..., 1:].to(self.effects.dtype)
+        sums = torch.einsum("pklt,ptr->pklr", self.effects, member)
+        return sums / member.sum(1)[:, None, None]
+
+    def scores(self, kind: str = "MLP", *, role: str = "last of the subject") -> ComponentScores:
+        """The effects at one role as scores of that kind's layers, for `.top()`.
+
+        A score is of the window around its layer. ValueError for the residual stream, which is no component, for a
+        kind that was not traced, and where a prompt has no token of that role.
+        """
+        if kind not in self.kinds or kind == "residual" or role not in ROLES:
+            raise ValueError(
+                f"expected a kind that was traced and is a component (traced: {', '.join(self.kinds)}; the residual "
+                f"stream is no component) and a role ({', '.join(ROLES)}), got {kind!r} and {role!r}: trace it with "
+                f"kinds=..., or choose another."
+            )
+        values = self.by_role[:, self.kinds.index(kind), :, ROLES.index(role)].contiguous()
+        without = values.isnan().any(1).nonzero()[:, 0].tolist()
+        if without:
+            raise ValueError(
+                f"expected prompts with a token {role}, got none in prompts {without[:5]}: choose another role."
+            )
+        components = tuple(Component(layer, kind) for layer in range(self.shape.n_layers))
+        settings = {**self.settings, "role": role}
+        return ComponentScores(components, values.mean(0), self.shape, "causal_tracing", self.metric, settings, values)
+
+    def to_frame(self, *, confidence: float = 0.95) -> "DataFrame":
+        """One row per kind, layer and role: effect, low, high (bootstrap over prompts) and number of prompts."""
+        import pandas as pd
+
+        values = self.by_role
+        low, high = bootstrap(values, confidence=confidence)
+        names = ["kind", "layer", "role"]
+        index = pd.MultiIndex.from_product([self.kinds, range(self.shape.n_layers), ROLES], names=names)
+        columns = {"effect": values.nanmean(0), "low": low, "high": high, "prompts": (~values.isnan()).sum(0)}
+        frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()}, index=index)
+        return frame.query("prompts > 0")
+
+    def plot(self, kind: str | None = None) -> "Figure":
+        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind.
+
+        ValueError for a kind that was not traced.
+        """
+        kind = self._traced(kind)
+        values = self.by_role[:, self.kinds.index(kind)].nanmean(0)
+        present = [role for role in range(len(ROLES)) if not bool(values[:, role].isnan().all())]
+        clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())
+        title = f"{self._titled(kind)}: clean {clean:.3g}, corrupted {corrupt:.3g}"
+        return self._heat_map(values[:, present], [ROLES[role] for role in present], title)
+
+    def plot_prompt(self, prompt: int, kind: str | None = None) -> "Figure":
+        """The heat map of one prompt, token x layer; tokens by their number in the prompt, from 0, and their role.
+
+        By default of the first traced kind. ValueError for a kind that was not traced and a prompt that is not there.
+        """
+        kind = self._traced(kind)
+        if not 0 <= prompt < len(self.clean):
+            raise ValueError(f"expected the number of a prompt in 0..{len(self.clean) - 1}, got {prompt}.")
+        tokens = (self.roles[prompt] >= 0).nonzero()[:, 0].tolist()
+        values = self.effects[prompt, self.kinds.index(kind)][:, tokens]
+        clean, corrupt = float(self.clean[prompt]), float(self.corrupt[prompt])
+        title = f"{self._titled(kind)}, prompt {prompt}: clean {clean:.3g}, corrupted {corrupt:.3g}"
+        return self._heat_map(values, [f"{i}: {ROLES[int(self.roles[prompt, i])]}" for i in tokens], title)
+
+    def _traced(self, kind: str | None) -> str:
+        if kind is not None and kind not in self.kinds:
+            raise ValueError(
+                f"expected a kind that was traced ({', '.join(self.kinds)}), got {kind!r}: trace it with kinds=..., or "
+                f"choose another."
+            )
+        return self.kinds[0] if kind is None else kind
+
+    def _titled(self, kind: str) -> str:
+        return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
+
+    def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
+        import plotly.graph_objects as go
+
+        limit = float(values.nan_to_num(0.0).abs().max()) or 1.0
+        unit = self.metric.replace("_", " ")
+        heat = go.Heatmap(
+            z=values.T.tolist(),
+            x=list(range(self.shape.n_layers)),
+            y=rows,
+            colorscale="RdBu",
+            zmid=0,
+            zmin=-limit,
+            zmax=limit,
+            colorbar={"title": {"text": f"indirect effect, {unit}", "side": "right"}},
+            hovertemplate="layer %{x}, %{y}: %{z:.4g}<extra></extra>",
+        )
+        size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
+        layout = {"title": title, "template": "plotly_white"} | size
+        return go.Figure(heat, layout=layout | {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}})
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with everything but the model."""
+        tensors = {name: getattr(self, name) for name in ("clean", "corrupt", "effects", "roles")}
+        content = {"kinds": self.kinds, "shape": asdict(self.shape), "metric": self.metric}
+        write_tensors(path, "CausalTrace", tensors, content | {"settings": dict(self.settings)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CausalTrace":
+        """What `save` wrote; ValueError for a corrupted or truncated file."""
+        tensors, content = read_tensors(path, "CausalTrace")
+        shape = ModelShape(**content["shape"])
+        return cls(
+            **tensors,
+            kinds=tuple(content["kinds"]),
+            shape=shape,
+            metric=content["metric"],
+            settings=content["settings"],
+        )
+
+    def __repr__(self) -> str:
+        clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())
+        means = self.by_role.nanmean(0).nan_to_num(-torch.inf)
+        kind, layer, role = torch.unravel_index(means.argmax(), means.shape)
+        return (
+            f"CausalTrace({self.metric}: clean {clean:.3g}, corrupted {corrupt:.3g}; {len(self.clean)} prompts; "
+            f"most is restored by {self.kinds[int(kind)]} at layer {int(layer)}, {ROLES[int(role)]})"
+        )

@@ -1,0 +1,130 @@
+"""Which models are accepted; a model that would fail in silence is refused with the remedy."""
+
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch
+
+from mechunlearn.model.classes import Model, architecture, device_of, is_bridge, is_hooked_transformer, unchecked_shape
+from mechunlearn.model.guard import differentiable
+from mechunlearn.model.hooks import Hook
+from mechunlearn.model.matrices import Slot, slots
+from mechunlearn.model.running import logits_at
+
+TESTED = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+)
+"""Architectures that the tests cover, on both model classes; others must pass a self-test first."""
+
+_admitted: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def check_model(model: Model) -> None:
+    """ValueError unless the model can be localized: class, dense MLPs, known architecture."""
+    if not (is_bridge(model) or is_hooked_transformer(model)):
+        raise ValueError(
+            f"expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}: wrap a Hugging Face "
+            f'model with TransformerBridge.boot_transformers("name", hf_model=model, tokenizer=tokenizer).'
+        )
+    if getattr(model.cfg, "num_experts", None):
+        raise ValueError(
+            f"expected a dense model, got a mixture of {model.cfg.num_experts} experts: an expert's weights have "
+            f"no component label; use a dense model."
+        )
+    if getattr(model.cfg, "ungroup_grouped_query_attention", False):
+        raise ValueError(
+            "expected keys and values per KV head, got a model that ungroups them: call "
+            "model.set_ungroup_grouped_query_attention(False); no method here needs it."
+        )
+    if architecture(model) not in TESTED and model not in _admitted:
+        _self_test(model)
+        _admitted.add(model)
+
+
+def check_unforked(model: Model) -> None:
+    """ValueError if the model makes a copy of its attention's input for each head, as it does for other tools."""
+    forked = [flag for flag in ("use_split_qkv_input", "use_attn_in") if getattr(model.cfg, flag, False)]
+    if forked:
+        raise ValueError(
+            f"expected one input for all heads of a layer, got a model with {', '.join(forked)}: call "
+            f"model.set_{forked[0]}(False); no method here needs it."
+        )
+
+
+def check_editable(model: Model) -> None:
+    """ValueError if the model's weights are processed or quantised, as far as the model tells.
+
+    A folded LayerNorm and a processed bridge are seen; a `HookedTransformer` that was only centered is not.
+    """
+    check_model(model)
+    folded = str(model.cfg.normalization_type).endswith("Pre")
+    if folded or (is_bridge(model) and model._weights_processed):
+        raise ValueError(
+            "expected unprocessed weights, got folded or centered ones: an edit of them cannot be exported, and in "
+            "TransformerLens 3.9 gated MLPs of a processed bridge get no gradient. Load with "
+            "TransformerBridge.boot_transformers(...) and leave out enable_compatibility_mode() (or pass it "
+            "no_processing=True), or use HookedTransformer.from_pretrained_no_processing(...)."
+        )
+    for slot in slots(model).values():
+        if slot.parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"expected float16, bfloat16, float32 or float64 weights, got {slot.parameter.dtype} in "
+                f"L{slot.layer} {slot.matrix}: a quantised model cannot be edited; load it in bfloat16 "
+                f"or float32 and quantise afterwards."
+            )
+
+
+def _self_test(model: Model) -> None:
+    """Every slot has the shape that the labels say and gets a gradient; zeroing a head's W_O is zeroing its z."""
+    try:
+        shape, found = unchecked_shape(model), slots(model)
+        for slot in found.values():
+            expected = (shape.units(slot.matrix), shape.unit_parameters(slot.matrix) // shape.d_model, shape.d_model)
+            if slot.view(slot.parameter).shape != expected:
+                raise _unsupported(model, f"L{slot.layer} {slot.matrix} is not of shape {expected}")
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise _unsupported(model, f"its weights are not laid out as q, k, v, o and in, out ({error})") from error
+    with differentiable(model):
+        parameters = [slot.parameter.requires_grad_(True) for slot in found.values()]
+        whole = _test_logits(model)
+        gradients = torch.autograd.grad(whole.sum(), parameters, allow_unused=True)
+        hooked, zeroed = _without_a_head(model, found[shape.n_layers - 1, "W_O"])
+    if any(gradient is None for gradient in gradients):
+        raise _unsupported(model, "a weight that its label names is not used in the forward pass")
+    if not torch.allclose(zeroed, hooked, atol=1e-4) or torch.equal(zeroed, whole):
+        raise _unsupported(model, "zeroing a head's W_O slice is not zeroing its output")
+
+
+def _test_logits(model: Model, hooks: Sequence[Hook] = ()) -> torch.Tensor:
+    tokens = torch.arange(1, 7, device=device_of(model))[None]
+    return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool), hooks=hooks)
+
+
+@torch.no_grad()
+def _without_a_head(model: Model, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with z of head 0 zeroed, and with its slice of W_O zeroed."""
+
+    def without_head(z: torch.Tensor, hook: object) -> torch.Tensor:
+        return z * (torch.arange(z.shape[2], device=z.device) != 0)[None, None, :, None]
+
+    hooked = _test_logits(model, [(f"blocks.{slot.layer}.attn.hook_z", without_head)])
+    head = slot.view(slot.parameter.detach())[0]
+    saved = head.clone()
+    try:
+        head.zero_()
+        return hooked, _test_logits(model)
+    finally:
+        head.copy_(saved)
+
+
+def _unsupported(model: Model, reason: str) -> ValueError:
+    return ValueError(
+        f"expected one of the tested architectures ({', '.join(TESTED)}) or one that passes the self-test, got "
+        f"{architecture(model) or type(model).__name__}: {reason}. Use one of the tested ones."
+    )

@@ -1,0 +1,58 @@
+"""The two model classes, and the shape of a model."""
+
+from typing import Any, TypeAlias
+
+import torch
+
+from mechunlearn.components import ModelShape
+
+Model: TypeAlias = Any
+"""A `TransformerBridge` (TransformerLens 3.9 and 4.x) or a `HookedTransformer` (3.9).
+
+`Any`, because importing TransformerLens takes seconds and 4.x has no `HookedTransformer`.
+"""
+
+
+def is_bridge(model: Model) -> bool:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return isinstance(model, TransformerBridge)
+
+
+def is_hooked_transformer(model: Model) -> bool:
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 removed it; hasattr would raise
+        return False
+    return isinstance(model, HookedTransformer)
+
+
+def architecture(model: Model) -> str:
+    """The Hugging Face class name behind the model, such as `LlamaForCausalLM`; empty if unknown."""
+    return (getattr(model.cfg, "architecture", None) or getattr(model.cfg, "original_architecture", None)) or ""
+
+
+def shape(model: Model) -> ModelShape:
+    """The sizes that decide which components the model has; `heads(shape(model))` lists them."""
+    from mechunlearn.model.admission import check_model
+
+    check_model(model)
+    return unchecked_shape(model)
+
+
+def unchecked_shape(model: Model) -> ModelShape:
+    cfg = model.cfg
+    return ModelShape(
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp,
+        gated=bool(cfg.gated_mlp),
+    )
+
+
+def device_of(model: Model) -> torch.device:
+    """The device that tokens go to."""
+    return next(model.parameters()).device

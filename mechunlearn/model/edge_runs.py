@@ -1,0 +1,243 @@
+"""Runs in which every reader has a residual stream of its own: circuits of edges, and gradients of what is read."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mechunlearn.components.component import Component
+from mechunlearn.components.edge import destinations
+from mechunlearn.model.classes import Model, unchecked_shape
+from mechunlearn.model.edges import READ, Reading, head_readers, mlp_norm, output_norm
+from mechunlearn.model.hooks import Hook
+from mechunlearn.model.matrices import slots
+from mechunlearn.model.norms import norm_of, post_norm
+from mechunlearn.model.running import logits_at
+
+
+class EdgeCircuits:
+    """Runs a model with edges removed: along those, a reader gets what the source writes in another run.
+
+    A destination v reads r + sum over removed edges u -> v of (other_u - own_u), with r the residual stream of this
+    run and own_u what u adds to it here, where u's inputs are the circuit's too. One forward is enough: sources come
+    before the destinations that read them.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.sizes = unchecked_shape(model)
+        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
+        self.outputs = [output_norm(model, layer) for layer in range(self.sizes.n_layers)]
+        self.slots = slots(model)
+        self.column = {destination: place for place, destination in enumerate(destinations(self.sizes))}
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        mask: Bool[Tensor, "row pos"],
+        positions: Int[Tensor, "row answer"],
+        other: Float[Tensor, "source row pos d_model"],
+        removed: Bool[Tensor, "row source destination"],
+    ) -> Float[Tensor, "row answer d_vocab"]:
+        """Logits of the rows, each with its own edges removed; `other` is what sources add in the other run."""
+        with _Reading(self, other, removed).hooked():
+            return logits_at(self.model, tokens, mask, positions)
+
+
+class _Reading:
+    """One forward pass: what sources have changed so far, and the hooks that hand it to the readers."""
+
+    def __init__(
+        self,
+        circuits: EdgeCircuits,
+        other: Float[Tensor, "source row pos d_model"],
+        removed: Bool[Tensor, "row source destination"],
+    ) -> None:
+        self.circuits = circuits
+        self.other = other
+        self.removed = removed.to(other.dtype)
+        self.change = torch.zeros_like(other)  # of sources that have not written yet
+        self.residual: dict[int, Tensor] = {}
+        self.z: dict[int, Tensor] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        model, sizes = self.circuits.model, self.circuits.sizes
+        hooks: list[Hook] = [("blocks.0.hook_resid_pre", self._embedded)]
+        with ExitStack() as stack:
+            for layer in range(sizes.n_layers):
+                hooks += self._layer_hooks(layer)
+                readers = [(model.blocks[layer].ln1, self._keeping(layer)), (mlp_norm(model, layer), self._mlp(layer))]
+                module = post_norm(model, layer, "ATTN")
+                if module is not None:
+                    readers.append((module, self._before_post_norm(layer)))
+                for module, hook in readers:
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+            stack.callback(model.ln_final.register_forward_pre_hook(self._handing_in(self._column("logits"))).remove)
+            stack.enter_context(model.hooks(fwd_hooks=hooks))
+            yield
+
+    def _layer_hooks(self, layer: int) -> list[Hook]:
+        prefix = f"blocks.{layer}."
+        hooks = [(f"{prefix}attn.hook_{letter}", self._projected(layer, matrix)) for matrix, letter in READ]
+        return [
+            *hooks,
+            (f"{prefix}attn.hook_z", self._attended(layer)),
+            (f"{prefix}hook_mlp_out", self._mlp_out(layer)),
+        ]
+
+    def _embedded(self, value: Tensor, hook: object) -> None:
+        self.change[0] = self.other[0] - value
+
+    def _keeping(self, layer: int) -> Any:
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.residual[layer] = arguments[0]
+
+        return keep
+
+    def _projected(self, layer: int, matrix: str) -> Any:
+        """Queries, keys or values of the residual streams that the heads read, each its own."""
+        circuits = self.circuits
+        readers = [d for d in head_readers(layer, circuits.sizes) if isinstance(d, Component) and d.matrix == matrix]
+        columns = [circuits.column[reader] for reader in readers]
+
+        def add(value: Tensor, hook: object) -> Tensor:
+            removed = self.removed[:, :, columns]
+            if not bool(removed.any()):
+                return value
+            norm, slot, own = circuits.norms[layer], circuits.slots[layer, matrix], self.residual[layer]
+            read = own + einsum(removed, self.change, "row source unit, source row pos model -> unit row pos model")
+            before, after = (norm.direction_and_scale(x)[0] * norm.weight for x in (own, read))
+            weight = slot.view(slot.parameter.detach()).to(after.dtype)
+            added = einsum(after - before, weight, "unit row pos model, unit width model -> row pos unit width")
+            return value + added.to(value.dtype)
+
+        return add
+
+    def _attended(self, layer: int) -> Any:
+        def keep(value: Tensor, hook: object) -> None:
+            self.z[layer] = value
+            if self.circuits.outputs[layer] is None:
+                self._heads_wrote(layer, value, None)
+
+        return keep
+
+    def _before_post_norm(self, layer: int) -> Any:
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            norm = self.circuits.outputs[layer]
+            assert norm is not None
+            self._heads_wrote(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
+
+        return keep
+
+    def _heads_wrote(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
+        slot, norm = self.circuits.slots[layer, "W_O"], self.circuits.outputs[layer]
+        weight = slot.view(slot.parameter.detach()).to(self.other.dtype)
+        if norm is not None and scale is not None:
+            weight, z = norm.part(weight), z / scale[..., None]
+        places = self._places(layer)
+        written = einsum(z.to(weight.dtype), weight, "row pos unit width, unit width model -> unit row pos model")
+        self.change[places] = self.other[places] - written.to(self.other.dtype)
+
+    def _mlp_out(self, layer: int) -> Any:
+        def keep(value: Tensor, hook: object) -> None:
+            place = self._places(layer).stop
+            self.change[place] = self.other[place] - value
+
+        return keep
+
+    def _mlp(self, layer: int) -> Any:
+        return self._handing_in(self._column(Component(layer, "MLP")))
+
+    def _handing_in(self, column: int) -> Any:
+        """The norm in front of a reader gets that reader's residual stream; the stream itself goes on as it is."""
+
+        def hand_in(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            removed = self.removed[:, :, column]
+            added = einsum(removed, self.change, "row source, source row pos model -> row pos model")
+            return (arguments[0] + added.to(arguments[0].dtype), *arguments[1:])
+
+        return hand_in
+
+    def _column(self, destination: Any) -> int:
+        return self.circuits.column[destination]
+
+    def _places(self, layer: int) -> slice:
+        """The layer's heads among the sources; its MLP comes after them."""
+        heads = self.circuits.sizes.n_heads
+        start = 1 + layer * (heads + 1)
+        return slice(start, start + heads)
+
+
+class InputGradients:
+    """The metric's gradient with respect to every destination's own copy of the residual stream, averaged over runs.
+
+    Kept in d_head coordinates until it is made large, for a few prompts at a time. For one run the gradient at
+    the copy that a head's W_Q reads is
+
+        turned(W_Q g) / s - x (x . turned(W_Q g)) / (d_model s)
+
+    with g the gradient at the query, x and s the direction and scale of the norm's input; see `Norm`.
+    """
+
+    def __init__(self, model: Model, mask: Bool[Tensor, "batch pos"]) -> None:
+        self.sizes = unchecked_shape(model)
+        self.slots = slots(model)
+        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
+        self._mask = mask
+        self._runs = 0
+        self._heads: list[Tensor] = []
+        self._along: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.norms]
+        self._copies: list[Tensor] = []
+
+    def add(self, read: Reading, gradients: Sequence[Tensor | None]) -> None:
+        """One more run: what it read, and the gradients with respect to `read.tensors()` (None: zero)."""
+        dtype = self.norms[0].weight.dtype
+        real = [
+            self._at_real(torch.zeros_like(tensor) if gradient is None else gradient).to(dtype)
+            for tensor, gradient in zip(read.tensors(), gradients, strict=True)
+        ]
+        count = 3 * self.sizes.n_layers
+        heads = []
+        for layer, norm in enumerate(self.norms):
+            direction, scale = norm.direction_and_scale(self._at_real(read.residuals[layer]))
+            gradient = torch.cat(real[3 * layer : 3 * layer + 3], dim=2) / scale[..., None]
+            along = (gradient * self._projected(layer, direction * norm.weight)).sum(-1) / self.sizes.d_model
+            self._along[layer].append((along, direction))
+            heads.append(gradient)
+        self._heads = [a + b for a, b in zip(self._heads, heads, strict=True)] if self._runs else heads
+        self._copies = [a + b for a, b in zip(self._copies, real[count:], strict=True)] if self._runs else real[count:]
+        self._runs += 1
+
+    def at_heads(self, layer: int, rows: slice, places: slice) -> Float[Tensor, "destination batch pos d_model"]:
+        """At the copies that the layer's queries, keys and values read, in the order of `head_readers`."""
+        gradient = self._heads[layer][rows, places]
+        units, shape = gradient.shape[2], gradient.shape[:2]
+        weight = self.norms[layer].turned(torch.cat(self._weights(layer)))
+        found = torch.bmm(gradient.permute(2, 0, 1, 3).flatten(1, 2), weight).view(units, *shape, -1)
+        for along, direction in self._along[layer]:
+            found.addcmul_(along[rows, places].permute(2, 0, 1)[..., None], direction[rows, places], value=-1)
+        return found.div_(self._runs)
+
+    def at_mlp(self, layer: int, rows: slice, places: slice) -> Float[Tensor, "1 batch pos d_model"]:
+        """At the copy that the layer's MLP reads."""
+        return self._copies[layer][None, rows, places] / self._runs
+
+    def at_logits(self, rows: slice, places: slice) -> Float[Tensor, "1 batch pos d_model"]:
+        """At the final norm's input."""
+        return self._copies[-1][None, rows, places] / self._runs
+
+    def _projected(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos unit d_head"]:
+        return torch.cat([torch.einsum("bpd,uwd->bpuw", x, weight) for weight in self._weights(layer)], dim=2)
+
+    def _weights(self, layer: int) -> list[Float[Tensor, "unit d_head d_model"]]:
+        dtype, found = self.norms[layer].weight.dtype, (self.slots[layer, matrix] for matrix, _ in READ)
+        return [slot.view(slot.parameter.detach()).to(dtype) for slot in found]
+
+    def _at_real(self, value: Tensor) -> Tensor:
+        return value.masked_fill(~self._mask.view(*self._mask.shape, *[1] * (value.ndim - 2)), 0.0)

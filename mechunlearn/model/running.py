@@ -1,0 +1,215 @@
+"""Forward passes: logits only where they are read, from any layer on, with means or changed residual streams."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mechunlearn.model.classes import Model, device_of
+from mechunlearn.model.hooks import Hook, recording
+
+
+def logits_at(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    positions: Int[Tensor, "batch place"] | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+) -> Float[Tensor, "batch place d_vocab"]:
+    """Logits at `positions` of each row (default: everywhere); the others are never computed.
+
+    `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right.
+    """
+    with _unembedding_only(model, positions), model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
+        return model(tokens, attention_mask=mask.long(), return_type="logits")
+
+
+def residual_before(
+    model: Model, layer: int, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream that enters `layer`, after hooks of yours that change it; later layers are not run."""
+    name = f"blocks.{layer}.hook_resid_pre"
+    later = list(model.blocks)[layer + 1 :]
+    last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+    with recording(model, [name]) as recorded, replaced(dict.fromkeys(later, passed_on)), torch.no_grad():
+        logits_at(model, tokens, mask, last)
+    return recorded[name].detach()
+
+
+def embeddings(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The token embeddings, without positions; no layer is run."""
+    last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+    with (
+        recording(model, ["hook_embed"]) as recorded,
+        replaced(dict.fromkeys(model.blocks, passed_on)),
+        torch.no_grad(),
+    ):
+        logits_at(model, tokens, mask, last)
+    return recorded["hook_embed"]
+
+
+def residual_after(
+    model: Model, layer: int, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream that leaves `layer`, with its graph; later layers and the unembedding are not run."""
+    found: list[Tensor] = []
+    idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
+    last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+    handle = model.ln_final.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    try:
+        with replaced(dict.fromkeys(idle, passed_on)):
+            logits_at(model, tokens, mask, last)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def unembedded(model: Model, residual: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
+    """The logits of residuals that enter the final norm, whatever positions they come from."""
+    tokens = torch.zeros(len(residual), 1, dtype=torch.long, device=residual.device)
+    with running_from(model, len(model.blocks), residual[:, None]):
+        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0]
+
+
+@contextmanager
+def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+    """Inside, a forward pass starts at `layer` (`n_layers`: the final norm) with `residual` as its input.
+
+    Earlier layers do not run. Tokens of the same shape still have to be passed (they give positions and mask).
+    """
+    blocks = list(model.blocks)
+
+    def enter(*arguments: Any, **options: Any) -> Tensor:
+        return residual
+
+    if layer == len(blocks):
+        with replaced(dict.fromkeys(blocks, passed_on) | {blocks[-1]: enter}):
+            yield
+    else:  # by a hook: what hooks of yours changed there is in the residual already, and must not be changed twice
+        with replaced(dict.fromkeys(blocks[:layer], passed_on)):
+            with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", enter)]):
+                yield
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have another forward (`start_at_layer` of a bridge still runs the layers below)."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def passed_on(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """A forward that hands its input on."""
+    return value
+
+
+@contextmanager
+def _unembedding_only(model: Model, positions: Int[Tensor, "batch place"] | None) -> Iterator[None]:
+    if positions is None:
+        yield
+        return
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        device = arguments[0].device
+        return (arguments[0][rows.to(device), positions.to(device)], *arguments[1:])
+
+    handle = model.unembed.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Model, text: Int[Tensor, "row pos"], names: Sequence[str], *, batch_size: int = 64
+) -> dict[str, Float[Tensor, "*unit"]]:
+    """Hook point -> mean over all tokens of `text` (rows without padding). Cost: 1F of the text."""
+    sums: dict[str, Tensor] = {}
+    for rows in text.to(device_of(model)).split(batch_size):
+        last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        with recording(model, names) as found:
+            logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value.float().sum((0, 1))
+    return {name: total / text.numel() for name, total in sums.items()}
+
+
+def constant(values: Iterable[tuple[str, Float[Tensor, "*unit"]]]) -> list[Hook]:
+    """Hooks that put one value at every token of every prompt."""
+
+    def hook(name: str, value: Tensor) -> Hook:
+        return name, lambda own, hook: value.to(own).expand_as(own)
+
+    return [hook(name, value) for name, value in values]
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def without_directions(model: Model, directions: Float[Tensor, "place d_model"]) -> Iterator[None]:
+    """Inside, a unit vector is projected out of the residual stream at each place: x - (x . d) d, at every token.
+
+    Place l is what enters layer l, and the last what leaves the last layer. A row of zeros takes nothing out.
+    """
+    last = len(directions) - 1
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(last)] + [f"blocks.{last - 1}.hook_resid_post"]
+    rows = zip(names, directions, strict=True)
+    with _changed(model, {name: partial(project_out, row) for name, row in rows if bool(row.any())}):
+        yield
+
+
+@contextmanager
+def with_input_vectors(model: Model, vectors: Float[Tensor, "vector d_model"], start: int) -> Iterator[None]:
+    """Inside, the embeddings at the places from `start` on are these vectors, in every row; gradients reach them.
+
+    They are what the first layer would see of a token, before learned positions and after Gemma's scale.
+    """
+
+    def put_in(value: Tensor) -> Tensor:
+        value = value.clone()  # in-place changes get lost on a bridge
+        value[:, start : start + len(vectors)] = vectors.to(value)
+        return value
+
+    with _changed(model, {"hook_embed": put_in}):
+        yield
+
+
+def project_out(direction: Float[Tensor, "d_model"], value: Float[Tensor, "*any d_model"]) -> Tensor:
+    """The value without its part along a unit vector; the value itself for the zero vector."""
+    along = direction.to(value)
+    return value - (value @ along)[..., None] * along
+
+
+@contextmanager
+def _changed(model: Model, changes: Mapping[str, Change]) -> Iterator[None]:
+    """RuntimeError on leaving if a hook did not fire."""
+    fired = set()
+
+    def apply(value: Tensor, hook: object, *, name: str) -> Tensor:
+        fired.add(name)
+        return changes[name](value)
+
+    with model.hooks(fwd_hooks=[(name, partial(apply, name=name)) for name in changes]):
+        yield
+    missing = sorted(changes.keys() - fired)
+    if missing:
+        raise RuntimeError(f"expected every hook to fire, but {', '.join(missing[:5])} did not: was the model run?")

@@ -1,0 +1,93 @@
+"""Linear probes on the residual stream: states at a token, a logistic regression, and the control task."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from mechunlearn.metrics import name_of
+from mechunlearn.model import Hook, Model, base_run, device_of, preserved
+from mechunlearn.tasks.positions import Where, subject_last
+from mechunlearn.tasks.prompts import Prompts
+
+
+def states_at(
+    model: Model, prompts: Prompts, at: Where, *, hooks: Sequence[Hook] = (), batch_size: int = 64
+) -> Float[np.ndarray, "point prompt d_model"]:
+    """At one token of each prompt, in double precision; ValueError if `at` gives another number of tokens."""
+
+    def places(batch: Prompts) -> Int[Tensor, "batch _"]:
+        return place_of(batch, at)[:, None]
+
+    found = residuals_at(model, prompts, places, hooks=hooks, batch_size=batch_size)
+    return found[:, :, 0].double().numpy()
+
+
+def residuals_at(
+    model: Model,
+    prompts: Prompts,
+    places: Callable[[Prompts], Int[Tensor, "batch _"]],
+    *,
+    hooks: Sequence[Hook] = (),
+    batch_size: int = 64,
+) -> Float[Tensor, "point prompt place d_model"]:
+    """What enters each layer and, last, the final norm, at the places of each batch. On the CPU. Cost: 1 forward."""
+    rows = []
+    with preserved(model):
+        for batch in prompts.to(device_of(model)).batches(batch_size):
+            chosen = places(batch)
+            run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, hooks=hooks)
+            index = torch.arange(len(batch), device=chosen.device)[:, None]
+            rows.append(torch.stack([residual[index, chosen].cpu() for residual in run.residuals]))
+    return torch.cat(rows, 1)
+
+
+def place_of(prompts: Prompts, at: Where) -> Int[Tensor, "batch"]:
+    """The column of the one token meant."""
+    where = at(prompts) & prompts.attention_mask
+    wrong = (where.sum(1) != 1).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"expected one real token of each prompt to probe, got {int(where[wrong[0]].sum())} for prompt {wrong[0]} "
+            f"from {name_of(at)}: use subject_last or answer."
+        )
+    return where.int().argmax(1)
+
+
+def guesses(
+    features: Float[np.ndarray, "prompt d_model"],
+    labels: Shaped[np.ndarray, "prompt"],
+    fit: Bool[np.ndarray, "prompt"],
+    penalty: float,
+) -> Shaped[np.ndarray, "prompt"]:
+    """Labels that a probe fitted on the rows `fit` gives all rows.
+
+    Features are standardised by the fitted rows; multinomial cross-entropy plus penalty / 2 times the squared
+    weights, by L-BFGS. With one label only, everything gets that.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    if len(np.unique(labels[fit])) < 2:
+        return np.full(len(labels), labels[fit][0])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000))
+    with threadpool_limits(1):  # several wait for each other longer than such small products take
+        return probe.fit(features[fit], labels[fit]).predict(features)
+
+
+def subject_tokens(prompts: Prompts, at: Where) -> Int[np.ndarray, "prompt"]:
+    """The token that decides the label of the control task: the subject's last, or without subjects that at `at`."""
+    places = place_of(prompts, at if prompts.subject is None else subject_last)
+    return prompts.tokens.gather(1, places[:, None])[:, 0].cpu().numpy()
+
+
+def labels_by_token(
+    tokens: Int[np.ndarray, "prompt"], labels: Shaped[np.ndarray, "prompt"], rng: np.random.Generator
+) -> Shaped[np.ndarray, "prompt"]:
+    """A random label for each token, drawn as often as labels occur: to be solved only by remembering tokens."""
+    kinds, which = np.unique(tokens, return_inverse=True)
+    return np.sort(labels)[rng.integers(len(labels), size=len(kinds))][which]

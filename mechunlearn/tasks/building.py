@@ -1,0 +1,203 @@
+"""From text to prompts: any tokenizer, answers of any length, subjects found by character."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model.tokens import Encoding, continuation, encode, pad_token
+from mechunlearn.tasks.prompts import IGNORED, Prompts
+
+
+def build(
+    model: Model,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    candidates: Sequence[Sequence[str]] | None = None,
+    subjects: Sequence[str | tuple[int, int]] | None = None,
+    corrupt: Sequence[str] | None = None,
+    padding: Literal["right", "left"] = "right",
+) -> Prompts:
+    """Prompts from texts that end right before their answers (which usually start with a space).
+
+    `candidates`: for each text its possible answers, the right one among them. `subjects`: for each text
+    what it is about, as words (their last occurrence counts) or as a range of characters; the tokens
+    that share characters with it are the subject's. `corrupt`: for each text another of as many tokens.
+    A tokenizer that would merge prompt and answer into one token, a subject
+    that is not in its text and a corrupt text of another length are errors that name the row.
+    """
+    if len(texts) != len(answers):
+        raise ValueError(f"expected one answer for each text, got {len(texts)} texts and {len(answers)} answers.")
+    rows = [_row(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    ranges = None if subjects is None else [_range(t, s) for t, s in zip(texts, subjects, strict=True)]
+    encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
+    tokens, mask = _padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
+    starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
+    return Prompts(
+        tokens=tokens,
+        attention_mask=mask,
+        positions=_answer_grid(starts, lengths, encodings, at="position"),
+        answers=_answer_grid(starts, lengths, encodings, at="token"),
+        candidates=None if candidates is None else _candidates(model, texts, answers, candidates),
+        subject=None if ranges is None else _subjects(ranges, encodings, starts, tokens),
+        corrupt=None if corrupt is None else _corrupt(model, corrupt, answers, encodings, padding),
+        texts=tuple(texts),
+        names=() if ranges is None else tuple(t[a:b] for t, (a, b) in zip(texts, ranges, strict=True)),
+    ).to(device_of(model))
+
+
+def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Prompts:
+    """The same prompts with another answer (or one for each), such as " I don't know.": to inject, or for `dpo`.
+
+    Candidates and corrupted counterparts, which belong to the true answer, are left out. ValueError for prompts that
+    were not built from text.
+    """
+    if not prompts.texts:
+        raise ValueError("expected prompts with their texts, got none: build them with tasks.build.")
+    answers = [answer] * len(prompts) if isinstance(answer, str) else list(answer)
+    made = build(model, prompts.texts, answers)
+    if prompts.subject is None:
+        return replace(made, names=prompts.names)
+    subject = torch.zeros_like(made.attention_mask)
+    for row, (old, new) in enumerate(zip(prompts.attention_mask.int(), made.attention_mask.int(), strict=True)):
+        places = prompts.subject[row].nonzero()[:, 0] - int(old.argmax()) + int(new.argmax())
+        subject[row, places.to(subject.device)] = True
+    return replace(made, names=prompts.names, subject=subject)
+
+
+def _row(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
+    """The encoding of text and answer together, and how many of its tokens are the prompt's."""
+    encoding = encode(model, text + answer)
+    inside = [place for place, (_, end) in enumerate(encoding.spans) if end <= len(text)]
+    n_prompt = len(inside)
+    if n_prompt in (0, len(encoding.tokens)) or encode(model, text).tokens != encoding.tokens[:n_prompt]:
+        raise ValueError(
+            f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}: one of "
+            f"them is empty or this tokenizer merges them; end the prompt before a space and start the answer with it."
+        )
+    return encoding, n_prompt
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Tensor, Tensor]:
+    width = max((len(row) for row in rows), default=0)
+    tokens = torch.full((len(rows), width), fill)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if padding == "right" else slice(width - len(row), width)
+        tokens[i, place] = torch.tensor(list(row))
+        mask[i, place] = True
+    return tokens, mask
+
+
+def _answer_grid(starts: Sequence[int], lengths: Sequence[int], encodings: Sequence[Encoding], *, at: str) -> Tensor:
+    """Positions that predict the answer tokens (the last one repeated as filling), or these tokens."""
+    longest = max((len(e.tokens) - n for e, n in zip(encodings, lengths, strict=True)), default=0)
+    grid = torch.full((len(encodings), longest), IGNORED)
+    for i, (start, n_prompt, encoding) in enumerate(zip(starts, lengths, encodings, strict=True)):
+        answer = encoding.tokens[n_prompt:]
+        if at == "token":
+            grid[i, : len(answer)] = torch.tensor(answer)
+        else:
+            places = start + n_prompt - 1 + torch.arange(longest)
+            grid[i] = places.clamp(max=start + len(encoding.tokens) - 2)
+    return grid
+
+
+def _candidates(
+    model: Model, texts: Sequence[str], answers: Sequence[str], candidates: Sequence[Sequence[str]]
+) -> Tensor:
+    """First tokens, the right answer's in the first column."""
+    firsts: dict[tuple[str, str], int] = {}
+    grid = []
+    for text, answer, given in zip(texts, answers, candidates, strict=True):
+        options = [answer, *(option for option in given if option != answer)]
+        if answer not in given:
+            raise ValueError(f"expected the answer {answer!r} among its candidates, got {list(given)}: add it.")
+        for option in options:
+            if (text[-1:], option) not in firsts:
+                encoding, n_prompt = _row(model, text, option)
+                firsts[text[-1:], option] = encoding.tokens[n_prompt]
+        row = [firsts[text[-1:], option] for option in options]
+        if len(set(row)) < len(row):
+            raise ValueError(
+                f"expected candidates that differ in their first token, got {list(options)} for {text[-40:]!r}: "
+                f"choose others, or score whole answers with answer_log_probability."
+            )
+        grid.append(row)
+    return torch.tensor(grid)
+
+
+def _range(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(subject, str):
+        return subject
+    start = text.rfind(subject)
+    if start < 0 or not subject:
+        raise ValueError(f"expected the subject {subject!r} in its prompt, got {text!r}: write it the same way.")
+    return start, start + len(subject)
+
+
+def _subjects(
+    ranges: Sequence[tuple[int, int]], encodings: Sequence[Encoding], starts: Sequence[int], tokens: Tensor
+) -> Tensor:
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, ((begin, finish), encoding) in enumerate(zip(ranges, encodings, strict=True)):
+        for place, (start, end) in enumerate(encoding.spans[:-1]):
+            found[i, starts[i] + place] = start < finish and end > begin
+    return found
+
+
+def _corrupt(
+    model: Model, corrupt: Sequence[str], answers: Sequence[str], encodings: Sequence[Encoding], padding: str
+) -> Tensor:
+    rows = [_row(model, text, answer)[0] for text, answer in zip(corrupt, answers, strict=True)]
+    for text, row, encoding in zip(corrupt, rows, encodings, strict=True):
+        if len(row.tokens) != len(encoding.tokens):
+            raise ValueError(
+                f"expected a corrupt prompt of {len(encoding.tokens)} tokens (with the answer), like the clean one, "
+                f"got {len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
+            )
+    return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]
+
+
+def answer_texts(model: Model, prompts: Prompts) -> list[str]:
+    """The answers as text, each as it continues its prompt: with the space before it, if there is one."""
+    found = []
+    for tokens, real, place, answer in zip(
+        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
+    ):
+        before = tokens[: int(place) + 1][real[: int(place) + 1]]
+        found.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
+    return found
+
+
+def knows(
+    model: Model, prompts: Prompts, *, threshold: float | None = None, batch_size: int = 32
+) -> Bool[Tensor, "batch"]:
+    """True where the model gives the answer of its own accord, so that there is something to forget.
+
+    `threshold=None`: every token of the answer is the most probable one of the vocabulary. A number: the probability of
+    the whole answer (all of its tokens, after the prompt) is at least that; Guo et al. 2025
+    (https://arxiv.org/abs/2410.12949) keep CounterFact records from 0.5 on. Cost: 1 forward.
+    ValueError for a threshold outside 0..1.
+    """
+    check_model(model)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(
+            f"threshold must lie in 0..1 (a probability; None: the most probable answer), got {threshold}."
+        )
+    found = []
+    with preserved(model), torch.no_grad():
+        for batch in prompts.to(device_of(model)).batches(batch_size):
+            logits, mask = batch.logits(model).float(), batch.answer_mask
+            if threshold is None:
+                found.append(((logits.argmax(-1) == batch.answers) | ~mask).all(1).cpu())
+            else:
+                answers = batch.answers.masked_fill(batch.answers == IGNORED, 0)
+                each = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+                found.append((each.masked_fill(~mask, 0).sum(1).exp() >= threshold).cpu())
+    return torch.cat(found)

@@ -1,0 +1,86 @@
+"""Tokens of each prompt: functions from prompts to one position, to some, or to named groups of them."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechunlearn.tasks.prompts import Prompts
+
+Where: TypeAlias = Callable[[Prompts], Bool[Tensor, "batch pos"]]
+"""True at the tokens meant. Padding never counts, whatever the function says."""
+
+
+def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """All tokens of the subject. ValueError for prompts without one."""
+    if prompts.subject is None or not bool(prompts.subject.any(1).all()):
+        without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
+        missing = f"prompts {without[:5]}" if without else "all of them"
+        raise ValueError(
+            f"expected prompts that say where their subject is, got none for {missing}: pass subjects=... to "
+            f"tasks.build, or choose other positions."
+        )
+    return prompts.subject & prompts.attention_mask
+
+
+def subject_last(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The subject's last token, where facts are looked up."""
+    return last_of(subject(prompts))
+
+
+def answer(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The token that predicts the answer's first token: the last one of the prompt."""
+    return torch.zeros_like(prompts.attention_mask).scatter(1, prompts.positions[:, :1], True)
+
+
+def answers(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The tokens that predict the answer's tokens: the last one of the prompt, then all but the last of the answer."""
+    found = torch.zeros_like(prompts.attention_mask)
+    rows = prompts.answer_mask.nonzero()[:, 0]
+    found[rows, prompts.positions[prompts.answer_mask]] = True
+    return found
+
+
+def from_subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """From the subject's last token on: all that later tokens can read about it, but for its own first tokens."""
+    return (subject_last(prompts).cumsum(1) > 0) & prompts.attention_mask
+
+
+def last_of(where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Only the last True of each row that has one."""
+    return where & (where.flip(1).cumsum(1).flip(1) == 1)
+
+
+__all__ = ["ROLES", "Groups", "Where", "answer", "everywhere", "roles", "subject", "subject_last"]
+
+Groups: TypeAlias = Callable[[Prompts], Mapping[str, Bool[Tensor, "batch pos"]]]
+"""Named groups of tokens of each prompt, True at theirs; the same names for all prompts."""
+
+ROLES = ("before the subject", "first of the subject", "inside the subject", "last of the subject", "after", "last")
+"""What `roles` divides a prompt into; `"last"` is the token that predicts the answer."""
+
+
+def everywhere(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """Every token of the prompt, and those of the answer that are teacher-forced."""
+    return prompts.attention_mask
+
+
+def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """A partition of each prompt's tokens by `ROLES`, which makes prompts of different lengths comparable.
+
+    A subject of one token is the last of the subject; one of two has nothing inside. Where the subject ends the
+    prompt, its last token counts as the last of the subject, and `"last"` is empty. Teacher-forced tokens of the
+    answer are in no role.
+    """
+    is_subject = subject(prompts)
+    order = torch.arange(is_subject.shape[1], device=is_subject.device).expand_as(is_subject)
+    last, first = last_of(is_subject), last_of(is_subject.flip(1)).flip(1)
+    end = answer(prompts) & ~last
+    real = prompts.attention_mask & (order <= prompts.positions[:, :1])
+    before = real & (order < first.int().argmax(1, keepdim=True)) & ~end
+    after = real & (order > last.int().argmax(1, keepdim=True)) & ~end
+    first = first & ~last
+    inside = real & ~(before | after | first | last | end)
+    return dict(zip(ROLES, (before, first, inside, last, after, end), strict=True))

@@ -1,0 +1,226 @@
+"""Facts to forget and to retain, to train on and to test; and a task in parts."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.task import Format, Task
+
+Fact = TypeVar("Fact")
+
+
+def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
+    """`k` tasks, each with some of the facts to forget, in their order; sizes differ by one fact at most.
+
+    What is retained stays: facts to forget that a part lacks are in no part's `retain`. Formats stay too, so every part
+    is evaluated on all facts. Prompts of one name are one fact; without names, each prompt is.
+    `rehearse`: each part also has the facts of the parts before it.
+
+    Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for a `k`
+    beyond the number of facts, and for an injection that does not go with the prompts to forget row by row.
+    """
+    facts = _facts(task.forget)
+    if not 1 <= k <= len(facts):
+        raise ValueError(f"k must lie in 1..{len(facts)} (the number of facts to forget), got {k}.")
+    names = list(facts)
+    ends = [len(names) * (part + 1) // k for part in range(k)]
+    starts = [0, *ends[:-1]]
+    parts = []
+    for place, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
+        chosen = names[0 if rehearse else start : end]
+        part = _forgetting(task, chosen)
+        parts.append(replace(part, name=f"{task.name}, part {place} of {k}"))
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """A task to choose settings on, and the task whose numbers are reported. `validation_split` makes both of one.
+
+    ValueError if a fact is tested in both (on either side), or if the trials train on what they retain and test.
+    """
+
+    trials: Task
+    """Edited and scored while settings are chosen: its formats hold the validation facts, and nothing else."""
+    final: Task
+    """Edited with the chosen settings and reported: its formats hold no validation fact."""
+
+    def __post_init__(self) -> None:
+        for side in ("forget", "retain"):
+            validated = _tested(self.trials, side)
+            shared = sorted(validated & _tested(self.final, side))
+            if shared:
+                raise ValueError(
+                    f"expected validation facts that no reported number uses, got {len(shared)} to {side} that both "
+                    f"tasks test, such as {shared[0]!r}: make both with validation_split."
+                )
+        trained = sorted(_tested(self.trials, "retain") & set(_named(self.trials.retain, "retain")))
+        if trained:
+            raise ValueError(
+                f"expected retained validation facts that the trials do not train on, got {len(trained)} that they do, "
+                f"such as {trained[0]!r}: take them out of trials.retain."
+            )
+
+
+def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Validation:
+    """Set `share` of the train split of both sides, and of the text, aside to choose settings on.
+
+    The validation facts are asked in the trained prompt, the one format that a task has for its train split.
+
+    - Retained facts: the trials never train on them. Training on them would hide the damage that they measure.
+    - Facts to forget, where the task tests facts other than those it trains on (a whole sport): the trials do not train
+      on them either, since the claim is that forgetting carries over to facts like those trained on.
+    - Facts to forget that the task trains *and* tests on (single athletes): the trials train on all facts, since the
+      claim is about the very facts that were trained on, and forgetting other facts would be damage. They are scored on
+      the validation facts, and the reported formats leave these out: with 16 facts, 3 choose and 13 are reported.
+
+    `final` trains on the whole train split. Other knowledge is left to `final`. Prompts of one name are one fact.
+    ValueError for prompts without names, and for a `share` that leaves one of the two without facts.
+    """
+    rng = random.Random(f"validation {seed}")
+    forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
+    chosen = {"forget": _chosen(forget, share, rng), "retain": _chosen(retain, share, rng)}
+    texts = set(_chosen(range(len(task.text)), share, rng))
+    tested_on_itself = bool(set(forget) & _tested(task, "forget"))
+    trained = [*forget] if tested_on_itself else [fact for fact in forget if fact not in chosen["forget"]]
+    kept = [fact for fact in retain if fact not in chosen["retain"]]
+    asked = Format(_only(task.forget, chosen["forget"], forget), _only(task.retain, chosen["retain"], retain))
+    other = torch.tensor([row not in texts for row in range(len(task.text))])
+    trials = replace(
+        _forgetting(task, trained),
+        name=f"{task.name}, trials",
+        retain=_only(task.retain, kept, retain),
+        formats={next(iter(task.formats)): asked},
+        text=task.text[other],
+        text_test=task.text[~other],
+        knowledge=None,
+        splits=_splits(trained, chosen["forget"], kept, chosen["retain"]),
+    )
+    formats = {name: _left(found, chosen) for name, found in task.formats.items()}
+    first = next(iter(formats.values()))
+    splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
+    validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
+    return Validation(trials, replace(task, formats=formats, splits=splits | validated))
+
+
+def _facts(prompts: Prompts, side: str | None = None) -> dict[str, list[int]]:
+    """Name -> rows, in order; by row number where there are no names, unless they are needed on a `side`."""
+    names = prompts.names if prompts.names or side is None else _named(prompts, side)
+    found: dict[str, list[int]] = {}
+    for row, name in enumerate(names or map(str, range(len(prompts)))):
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def _named(prompts: Prompts, side: str) -> tuple[str, ...]:
+    if not prompts.names:
+        raise ValueError(
+            f"expected prompts with names, to tell which are about one fact, got none for {side}: pass subjects=... to "
+            f"tasks.build, or replace(prompts, names=...)."
+        )
+    return prompts.names
+
+
+def _tested(task: Task, side: str) -> set[str]:
+    return {name for found in task.formats.values() for name in _named(getattr(found, side), f"{side}, tested")}
+
+
+def _only(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[int]]) -> Prompts:
+    return prompts[sorted(row for fact in facts for row in rows[fact])]
+
+
+def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
+    rows = [row for row, name in enumerate(prompts.names) if name not in facts]
+    return prompts if len(rows) == len(prompts) else prompts[rows]
+
+
+def _left(found: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
+    """The format without the chosen facts of each side."""
+    injected = None if found.injected is None else _without(found.injected, chosen["forget"])
+    forget, retain = _without(found.forget, chosen["forget"]), _without(found.retain, chosen["retain"])
+    return replace(found, forget=forget, retain=retain, injected=injected)
+
+
+def _forgetting(task: Task, facts: Sequence[str]) -> Task:
+    """Of the train split to forget, only these facts."""
+    if task.injection is not None and len(task.injection) != len(task.forget):
+        raise ValueError(
+            f"expected an injection with one row for each of the {len(task.forget)} prompts to forget, got "
+            f"{len(task.injection)}: give each prompt its injected answer, or split before replacing the injection."
+        )
+    rows = _facts(task.forget)
+    injection = None if task.injection is None else _only(task.injection, facts, rows)
+    splits = {**task.splits, "forget_train": tuple(facts)} if task.forget.names else task.splits
+    return replace(task, forget=_only(task.forget, facts, rows), injection=injection, splits=splits)
+
+
+def _chosen(facts: "Iterable[Fact]", share: float, rng: random.Random) -> "list[Fact]":
+    """A share of them, at least one, in their order."""
+    found = list(facts)
+    count = max(1, round(share * len(found)))
+    if not 0 < share < 1 or count >= len(found):
+        raise ValueError(
+            f"expected a share that leaves something on both sides of the split, got {share} of {len(found)}."
+        )
+    places = sorted(rng.sample(range(len(found)), count))
+    return [found[place] for place in places]
+
+
+def _splits(*facts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    names = ("forget_train", "forget_test", "retain_train", "retain_test")
+    return {name: tuple(found) for name, found in zip(names, facts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Sides(Generic[Fact]):
+    """The four parts of a task's facts."""
+
+    forget_train: list[Fact]
+    forget_test: list[Fact]
+    """The same facts, unless facts to forget are split: whether forgetting carries over to others is then tested."""
+    retain_train: list[Fact]
+    retain_test: list[Fact]
+
+    @classmethod
+    def of(
+        cls,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        *,
+        train: float,
+        train_forget: float | None,
+        rng: random.Random,
+        shuffle: bool = True,
+    ) -> "Sides[Fact]":
+        """`train` of the retained facts are to train on, and `train_forget` of those to forget (`None`: not split).
+
+        Drawn at random, or the first ones. ValueError if a part would be empty.
+        """
+        for side, facts in (("forget", forget), ("retain", retain)):
+            if not facts:
+                raise ValueError(f"expected facts to {side}, got none: choose fewer or other facts to forget.")
+        trained, tested = list(forget), list(forget)
+        if train_forget is not None:
+            trained, tested = _split(forget, train_forget, rng, "forget", shuffle=shuffle)
+        return cls(trained, tested, *_split(retain, train, rng, "retain", shuffle=shuffle))
+
+    def names(self, name: Callable[[Fact], str]) -> dict[str, tuple[str, ...]]:
+        """For `Task.splits`."""
+        return {part: tuple(map(name, facts)) for part, facts in vars(self).items()}
+
+
+def _split(
+    facts: Sequence[Fact], share: float, rng: random.Random, side: str, *, shuffle: bool
+) -> tuple[list[Fact], list[Fact]]:
+    order = rng.sample(list(facts), len(facts)) if shuffle else list(facts)
+    count = round(share * len(facts))
+    if not 0 < count < len(facts):
+        raise ValueError(
+            f"expected train to leave facts to {side} on both sides of the split, got {share} of {len(facts)}: change "
+            f"it, or give more facts."
+        )
+    return order[:count], order[count:]

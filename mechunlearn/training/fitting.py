@@ -1,0 +1,118 @@
+"""The training loop that editors (and relearning attacks) share: only the given entries move."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mechunlearn.model import Model
+from mechunlearn.training.checkpoints import Checkpoints
+from mechunlearn.training.movers import Master, Moving, collecting
+from mechunlearn.training.optimizers import MakesOptimizer, Steering, adamw
+from mechunlearn.training.terms import Source, Term
+from mechunlearn.training.trained_layers import Part
+from mechunlearn.weights import Entries, Values, read
+
+Row = Mapping[str, int | float]
+
+PATIENCE = 10
+"""Steps for which a loss may be as high as that of a model that has diverged: some recover."""
+
+
+def fit(
+    model: Model,
+    entries: Sequence[Entries],
+    terms: Sequence[Term],
+    *,
+    moving: Sequence[Moving] | None = None,
+    penalty: Callable[[], float] | None = None,
+    original: Values | None = None,
+    steps: int,
+    learning_rate: float,
+    optimizer: MakesOptimizer = adamw,
+    clip: float | None = 1.0,
+    micro_batch_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_step: Callable[[Row], None] | None = None,
+    until: Callable[[Row], bool] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> list[Row]:
+    """Train the entries in place by the sum of the terms; one row of history per step.
+
+    Cosine schedule from `learning_rate` to 0, one scheduler step per optimizer step; gradients are
+    clipped at norm `clip`. Each batch goes through in micro-batches and is normalised by its own
+    number of tokens (prompts, for a loss of prompts), so their size changes memory and speed, not the result. Every
+    prompt is used once per epoch, in an order that depends on `seed` and the term's name. `until`, shown each row of
+    the history, may end the training.
+
+    What must be computed: no gradient or optimizer state for frozen weights, no graph below the lowest
+    trained layer, whose input is computed once per prompt, as is what a loss asks of the unedited model; logits only
+    at the answer tokens, and of a large vocabulary only some at a time. Weights below float32 have float32 masters;
+    `compute_dtype=torch.bfloat16` computes a float32 model's matrix products in bfloat16.
+    `moving` is what the optimizer moves instead of the weights themselves; `penalty`, called after the terms, adds
+    its gradient to them and gives its value. `original`, where it is known, spares a copy of the entries.
+    Call it inside `differentiable(model)`.
+
+    Raises FloatingPointError, naming the step, as soon as a loss or a gradient is not finite, or a term in nats has
+    for ten steps been more than log(d_vocab) / 2, half the loss of knowing nothing, above what it was at the first.
+    """
+    _check_positive(steps=steps, micro_batch_size=micro_batch_size)
+    part = Part(model, entries, read(list(entries)) if original is None else original, compute_dtype)
+    movers: list[Moving] = [Master.of(e) for e in entries] if moving is None else list(moving)
+    parameters = [mover.tensor for mover in movers]
+    steering = Steering(optimizer, movers, learning_rate)
+    sources = [Source(part, term, seed, micro_batch_size, steps) for term in terms if term.coefficient]
+    history: list[Row] = [] if checkpoints is None else checkpoints.resume(movers, steering)
+    for source in sources:
+        source.skip(len(history))
+    ended = until is not None and any(until(row) for row in history)
+    for step in tqdm(range(len(history), steps), desc="training", disable=not progress, leave=False):
+        if ended:
+            break
+        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        steering.set_rate(rate)
+        with collecting(movers):
+            row: dict[str, int | float] = {source.term.name: source.backward(step) for source in sources}
+        if penalty is not None:
+            row["penalty"] = penalty()
+        row["gradient_norm"] = _clipped(parameters, clip, step)
+        steering.step()
+        torch.clear_autocast_cache()  # it may hold what the weights were, where the caller computes in bfloat16
+        history.append({"step": step, **row, "learning_rate": rate})
+        _check_growth(history, sources, math.log(model.cfg.d_vocab) / 2)
+        if on_step is not None:
+            on_step(history[-1])
+        if checkpoints is not None:
+            checkpoints.save(movers, steering, history)
+        ended = until is not None and until(history[-1])
+    return history
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}.")
+
+
+def _clipped(parameters: list[Tensor], clip: float | None, step: int) -> float:
+    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"expected a finite gradient, got norm {norm} at step {step}: stopped; lower the "
+            f"learning rate, or compute in bfloat16 or float32 if this is float16."
+        )
+    return norm
+
+
+def _check_growth(history: list[Row], sources: list[Source], limit: float) -> None:
+    for name in [source.term.name for source in sources if "final" in source.wanted]:  # the others are not in nats
+        first, lately = history[0][name], [row[name] for row in history[-PATIENCE:]]
+        if len(lately) == PATIENCE and min(lately) - first > limit:
+            raise FloatingPointError(
+                f"expected the {name} loss not to diverge, got {lately[-1]:.3g} at step {history[-1]['step']}, after "
+                f"{first:.3g} at the first: stopped; lower the learning rate."
+            )

@@ -1,0 +1,229 @@
+"""The terms of a training loss: their batches in an order that a seed fixes, and the gradient of each."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechunlearn.losses import Loss, is_per_row, needs
+from mechunlearn.metrics import name_of
+from mechunlearn.model import device_of, unembedded
+from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.text import as_prompts
+from mechunlearn.training.trained_layers import Part, Reader, Readings
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: coefficient * mean over the answer tokens (or the prompts) of a batch of `prompts`.
+
+    Where there are fewer prompts than `batch_size`, each batch is all of them, once.
+    """
+
+    name: str
+    prompts: Prompts | Iterator[Int[Tensor, "pos"]]
+    """Prompts, or an iterator over rows of text of one length, each used once."""
+    loss: Loss
+    coefficient: float
+    batch_size: int
+    alternative: Prompts | None = None
+    """The same prompts with the answers that a loss such as `dpo` prefers, row by row."""
+
+
+def shuffled(term: Term, prompts: Prompts, seed: int) -> Iterator[Int[Tensor, "row"]]:
+    """Row numbers, forever: every row once per epoch, each epoch in a new order, by the seed and the term's name."""
+    digest = hashlib.sha256(f"{seed} {term.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+    waiting, size = torch.empty(0, dtype=torch.long), min(term.batch_size, len(prompts))
+    while True:
+        while len(waiting) < size:
+            waiting = torch.cat([waiting, torch.randperm(len(prompts), generator=generator)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def taken(rows: Iterator[Int[Tensor, "pos"]], size: int) -> Iterator[Prompts]:
+    """Batches of a stream of text. ValueError, saying after how many tokens, where it ends."""
+    count = length = 0
+    while True:
+        batch = []
+        for row in rows:
+            batch.append(row)
+            count, length = count + 1, len(row)
+            if len(batch) == size:
+                break
+        if len(batch) < size:
+            raise ValueError(
+                f"expected text for another batch of {size} rows, but the stream ended after {count * length} tokens "
+                f"({count} whole rows of {length}): pass more text, fewer steps, shorter rows or smaller batches."
+            )
+        yield as_prompts(torch.stack(batch))
+
+
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Numbers: 16 MiB of float32 logits, of which a loss needs three times as much; more where starting costs more."""
+
+
+@dataclass(eq=False)
+class Source:
+    """A term and its batches."""
+
+    part: Part
+    term: Term
+    seed: int
+    micro_batch_size: int | None
+    steps: int
+    names: tuple[str, ...] = field(init=False)
+    wanted: list[str] = field(init=False)
+    original: list[str] = field(init=False)
+    batches: Iterator[Tensor] | Iterator[Prompts] = field(init=False)
+    kept: tuple[Reader, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        term = self.term
+        if term.batch_size < 1:
+            raise ValueError(f"the batch size of {term.name} must be 1 or more, got {term.batch_size}.")
+        self.names = needs(term.loss)
+        self.wanted = _readings([name for name in self.names if not name.startswith("original_")])
+        self.original = _readings([n.removeprefix("original_") for n in self.names if n.startswith("original_")])
+        prompts = term.prompts
+        if not isinstance(prompts, Prompts):
+            if any("alternative" in name for name in self.names):
+                raise ValueError(
+                    f"expected a loss of text, got {name_of(term.loss)}, which compares two answers: use cross_entropy "
+                    f"or kl_to_original."
+                )
+            self.batches = taken(prompts, term.batch_size)
+            return
+        self._check_alternative(len(prompts))
+        self.batches = shuffled(term, prompts, self.seed)
+        if self.steps * term.batch_size > len(prompts):  # prompts come again
+            self.kept = self._readers(prompts, self._other)
+
+    def skip(self, steps: int) -> None:
+        """What earlier steps used."""
+        for _ in range(steps):
+            next(self.batches)
+
+    def backward(self, step: int) -> float:
+        """Gradient of the term on its next batch; gives its value without the coefficient."""
+        rows, readers = self._next()
+        per_row = is_per_row(self.term.loss)
+        total = len(rows) if per_row else int(readers[0].prompts.answer_mask[rows].sum())
+        value = 0.0
+        size = self.micro_batch_size or len(rows)
+        if per_row:  # with all logits of a prompt at once
+            size = min(size, max(1, self._at_once() // readers[0].prompts.answers.shape[1]))
+        for some in rows.split(size):
+            with self.part.computing():
+                value += (self._rows if per_row else self._tokens)(readers, some, total, step)
+        return value
+
+    def _tokens(self, readers: tuple[Reader, ...], rows: Tensor, total: int, step: int) -> float:
+        """For a loss of tokens. Each piece of the logits is used up before the next is computed."""
+        reader, real = readers[0], readers[0].prompts.answer_mask[rows]
+        lengths = real.sum(1, keepdim=True).expand_as(real)
+        alike = {"targets": reader.prompts.answers[rows][real], "length": lengths[real]}
+        graph = {name: value[real] for name, value in reader.now(rows, self.wanted).items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in graph.items()}
+        before = {name: value[rows][real] for name, value in reader.before.items()}
+        value = 0.0
+        size = self._at_once() if "final" in {*graph, *before} else int(real.sum())
+        for piece in torch.arange(int(real.sum())).split(size):
+            given = {name: value[piece] for name, value in alike.items()} | self._inputs(leaves, piece)
+            with torch.no_grad():
+                given |= {f"original_{name}": found for name, found in self._inputs(before, piece).items()}
+            value += self._step({name: given[name] for name in self.names}, len(piece), "token", total, step)
+        reached = [name for name in graph if leaves[name].grad is not None]
+        if reached:
+            torch.autograd.backward([graph[name] for name in reached], [leaves[name].grad for name in reached])
+        return value
+
+    def _rows(self, readers: tuple[Reader, ...], rows: Tensor, total: int, step: int) -> float:
+        """For a loss of prompts, by the log-probability of their answers."""
+        given = {"length": readers[0].prompts.answer_mask[rows].sum(1)}
+        for prefix, reader in zip(("", "alternative_"), readers, strict=False):
+            now = reader.now(rows, self.wanted)["final"]
+            given[f"{prefix}log_probability"] = self._log_probability(reader.prompts, rows, now)
+            if self.original:
+                with torch.no_grad():
+                    before = self._log_probability(reader.prompts, rows, reader.before["final"][rows])
+                given[f"original_{prefix}log_probability"] = before
+        return self._step({name: given[name] for name in self.names}, len(rows), "prompt", total, step)
+
+    def _step(self, given: dict[str, Tensor], count: int, unit: str, total: int, step: int) -> float:
+        """Value and gradient of some tokens' or prompts' share of the mean."""
+        term = self.term
+        values = term.loss(**given)
+        if values.shape != (count,):
+            raise ValueError(
+                f"expected {name_of(term.loss)} to give one value per {unit}, shape ({count},), got "
+                f"{tuple(values.shape)}: do not average inside the loss (reduction='none')."
+            )
+        loss = values.sum() / total
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"expected a finite loss, got {loss.item()} from {term.name} ({name_of(term.loss)}) "
+                f"at step {step}: stopped; lower the learning rate."
+            )
+        if loss.requires_grad:  # not where every value was cut off
+            (term.coefficient * loss).backward()
+        return loss.item()
+
+    def _inputs(self, readings: Readings, piece: Tensor) -> dict[str, Tensor]:
+        found = {name: value[piece] for name, value in readings.items()}
+        if "final" in found:
+            found["logits"] = unembedded(self.part.model, found.pop("final"))
+        return found
+
+    def _log_probability(
+        self, prompts: Prompts, rows: Tensor, final: Float[Tensor, "row answer d_model"]
+    ) -> Float[Tensor, "row"]:
+        real, answers = prompts.answer_mask[rows], prompts.answers[rows]
+        logits = unembedded(self.part.model, final[real])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found = logits.log_softmax(-1).gather(1, answers[real][:, None])[:, 0]
+        place = torch.arange(len(rows), device=found.device)[:, None].expand_as(real)[real]
+        return found.new_zeros(len(rows)).index_add(0, place, found)
+
+    def _at_once(self) -> int:
+        """How many tokens have logits at the same time."""
+        numbers = LOGITS_AT_ONCE.get(device_of(self.part.model).type, LOGITS_AT_ONCE["cpu"])
+        return max(1, numbers // self.part.model.cfg.d_vocab)
+
+    def _next(self) -> tuple[Tensor, tuple[Reader, ...]]:
+        """Rows of the next batch, and what reads them: all prompts, or those of this batch alone."""
+        batch, prompts, other = next(self.batches), self.term.prompts, self._other
+        if self.kept and isinstance(batch, Tensor):
+            return batch, self.kept
+        if isinstance(batch, Tensor) and isinstance(prompts, Prompts):
+            readers = self._readers(prompts.rows(batch), other and other.rows(batch))
+            return torch.arange(len(batch)), readers
+        assert isinstance(batch, Prompts)
+        return torch.arange(len(batch)), self._readers(batch, None)
+
+    def _readers(self, *chosen: Prompts | None) -> tuple[Reader, ...]:
+        device, block = device_of(self.part.model), self.micro_batch_size or 64
+        with self.part.computing():
+            return tuple(Reader.of(self.part, p.to(device), self.original, block) for p in chosen if p is not None)
+
+    @property
+    def _other(self) -> Prompts | None:
+        return self.term.alternative if any("alternative" in name for name in self.names) else None
+
+    def _check_alternative(self, count: int) -> None:
+        found = 0 if self._other is None else len(self._other)
+        if found != count and any("alternative" in name for name in self.names):
+            raise ValueError(
+                f"expected an alternative answer for each of the {count} {self.term.name} prompts, as "
+                f"{name_of(self.term.loss)} compares two answers, got {found}: give the task an injection."
+            )
+
+
+def _readings(names: list[str]) -> list[str]:
+    """Which residual streams these inputs of a loss are made of."""
+    final = [name for name in names if name not in ("targets", "length", "residual")]
+    return [*(["residual"] if "residual" in names else []), *(["final"] if final else [])]
