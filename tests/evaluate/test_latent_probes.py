@@ -115,7 +115,7 @@ def test_a_fact_counts_by_the_share_of_splits_in_which_it_is_right(llama):
 def by_hand(model, fitted, tested, right, *, splits):
     labels = torch.cat([fitted.answers[:, 0], tested.answers[:, 0]])
     options = {"at": answer, "splits": splits, "seed": 0, "penalty": 1.0, "batch_size": 64, "remedy": "none"}
-    return latent.by_layer(model, fitted, tested, labels, right, "by hand", **options)
+    return probes.by_layer(model, fitted, tested, labels, right, "by hand", **options)
 
 
 def test_only_who_is_right_for_every_class_is_right(monkeypatch):
