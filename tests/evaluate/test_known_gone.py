@@ -11,8 +11,6 @@ import mechunlearn as mu
 from mechunlearn.evaluate import Audit, Finding, Plan, Result, audit, quick
 from mechunlearn.tasks import Format
 
-pytestmark = pytest.mark.once
-
 FORMATS = ("trained prompt", "question", "multiple choice")
 ASKED = ("clean", "question", "multiple choice", "generated")
 LATENT = ("probes", "logit lens", "patching")
