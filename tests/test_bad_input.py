@@ -132,6 +132,7 @@ def test_a_bridge_in_compatibility_mode_without_processing_is_accepted():
     finetune(model, tiny.task(model), masked(model, "L1MLP"))
 
 
+@pytest.mark.classes
 def test_a_folded_hooked_transformer_is_refused_for_editing():
     model = shared("hooked", "llama")
     before = model.cfg.normalization_type

@@ -106,13 +106,6 @@ def test_the_penalty_pulls_as_it_says(llama):
         assert torch.allclose(value * size, (size - 0.01).clamp(min=0), atol=1e-6)
 
 
-def test_the_result_does_not_depend_on_micro_batches(model):
-    whole, parts = trained(model), trained(model, micro_batch_size=1)
-    for label, value in whole.numbers.items():
-        moved = (value - parts.numbers[label]) * whole.original[label]
-        assert float(moved.abs().max()) < 1e-5, label
-
-
 def test_the_same_seed_gives_the_same_numbers(llama, tmp_path):
     first, second = trained(llama), trained(llama)
     assert all(torch.equal(first.numbers[label], second.numbers[label]) for label in first.numbers)

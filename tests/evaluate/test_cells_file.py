@@ -184,7 +184,6 @@ def finished(path):
     return {line["cell"]["result"]["sense"] for line in whole}
 
 
-@pytest.mark.once
 def test_killed_again_and_again_it_goes_on_and_computes_each_finished_cell_once(llama, tmp_path):
     """SIGKILL at random times, at least five; what is in the file after one is never started again."""
     log, path = tmp_path / "log", tmp_path / "cells.jsonl"

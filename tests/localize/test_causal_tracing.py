@@ -103,21 +103,6 @@ def test_tokens_before_the_subject_have_no_effect(llama):
     assert torch.equal(trace.by_role[..., ROLES.index("before the subject")], torch.zeros(6, 3, 3).double())
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    options = {"metric": answer_log_probability, "window": 2, "draws": 2}
-    prompts = tiny.prompts(model, n=3)
-    trace = causal_tracing(model, prompts, **options)
-    small = causal_tracing(model, prompts, batch_size=5, **options)
-    left = causal_tracing(model, tiny.prompts(model, n=3, padding="left"), **options)
-    order = [2, 0, 1]
-    shuffled = causal_tracing(model, prompts[order], **options)
-    for other in (small, left):
-        assert torch.allclose(trace.effects, other.effects, atol=2e-5)
-        assert torch.allclose(trace.total_effect, other.total_effect, atol=2e-5)
-        assert torch.equal(trace.roles, other.roles)
-    assert torch.allclose(trace.effects[order], shuffled.effects, atol=2e-5)
-
-
 def test_each_prompt_has_its_own_answer(llama):
     """The paper's code summed the probabilities of everybody's answers."""
     prompts = tiny.prompts(llama)

@@ -234,19 +234,6 @@ def test_answers_of_several_tokens(model):
     assert torch.allclose(found.alone[:, 1] - found.whole, exact.per_prompt[:, 0], atol=2e-5)
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts, circuit = tiny.prompts(model), random_circuit(model, 0.6)
-    found = edge_faithfulness(model, prompts, circuit, random_circuits=0)
-    order = [3, 0, 5, 1, 4, 2]
-    for other, rows in (
-        (edge_faithfulness(model, prompts, circuit, random_circuits=0, batch_size=4), slice(None)),
-        (edge_faithfulness(model, tiny.prompts(model, padding="left"), circuit, random_circuits=0), slice(None)),
-        (edge_faithfulness(model, prompts[order], circuit, random_circuits=0), order),
-    ):
-        assert torch.allclose(found.alone[rows, 1], other.alone[:, 1], atol=1e-5)
-        assert torch.allclose(found.without[rows, 1], other.without[:, 1], atol=1e-5)
-
-
 def test_scores_are_cut_at_shares_of_edges_beside_random_ones(llama):
     scores = edge_attribution_patching(llama, tiny.prompts(llama))
     found = edge_faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.1, 0.4], random_circuits=2)

@@ -203,22 +203,6 @@ def test_equal_circuits_are_run_once(llama, monkeypatch):
     assert sum(rows) == 6 * 5  # nothing at all, and two circuits by themselves and taken out
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts = tiny.prompts(model)
-    options = {"sizes": [0.2, 0.6], "random_circuits": 1}
-    scores = scored(model, heads_and_mlps(shape(model)))
-    found = faithfulness(model, prompts, scores, **options)
-    order = [3, 0, 5, 1, 4, 2]
-    small = faithfulness(model, prompts, scores, batch_size=4, **options)
-    left = faithfulness(model, tiny.prompts(model, padding="left"), scores, **options)
-    shuffled = faithfulness(model, prompts[order], scores, **options)
-    for values in ("alone", "without"):
-        expected = getattr(found, values)
-        assert torch.allclose(expected, getattr(small, values), atol=1e-5)
-        assert torch.allclose(expected, getattr(left, values), atol=1e-5)
-        assert torch.allclose(expected[order], getattr(shuffled, values), atol=1e-5)
-
-
 def test_the_model_is_left_as_it_was(model):
     def failing(logits, prompts):
         calls.append(1)

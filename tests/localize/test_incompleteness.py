@@ -147,20 +147,6 @@ def test_other_levels(llama):
     assert torch.allclose(found.circuit_without[:, 0], expected, atol=3e-5)
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    order = [3, 0, 5, 1, 4, 2]
-    for circuit in (circuit_of(model), random_edges(model, 0.5)):
-        prompts = tiny.prompts(model)
-        found = incompleteness(model, prompts, circuit, knockouts=2)
-        for rows, other in (
-            (slice(None), incompleteness(model, prompts, circuit, knockouts=2, batch_size=4)),
-            (slice(None), incompleteness(model, tiny.prompts(model, padding="left"), circuit, knockouts=2)),
-            (order, incompleteness(model, prompts[order], circuit, knockouts=2)),
-        ):
-            assert torch.allclose(found.circuit_without[rows], other.circuit_without, atol=1e-5)
-            assert torch.allclose(found.model_without[rows], other.model_without, atol=1e-5)
-
-
 def test_tables_intervals_plots_and_files(llama, tmp_path):
     for circuit in (circuit_of(llama), random_edges(llama, 0.3)):
         found = incompleteness(llama, tiny.prompts(llama), circuit, knockouts=4)
