@@ -24,13 +24,14 @@ from mechunlearn.edit.weight_masks import (
     mask_value,
 )
 from mechunlearn.training import adamw, adamw_8bit
-from mechunlearn.weights import Edit
+from mechunlearn.weights import Edit, Editor
 
 __all__ = [
     "PAPER_PRODUCT",
     "PAPER_STAGES",
     "Edit",
     "EditSequence",
+    "Editor",
     "KeyCovariance",
     "LearnedMask",
     "LocalizedTraining",

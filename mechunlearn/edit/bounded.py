@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.finetuning import trained
 from mechunlearn.edit.inject.facts import injected
 from mechunlearn.losses import cross_entropy
@@ -21,7 +20,6 @@ adam = partial(torch.optim.Adam, weight_decay=0.0)
 """Adam, as in the paper."""
 
 
-@repeatable
 def ft_l(
     model: Model,
     task: Task,

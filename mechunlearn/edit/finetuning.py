@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.facts import asked_and_answered, each, injected
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
 from mechunlearn.metrics import described as described_function
@@ -23,7 +22,6 @@ from mechunlearn.training import Checkpoints, MakesOptimizer, Master, Moving, Te
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 
 
-@repeatable
 def finetune(
     model: Model,
     task: Task,

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.finetuning import task_terms, trained, weights
 from mechunlearn.losses import Loss, cross_entropy
 from mechunlearn.model import Model
@@ -19,7 +18,6 @@ from mechunlearn.training import MakesOptimizer, adamw
 from mechunlearn.weights import Edit, Entries
 
 
-@repeatable
 def lora(
     model: Model,
     task: Task,

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import Editor, edited
 from mechunlearn.edit.finetuning import finetune
 from mechunlearn.edit.paper import PAPER_STAGES
 from mechunlearn.files import read_json, write_json
@@ -23,7 +22,7 @@ from mechunlearn.model import Model, fingerprint
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.splits import Validation
 from mechunlearn.tasks.task import Task
-from mechunlearn.weights import Edit, select
+from mechunlearn.weights import Edit, Editor, checked_edit, select
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -216,20 +215,23 @@ class Trials:
     def final(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
         """The edit with these options on another task; from the folder if it was made before."""
         if self.folder is None:
-            return edited(self.edit, self.model, task, mask, **options)
+            return self._edited(task, mask, options)
         key = short({**self.identity(mask, options), "task": digest(task)})
         path = self.folder / f"edit-{key}.safetensors"
         if not path.exists():
-            edited(self.edit, self.model, task, mask, **options).save(path)
+            self._edited(task, mask, options).save(path)
         return Edit.load(path)
 
     def identity(self, mask: ComponentMask, options: Mapping[str, Any]) -> dict[str, Any]:
         shown = {name: described(value) for name, value in options.items()}
         return {**self.common, "components": [str(component) for component in mask], "options": shown}
 
+    def _edited(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
+        return checked_edit(self.edit(self.model, task, mask, **options), self.edit)
+
     def _made(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
         try:
-            found = edited(self.edit, self.model, self.task, mask, **options)
+            found = self._edited(self.task, mask, options)
         except FloatingPointError as error:
             return None, str(error)
         with found.applied(self.model):

@@ -4,21 +4,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask, ModelShape
 from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.metrics import name_of
 from mechunlearn.model import Model, n_parameters, save_huggingface
 from mechunlearn.weights.applying import check_made_for, check_none_applied, layered
 from mechunlearn.weights.entries import Entries, Values, read, select, write
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from mechunlearn.tasks.task import Task
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,9 +39,6 @@ class Edit:
     """How it was made: editor, settings, seed, versions."""
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
-    editor: "Callable[[Model, Task, ComponentMask], Edit] | None" = None
-    """What made it, with its options: makes the same edit elsewhere. None for one that was loaded, made by hand, or
-    trained on a stream that is used up."""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -67,10 +63,6 @@ class Edit:
         bad = [label for label, value in self.values.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise ValueError(f"expected finite values, got NaN or infinity in {', '.join(bad[:5])}: train it again.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Sent to another process it has lost its editor, whose options may be functions that cannot be sent."""
-        return {**self.__dict__, "editor": None}
 
     @property
     def n_parameters(self) -> int:
@@ -160,6 +152,21 @@ class Edit:
         entries = select(model, self.mask)
         check_made_for(model, entries, self.fingerprint, self.values)
         return entries
+
+
+Editor: TypeAlias = Callable[..., Edit]
+"""`(model, task, mask, **options) -> Edit`: every function of this signature is an editor."""
+
+
+def checked_edit(edit: object, editor: Editor) -> Edit:
+    """What the editor gave; ValueError if that is not an `Edit`."""
+    if not isinstance(edit, Edit):
+        raise ValueError(
+            f"expected an editor (model, task, mask) -> Edit, got {name_of(editor)}, which returns "
+            f"{type(edit).__name__}: wrap it in a function that returns an Edit (a LearnedMask has .edit() and "
+            f".discretize(k=...))."
+        )
+    return edit
 
 
 @dataclass(frozen=True)

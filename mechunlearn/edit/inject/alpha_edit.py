@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.facts import subject_end, with_subjects
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.memit import spread
@@ -24,7 +23,6 @@ smallest_tenth = partial(smallest_eigenvalues, share=0.1)
 """The smallest eigenvalues that make up a tenth of their sum."""
 
 
-@repeatable
 def alpha_edit(
     model: Model,
     task: Task,

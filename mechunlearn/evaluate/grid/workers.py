@@ -94,8 +94,7 @@ class Parcel:
 
     @classmethod
     def of(cls, task: Task, edit: Edit | None) -> "Parcel":
-        """Without what made the edit, which may hold functions that cannot be sent."""
-        return cls(_packed((task, edit and replace(edit, editor=None))))
+        return cls(_packed((task, edit)))
 
     def opened(self) -> tuple[Task, Edit | None]:
         task, edit = _unpacked(self.content)
