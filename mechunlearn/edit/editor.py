@@ -6,7 +6,7 @@ from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit
