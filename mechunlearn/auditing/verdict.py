@@ -15,7 +15,7 @@ from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.localize.controls import random_like
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Editor, checked_edit

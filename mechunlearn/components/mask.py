@@ -1,14 +1,14 @@
 """What is selected: an immutable set of components of a model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape, resolve
 from mechunlearn.components.plot import heat_map
-from mechunlearn.files import read_json, write_json
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -45,19 +45,12 @@ class ComponentMask(Set[Component]):
 
     def save(self, path: str | Path) -> None:
         """Write JSON with provenance and a checksum."""
-        content = {
-            "components": [str(component) for component in self],
-            "shape": asdict(self.shape),
-            "provenance": dict(self.provenance),
-        }
-        write_json(path, "ComponentMask", content)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentMask":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        content = read_json(path, "ComponentMask")
-        members = frozenset(Component.parse(label) for label in content["components"])
-        return cls(members, ModelShape(**content["shape"]), content["provenance"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Layer x component map: 1 where selected."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask
 from mechunlearn.edit.finetuning import finetune
+from mechunlearn.identity import described, name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.metrics import described, name_of
 from mechunlearn.model import (
     Model,
     device_of,

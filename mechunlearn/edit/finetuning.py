@@ -1,6 +1,5 @@
 """Localized fine-tuning, and what all editors that train on a task share: the terms, the run, how it was made."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.inject.facts import asked_and_answered, each, injected
+from mechunlearn.identity import described, digest
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
-from mechunlearn.metrics import described as described_function
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -172,13 +171,13 @@ def trained(
     provenance = {
         **about,
         "task": task.name,
-        "terms": described(terms),
-        "optimizer": described_function(optimizer),
+        "terms": _shown(terms),
+        "optimizer": described(optimizer),
         "compute_dtype": None if compute_dtype is None else str(compute_dtype),
         **settings,
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
     }
-    identity = {"model": found, "mask_and_prompts": digest(mask, terms), **provenance}
+    identity = {"model": found, "mask_and_prompts": digest(_data(mask, terms)), **provenance}
     try:
         with exclusively(model), differentiable(model):
             made = {e.label: moving(e, original[e.label]) for e in entries}
@@ -235,12 +234,12 @@ def task_terms(
     ]
 
 
-def described(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
+def _shown(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
     """For the provenance of an edit: name -> coefficient, loss, batch size; and "stream" where text is one."""
     return {
         term.name: [
             term.coefficient,
-            described_function(term.loss),
+            described(term.loss),
             term.batch_size,
             *([] if isinstance(term.prompts, Prompts) else ["stream"]),
         ]
@@ -248,15 +247,10 @@ def described(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
     }
 
 
-def digest(mask: ComponentMask, terms: Sequence[Term]) -> str:
-    """16 hex digits of what is trained on what; a stream of text is not read for it."""
-    found = hashlib.sha256(" ".join(str(component) for component in mask).encode())
-    for term in terms:
-        for prompts in (term.prompts, term.alternative):
-            if isinstance(prompts, Prompts):
-                for tensor in (prompts.tokens, prompts.attention_mask, prompts.positions, prompts.answers):
-                    found.update(f"{term.name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+def _data(mask: ComponentMask, terms: Sequence[Term]) -> Any:
+    """What is trained on what; a stream of text is not read for it."""
+    prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
+    return [str(component) for component in mask], prompts
 
 
 def _preferred(task: Task, loss: Loss) -> Prompts | None:

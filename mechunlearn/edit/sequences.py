@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.finetuning import finetune
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model, fingerprint
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Editor, checked_edit, read, select

@@ -12,8 +12,8 @@ from torch import Tensor
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.finetuning import task_terms, trained
 from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
+from mechunlearn.identity import described
 from mechunlearn.losses import Loss, cross_entropy
-from mechunlearn.metrics import described
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.training import MakesOptimizer

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, is_per_row, needs
-from mechunlearn.metrics import name_of
 from mechunlearn.model import device_of, unembedded
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.text import as_prompts

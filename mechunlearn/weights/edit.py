@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
-from mechunlearn.metrics import name_of
+from mechunlearn import files
+from mechunlearn.components import ComponentMask
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model, n_parameters, save_huggingface
 from mechunlearn.weights.applying import check_made_for, check_none_applied, layered
 from mechunlearn.weights.entries import Entries, Values, read, select, write
@@ -122,28 +122,16 @@ class Edit:
         return rows.set_index("step") if "step" in rows else rows
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the values, and mask and provenance as JSON in its header."""
-        content = {
-            "components": [str(component) for component in self.mask],
-            "shape": vars(self.mask.shape),
-            "mask_provenance": dict(self.mask.provenance),
-            "fingerprint": self.fingerprint,
-            "provenance": dict(self.provenance),
-            "history": [dict(row) for row in self.history],
-        }
-        write_tensors(path, "Edit", self.values, content)
+        """Write one file of safetensors with values, mask and provenance, and a checksum."""
+        files.save(replace(self, editor=None), path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Edit":
-        """What `save` wrote; ValueError for a file that is corrupted or truncated, or whose values do not fit its mask.
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0.
 
         Which model it fits is checked where it is applied: same shape, same weights, same dtype.
         """
-        values, content = read_tensors(path, "Edit")
-        shape = ModelShape(**content["shape"])
-        named = ComponentMask.of(content["components"], shape)
-        mask = ComponentMask(named.components, shape, content["mask_provenance"])
-        return cls(mask, values, content["fingerprint"], content["provenance"], tuple(content["history"]))
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         return f"Edit({self.provenance.get('editor', 'by hand')}; {self.n_parameters:,} weights of {self.mask!r})"

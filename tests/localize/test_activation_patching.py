@@ -143,16 +143,6 @@ def test_noise_does_not_depend_on_batches_or_padding(llama):
     assert not torch.allclose(one, other.per_prompt, atol=1e-3)
 
 
-def test_position_scores_survive_saving(llama, tmp_path):
-    scores = activation_patching_by_position(llama, tiny.prompts(llama), components=["L0H1", "L1MLP"])
-    scores.save(tmp_path / "scores.safetensors")
-    loaded = mu.components.PositionScores.load(tmp_path / "scores.safetensors")
-    assert torch.equal(loaded.per_prompt, scores.per_prompt)
-    assert (loaded.components, loaded.positions, loaded.shape) == (scores.components, scores.positions, scores.shape)
-    assert loaded.to_frame().equals(scores.to_frame())
-    assert scores.plot().data[0].z is not None
-
-
 def test_bad_input(llama, unchecked):
     prompts = tiny.prompts(llama)
     plain = mu.Prompts.of(prompts.tokens, prompts.answers[:, 0], attention_mask=prompts.attention_mask)

@@ -7,7 +7,7 @@ import tiny
 import torch
 from state import left_as_it_was
 
-from mechunlearn.localize import CausalTrace, causal_tracing
+from mechunlearn.localize import causal_tracing
 from mechunlearn.metrics import answer_log_probability, answer_probability
 from mechunlearn.model import embeddings, preserved, recording
 from mechunlearn.tasks.positions import ROLES, roles, subject
@@ -125,11 +125,6 @@ def test_scores_frame_and_plot(llama, tmp_path):
     assert row["low"] <= row["effect"] <= row["high"]
     assert row["prompts"] == 6
     assert len(trace.plot("MLP").data[0].z) == len(ROLES)
-    trace.save(tmp_path / "trace.safetensors")
-    loaded = CausalTrace.load(tmp_path / "trace.safetensors")
-    assert torch.equal(loaded.effects, trace.effects)
-    assert loaded.to_frame().equals(frame)
-    assert repr(loaded) == repr(trace)
 
 
 def test_the_total_effect_has_an_interval_over_prompts(llama):

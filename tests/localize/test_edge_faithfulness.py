@@ -23,7 +23,6 @@ from mechunlearn.components import (
     sources,
 )
 from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
-from mechunlearn.localize.circuits.curves import Faithfulness
 from mechunlearn.localize.replacement import mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots
@@ -267,15 +266,6 @@ def test_the_model_is_left_as_it_was(model):
         edge_faithfulness(model, tiny.prompts(model, n=2), circuit, random_circuits=0)
     with left_as_it_was(model), pytest.raises(RuntimeError, match="stop"):
         edge_faithfulness(model, tiny.prompts(model), circuit, metric=failing)
-
-
-def test_save_and_load_are_inverses(llama, tmp_path):
-    found = edge_faithfulness(llama, tiny.prompts(llama), random_circuit(llama, 0.5), random_circuits=0)
-    found.save(tmp_path / "curves.safetensors")
-    loaded = Faithfulness.load(tmp_path / "curves.safetensors")
-    assert loaded.circuits == found.circuits
-    assert loaded.to_frame().equals(found.to_frame())
-    assert "share of all edges" in str(found.plot().layout.xaxis.title.text)
 
 
 def test_bad_input(llama, unchecked):

@@ -254,17 +254,6 @@ def test_intervals_contain_the_value_and_narrow_with_prompts():
     assert not found.summary(seed=1).equals(found.summary(seed=2))
 
 
-def test_save_and_load_are_inverses(llama, tmp_path):
-    scores = attribution_patching(llama, tiny.prompts(llama))
-    found = faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.4], random_circuits=1)
-    found.save(tmp_path / "curves.safetensors")
-    loaded = Faithfulness.load(tmp_path / "curves.safetensors")
-    assert (loaded.names, loaded.circuits, loaded.metric) == (found.names, found.circuits, found.metric)
-    assert loaded.settings == found.settings
-    assert loaded.to_frame().equals(found.to_frame())
-    assert loaded.circuits[1].provenance["method"] == "attribution_patching"
-
-
 def test_the_plot_has_a_curve_for_each_and_repr_says_the_areas(llama):
     found = faithfulness(llama, tiny.prompts(llama), nested(llama, heads_and_mlps(shape(llama)))[::5])
     names = [trace.name for trace in found.plot().data if trace.name and not trace.name.startswith("without")]

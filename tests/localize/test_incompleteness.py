@@ -11,7 +11,7 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.components import Component, ComponentMask, EdgeMask, heads_and_mlps, layers
 from mechunlearn.components.edge import edges_where
-from mechunlearn.localize import Incompleteness, attribution_patching, edge_faithfulness, incompleteness
+from mechunlearn.localize import attribution_patching, edge_faithfulness, incompleteness
 from mechunlearn.localize.replacement import mean_over, resample, zero
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model import shape, slots
@@ -161,11 +161,6 @@ def test_tables_intervals_plots_and_files(llama, tmp_path):
         assert low < found.mean < high
         assert len(found.plot().data[1].x) == 6
         assert f"mean over 4 random knockouts {found.mean:.3g}" in repr(found)
-        found.save(tmp_path / "found.safetensors")
-        loaded = Incompleteness.load(tmp_path / "found.safetensors")
-        assert (loaded.circuit, loaded.knockouts) == (found.circuit, found.knockouts)
-        assert loaded.to_frame().equals(frame)
-        assert (repr(loaded), loaded.settings) == (repr(found), found.settings)
 
 
 def test_the_top_by_attribution_is_more_complete_than_random_ones_on_the_shipped_model(shipped):

@@ -10,7 +10,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.components import ComponentMask, neurons
-from mechunlearn.localize import SetEffects, activation_patching, faithfulness, set_patching
+from mechunlearn.localize import activation_patching, faithfulness, set_patching
 from mechunlearn.localize.replacement import gaussian, mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape
@@ -140,10 +140,6 @@ def test_effects_are_a_mapping_with_intervals_over_prompts(llama, tmp_path):
     assert frame.loc["neurons", "weights"] == 5 * 3 * 32
     assert len(found.plot().data[0].x) == len(SETS)
     assert "neurons (5 components): " in repr(found)
-    found.save(tmp_path / "effects.safetensors")
-    loaded = SetEffects.load(tmp_path / "effects.safetensors")
-    assert (loaded.sets, dict(loaded)) == (found.sets, dict(found))
-    assert (loaded.method, loaded.metric, loaded.settings) == ("set_patching", "logit_difference", found.settings)
 
 
 def test_a_difference_of_two_sets_is_paired_by_prompt(llama):

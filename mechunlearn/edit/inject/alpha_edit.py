@@ -12,7 +12,7 @@ from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.memit import spread
 from mechunlearn.edit.inject.solving import NullSpace, in_null_space, null_space, smallest_eigenvalues
 from mechunlearn.edit.inject.targets import Search, facts_written
-from mechunlearn.metrics import described
+from mechunlearn.identity import described
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.mlp_values import mlp_values
 from mechunlearn.tasks.prompts import Prompts

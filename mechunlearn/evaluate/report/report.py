@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechunlearn import files
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.grid.file import decoded, encoded
 from mechunlearn.evaluate.report import frames, page, words
 from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, tests_with_curves
 from mechunlearn.evaluate.report.tradeoffs import check_tests, damage_tests, forget_tests, pareto, sizes
 from mechunlearn.evaluate.results import Result, pooled
-from mechunlearn.files import read_json, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -123,12 +122,12 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file: all results, bit for bit, with provenance and a checksum."""
-        write_report(path, self.cells, self.weights, self.provenance)
+        files.save(self, path, text=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """What `save` wrote; ValueError if the file is of another kind, cut short or altered."""
-        return cls(*read_report(path))
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Bars of every test whose unit is a share, forget and retain side by side, with intervals and chance."""
@@ -193,21 +192,3 @@ def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> lis
     if unknown:
         raise ValueError(f"expected {what} of the report ({'; '.join(known)}), got {unknown}.")
     return list(known if given is None else dict.fromkeys(given))
-
-
-def write_report(
-    path: str | Path, cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]
-) -> None:
-    content = {
-        "cells": [encoded(cell) for cell in cells],
-        "rows": [{"row": row, "weights": count} for row, count in weights.items()],  # a list keeps its order
-        "provenance": dict(provenance),
-    }
-    write_json(path, "Report", content)
-
-
-def read_report(path: str | Path) -> tuple[tuple[Cell, ...], dict[str, int], dict[str, Any]]:
-    """Cells, weights and provenance."""
-    content = read_json(path, "Report")
-    weights = {each["row"]: each["weights"] for each in content["rows"]}
-    return tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"]
