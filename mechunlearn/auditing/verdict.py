@@ -14,8 +14,8 @@ from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, t
 from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.report.report import Report
-from mechunlearn.localize.controls import random_like
 from mechunlearn.identity import name_of
+from mechunlearn.localize.controls import random_like
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Editor, checked_edit

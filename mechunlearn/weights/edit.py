@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -123,7 +123,7 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write one file of safetensors with values, mask and provenance, and a checksum."""
-        files.save(replace(self, editor=None), path)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Edit":
