@@ -32,7 +32,7 @@ def run_on(
     interrupt, end everything; what has not begun is cancelled, and what is finished is kept.
     """
     # Tensors travel as bytes: sent as tensors, each would take a file handle on the way.
-    parcels = {id(place.edit): packed((grid.task, place.edit and replace(place.edit, editor=None))) for place in places}
+    parcels = {id(place.edit): packed((grid.task, place.edit)) for place in places}
     original = Loaded.by(load, grid.fingerprint)
     futures: dict[Future[Any], Place] = {}
     try:
