@@ -113,14 +113,15 @@ def with_options(**defaults: Any) -> Callable[[Callable[Given, Returned]], Calla
         shared = [_parameter(name, entry, defaults) for name, entry in table.items()]
         explicit = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
         complete = own.replace(parameters=[*explicit, *shared])
+        left_out = {parameter.name: parameter.default for parameter in shared}
 
         @wraps(function)
         def completed(*arguments: Given.args, **options: Given.kwargs) -> Returned:
             for name in options:
                 if name not in complete.parameters:
                     raise TypeError(_unknown(name, function, complete))
-            for parameter in shared:
-                options.setdefault(parameter.name, parameter.default)
+            for name, default in left_out.items():
+                options.setdefault(name, default)
             return function(*arguments, **options)
 
         vars(completed)["__signature__"] = complete

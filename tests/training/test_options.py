@@ -3,15 +3,27 @@
 import inspect
 import pickle
 from functools import partial
-from typing import get_args
+from typing import Unpack, get_args
 
 import pytest
 import tiny
+import torch
 
 import mechunlearn as mu
 from mechunlearn.edit import finetune, ft_l, learn_weight_mask, learn_weight_mask_in_place, lora
+from mechunlearn.evaluate.attacks.relearning import (
+    BenignOptions,
+    RelearnOptions,
+    RunsOptions,
+    relearn,
+    relearn_and_ask,
+    relearn_benign,
+    relearn_few,
+)
+from mechunlearn.evaluate.attacks.relearning_lora import LoraOptions, relearn_lora
+from mechunlearn.identity import digest
 from mechunlearn.training import fit
-from mechunlearn.training.options import RunOptions, TrainingOptions
+from mechunlearn.training.options import RunOptions, TrainingOptions, with_options
 
 EDITORS = {
     finetune: TrainingOptions,
@@ -20,13 +32,27 @@ EDITORS = {
     learn_weight_mask: TrainingOptions,
     learn_weight_mask_in_place: TrainingOptions,
 }
-named = pytest.mark.parametrize("function", EDITORS, ids=lambda function: function.__name__)
+ATTACKS = {
+    relearn: RelearnOptions,
+    relearn_few: RelearnOptions,
+    relearn_benign: BenignOptions,
+    relearn_and_ask: RunsOptions,
+    relearn_lora: LoraOptions,
+}
+TABLES = EDITORS | ATTACKS
+named = pytest.mark.parametrize("function", TABLES, ids=lambda function: function.__name__)
 DEPARTURES = {
     "finetune": {},
     "lora": {"learning_rate": 1e-2},
     "ft_l": {"steps": 25, "learning_rate": 5e-4, "clip": None},
     "learn_weight_mask": {"learning_rate": 1.0, "forget_coefficient": 0.3, "clip": None},
     "learn_weight_mask_in_place": {"learning_rate": 1.0, "forget_coefficient": 0.3, "clip": None},
+    "relearn": {},
+    "relearn_few": {"steps": 20},
+    "relearn_benign": {"steps": 50},
+    "relearn_and_ask": {},
+    "relearn_lora": {"learning_rates": (2e-4,), "steps": 20, "batch_size": 32, "text_coefficient": 1.0}
+    | {"text_batch_size": 16},
 }
 
 
@@ -37,9 +63,10 @@ def defaults(function):
 @named
 def test_a_signature_shows_every_option_with_its_type_and_default(function):
     parameters = inspect.signature(function).parameters
-    assert list(parameters)[:3] == ["model", "task", "mask"]
-    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in list(parameters.values())[3:])
-    table = EDITORS[function].__annotations__
+    given = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert given[:2] == ["model", "task"]
+    assert given[2:] == (["mask"] if function in EDITORS else ["questions"] * (function is relearn_and_ask))
+    table = TABLES[function].__annotations__
     assert [name for name in parameters if name in table] == list(table)
     for name, entry in table.items():
         assert parameters[name].annotation == get_args(entry)[0], name
@@ -47,7 +74,7 @@ def test_a_signature_shows_every_option_with_its_type_and_default(function):
         assert name == "optimizer" or parameters[name].default == expected, name
 
 
-@named
+@pytest.mark.parametrize("function", EDITORS, ids=lambda function: function.__name__)
 def test_the_defaults_shown_are_those_used(function, llama, monkeypatch):
     """Seen where they arrive: in the training loop, in the terms, and in the provenance."""
     arrived = {}
@@ -77,7 +104,7 @@ def test_the_defaults_shown_are_those_used(function, llama, monkeypatch):
 @named
 def test_help_has_a_sentence_for_every_option(function):
     told = " ".join(inspect.getdoc(function).split())
-    for name, entry in EDITORS[function].__annotations__.items():
+    for name, entry in TABLES[function].__annotations__.items():
         assert f"- `{name}` = " in told
         assert f": {entry.__metadata__[1]}" in told
         assert entry.__metadata__[1].endswith(".")
@@ -85,10 +112,22 @@ def test_help_has_a_sentence_for_every_option(function):
 
 @named
 def test_a_misspelt_option_is_an_error_that_names_the_nearest_before_any_work(function):
-    with pytest.raises(TypeError, match=f"{function.__name__} has no option learning_rat: did you mean learning_rate"):
-        function(None, None, None, learning_rat=1e-3)
-    with pytest.raises(TypeError, match=r"has no option zzz: its options are .*steps, learning_rate, .*every"):
+    with pytest.raises(TypeError, match=f"{function.__name__} has no option batchsize: did you mean batch_size?"):
+        function(None, None, None, batchsize=8)
+    with pytest.raises(TypeError, match=r"has no option zzz: its options are .*steps, .*batch_size"):
         partial(function, zzz=1)(None, None, None)
+
+
+def test_functions_with_other_defaults_are_told_apart():
+    """A grid goes on from its file only where its tests are the same."""
+
+    def attack(**options: Unpack[RunOptions]):
+        return options
+
+    slow, again, slower = (with_options(steps=steps)(attack) for steps in (10, 10, 20))
+    plain = with_options(steps=10, optimizer=torch.optim.SGD)(attack)
+    assert digest(slow) == digest(again)
+    assert len({digest(slow), digest(slower), digest(plain)}) == 3
 
 
 def test_an_editor_has_no_options_of_another():
