@@ -1,8 +1,7 @@
 """Change it there. Each editor: (model, task, mask) -> `Edit`; the model is left as it was."""
 
 from mechunlearn.edit.arithmetic import combined, dampened, learned_further, mean_ablated, scaled, task_vector, zeroed
-from mechunlearn.edit.bounded import ft_l
-from mechunlearn.edit.finetuning import finetune
+from mechunlearn.edit.finetuning import finetune, ft_l
 from mechunlearn.edit.inject.alpha_edit import alpha_edit
 from mechunlearn.edit.inject.facts import generated_prefixes
 from mechunlearn.edit.inject.keys import KeyCovariance, key_covariance

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechunlearn import files
 from mechunlearn.components import ComponentMask
 from mechunlearn.model import Model
+from mechunlearn.training.movers import collect_gradient
 from mechunlearn.weights import Edit, Entries, Values, select
 
 
@@ -147,13 +148,7 @@ class Numbers:
     @torch.no_grad()
     def collect(self) -> None:
         """d loss / d m = d loss / d (m * weight) * weight, added to `tensor.grad`; the parameter's own is cleared."""
-        parameter = self.entries.slot.parameter
-        if parameter.grad is None:
-            return
-        gradient = self.entries.read(parameter.grad).to(self.tensor.dtype).mul_(self.original)
-        gradient = gradient.sum_to_size(self.tensor.shape)
-        self.tensor.grad = gradient if self.tensor.grad is None else self.tensor.grad.add_(gradient)
-        parameter.grad = None
+        collect_gradient(self, lambda gradient: gradient.mul_(self.original).sum_to_size(self.tensor.shape))
 
     @torch.no_grad()
     def clamp(self) -> None:
