@@ -90,7 +90,7 @@ def name_of(function: Callable[..., object]) -> str:
 
 
 def described(function: Callable[..., object]) -> str:
-    """The function's name with the plain options bound to it by `functools.partial`: what tells two runs apart.
+    """The function's name with the plain options bound to it by `functools.partial`, to tell two runs apart.
 
     Functions of one name, such as lambdas, are not told apart, nor are tensors that are bound.
     """
@@ -101,11 +101,11 @@ def described(function: Callable[..., object]) -> str:
 
 
 def _option(value: object) -> str:
-    """Nothing for what cannot be shown in a few words."""
+    """The option in a few words; empty if it cannot be shown in them."""
     if value is None or isinstance(value, int | float | str | bool):
         return str(value)
     if isinstance(value, tuple | list):
-        return str(tuple(value)) if all(isinstance(each, int | float | str | bool) for each in value) else ""
+        return str(tuple(value)) if all(isinstance(item, int | float | str | bool) for item in value) else ""
     return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 

@@ -1,4 +1,4 @@
-"""What is selected: an immutable set of components of a model, and random sets of as many weights."""
+"""Masks: immutable sets of components of a model, and random masks that cover as many weights."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -86,7 +86,7 @@ class ComponentMask(Set[Component]):
         return len(self.components)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How it travels to another process: a read-only mapping cannot."""
+        """For pickling, as to another process: a read-only mapping cannot be pickled."""
         return ComponentMask, (self.components, self.shape, dict(self.provenance))
 
     def __eq__(self, other: object) -> bool:
@@ -160,7 +160,7 @@ def _matching(
     one_of_each = {member.kind: member for member in members}.values()
     target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
     chosen, cover, count = [], Cover(sizes), 0
-    for member in _drawn(members, mask if by_kind else (), sizes, generator):
+    for member in _random_order(members, mask if by_kind else (), sizes, generator):
         gain = cover.gain(member)
         if 0 < gain <= target - count:
             chosen.append(member)
@@ -175,15 +175,16 @@ def _matching(
 
 
 def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
+    """All components of the model that are of the mask's kinds."""
     kinds = {component.kind for component in mask}
     levels = (heads, mlps, layers, matrices, neurons)
     return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
 
 
-def _drawn(
+def _random_order(
     members: list[Component], mask: Iterable[Component], sizes: ModelShape, generator: Random
 ) -> list[Component]:
-    """In random order; first as many of each kind as the mask has, the largest kind first, then the rest."""
+    """Members in random order: first as many of each kind as the mask has, the largest kind first, then the rest."""
     shuffled = generator.sample(members, len(members))
     left = Counter(component.kind for component in mask)
     first, rest = [], []

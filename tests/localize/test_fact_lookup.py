@@ -19,8 +19,7 @@ from mechunlearn.localize import (
     path_patching,
     probes,
 )
-from mechunlearn.localize.readings.fact_lookup import PAPER_LAYERS, PAPER_SHAPES
-from mechunlearn.localize.readings.thresholds import read_off
+from mechunlearn.localize.readings.fact_lookup import PAPER_LAYERS, PAPER_SHAPES, read_off
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model.running import constant, mean_activations
 from mechunlearn.tasks.positions import subject_last
