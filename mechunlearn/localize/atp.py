@@ -43,21 +43,19 @@ def atp_star(
     With x the run that is patched and x' the run that the patch is from (see `attribution_patching`), the
     effect of a component is estimated as I = sum over positions of (a(x') - a(x)) * d metric / d a(x), but
 
-    - `qk_fix`, for `W_Q` and `W_K`: the change of the attention pattern A is computed exactly,
+    - `qk_fix`, for `W_Q` and `W_K` (`components=matrices`): the model's own attention gives the exact change of the
+      pattern A,
 
           query:                 I = sum (A(q') - A(q)) * d metric / d A
           key, each position t:  I = sum over t of sum (A with column t of the scores from k' - A) * d metric / d A
 
-      by the model's own attention (rotary, soft caps, windows, QK norms). A KV head that several query heads
-      share has one score, the sum over them. A head as a whole is, as in `attribution_patching`, its output z;
-      `L5H3.W_Q` and `L5H3.W_K` (`components=matrices`) score its query and its key.
+      A KV head that several query heads share has one score, the sum over them. A head as a whole is its output z.
     - `grad_drop`: with I_l the estimate when no gradient flows through what layer l adds to the residual stream,
 
           score = mean over prompts of 1 / (n_layers - 1) * sum over l of |I_l|
 
-      which is **never negative**: a size without a direction. A component's own layer contributes nothing to the
-      sum. Without `grad_drop` the score is the mean of I, with its sign
-      ("noising": a component that the answer needs scores negative); `mean_absolute` gives the mean of |I|.
+      which is **never negative**. A component's own layer contributes nothing to the sum. Without `grad_drop` the
+      score is the mean of I, with its sign ("noising": a component that the answer needs scores negative).
 
     Unit: the metric's. Cost: 2F + 1B; the QK fix adds each layer's attention alone twice (in the layers with `W_Q` or
     `W_K`), GradDrop about n_layers / 2 backwards, since each starts at the dropped layer. (The paper counts

@@ -45,9 +45,8 @@ def edge_attribution_patching(
 ) -> EdgeScores:
     r"""A first-order estimate of patching every edge of the model, each alone.
 
-    An edge is patched when one destination v reads what source u adds in the run x', and everything else reads what
-    it adds in the run x. With a_u what u adds to the residual stream and r_v the copy of it that v reads (before v's
-    norm),
+    An edge is patched when destination v alone reads what source u adds in the run x' instead of x. With a_u what u
+    adds to the residual stream and r_v the copy of the stream that v reads (before v's norm),
 
         score(u -> v) = mean over prompts of the sum over positions and d of
                         (a_u(x') - a_u(x)) * d metric / d r_v at x
@@ -58,12 +57,11 @@ def edge_attribution_patching(
     - `"denoising"`: x is corrupt, x' clean. An edge that carries the answer scores *positive*.
 
     A source's scores sum over its destinations to its `attribution_patching` (`EdgeScores.nodes()`). In Gemma 2 a norm
-    follows attention, whose scale depends on all heads of the layer. There a_u is taken with each run's own scale, so
-    that heads sum to what their layer adds, and the sum holds for MLPs and attention layers; a head's
-    `attribution_patching` moves the scale too, and differs.
+    follows attention. There a_u has each run's own scale, so that heads sum to what their layer adds, and the sum holds
+    for MLPs and attention layers; a head's `attribution_patching`, which moves the scale too, differs.
 
-    - `edges`: all (default), or those wanted, at the same cost. Keys and values are destinations per KV head. Output
-      biases belong to no source.
+    - `edges`: all (default), or some at the same cost. Keys and values are destinations per KV head; output biases
+      belong to no source.
     - `batch_size`: by default as many prompts as need about 65 MB (2 of 20 tokens in GPT-2 small); a GPU wants more.
     - `per_prompt=False` leaves out each prompt's scores, and with them intervals.
 
@@ -72,7 +70,7 @@ def edge_attribution_patching(
 
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts, for an edge that the
     model does not have (in parallel blocks: from a head to its own layer's MLP), and for a model that is not
-    the sum of its factors.
+    the sum of its parts.
     """
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:

@@ -119,7 +119,7 @@ def gradients(
 
 
 def graph_start() -> Hook:
-    """A hook that makes autograd record from the first layer on: weights are frozen, so its input has to."""
+    """A hook that makes the first layer's input require a gradient: weights are frozen, so the graph starts there."""
 
     def require(residual: Tensor, hook: object) -> Tensor:
         return residual.detach().clone().requires_grad_(True)

@@ -54,8 +54,8 @@ def causal_tracing(
     `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
     l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone changes little.
 
-    The trace plots the classic heat map (tokens by their role) and gives intervals over prompts. `trace.scores("MLP")`
-    are component scores for `.top()`; windows overlap, so a layer's score is that of its neighbourhood.
+    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so a layer's score is that of its
+    neighbourhood.
 
     Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
     restored layer (all windows that start in layer 0 share one run of their layers). Tokens before the subject have

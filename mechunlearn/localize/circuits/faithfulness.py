@@ -1,7 +1,7 @@
 """Faithfulness: does a circuit of components, or of edges, alone do what the model does?"""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -26,6 +26,7 @@ from mechunlearn.localize.circuits.curves import (
     Circuit,
     CurveSource,
     Faithfulness,
+    Ranking,
     Size,
     check_sizes,
     measured_faithfulness,
@@ -72,23 +73,21 @@ def faithfulness(
 
         faithfulness of C = (m(C) - m(nothing)) / (m(model) - m(nothing))
 
-    m(C) is the mean over prompts of the metric when every component outside C is replaced at once (the embedding and
-    the norms stay). CPR is the area under the curve over size, CMD the area between it and 1 (0 is best); `left` is the
-    same number for the model *without* C (0 is best: C is complete).
+    m(C) is the mean metric when every component outside C is replaced at once (not the embedding and the norms). CPR is
+    the area under the curve over size, CMD the area between it and 1 (0 is best); `left` is the faithfulness of the
+    model *without* C (0: C is complete).
 
     - `circuits`: scores, or a circuit, or nested ones, or a dict of such; all share one corrupted run.
     - `sizes`: the shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`, at which
-      rankings of scores are cut. The circuit is the longest start of the ranking that is not larger, and is drawn at
-      its real size. Sizes 0 and 1 are always there and cost nothing.
+      rankings are cut to the longest start that is not larger. Sizes 0 and 1 are always there and cost nothing.
     - `by` ranks scores as in `ComponentScores.top`. MIB ranks by the signed score for CPR (`torch.neg` for noising
       scores, where needed components are negative) and by its size for CMD.
     - `components`: what is replaced outside the circuit: by default the components scored, or heads and MLPs.
     - `replacement`: `resample` (the corrupted run), `zero` or `mean_over(reference)`.
     - `random_circuits`: the number of random rankings, cut at the same sizes and named "random 0", ...
 
-    Cost: 2F, and for each different circuit twice the part of F from the lowest replaced layer on. ValueError for sizes
-    out of range, circuits or scores of other components, no corrupted prompts where the replacement needs them, and
-    where replacing everything changes nothing (faithfulness is undefined).
+    Cost: 2F, and for each different circuit twice the part of F from the lowest replaced layer on. ValueError for
+    circuits or scores of other components, missing corrupted prompts, and where replacing everything changes nothing.
 
     Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Wang et al. 2022, https://arxiv.org/abs/2211.00593;
     that the numbers depend on what replaces: Miller et al. 2024, https://arxiv.org/abs/2407.08734.
@@ -117,23 +116,29 @@ def replaced_components(
     if components is None:
         components = scored[0].components if scored else heads_and_mlps
     level = tuple(dict.fromkeys(chosen_components(components, sizes)))
+    for name, circuit in _members_of_curves(curves, sizes):
+        if isinstance(circuit, EdgeMask | EdgeScores):
+            raise ValueError(f"expected components, got edges in {name!r}: use edge_faithfulness.")
+        other = set(circuit) ^ set(level) if isinstance(circuit, ComponentScores) else set(circuit) - set(level)
+        if other:
+            raise ValueError(
+                f"expected circuits and scores of the {len(level)} components that are replaced, got {name!r}, which "
+                f"differs in {', '.join(map(str, sorted(other)[:5]))}: pass components=... (such as "
+                f"components.layers), or score the same components."
+            )
+    return level
+
+
+def _members_of_curves(curves: Mapping[str, CurveSource], sizes: ModelShape) -> Iterator[tuple[str, Circuit | Ranking]]:
+    """Every ranking and circuit with its curve's name; ValueError for one of another model."""
     for name, source in curves.items():
-        for circuit in [source] if isinstance(source, Mapping) else source:
-            if isinstance(circuit, EdgeMask | EdgeScores):
-                raise ValueError(f"expected components, got edges in {name!r}: use edge_faithfulness.")
+        for circuit in [source] if isinstance(source, ComponentScores | EdgeScores) else source:
             if circuit.shape != sizes:
                 raise ValueError(
                     f"expected circuits of this model ({sizes}), got {name!r} of another one ({circuit.shape}): "
                     f"localize on the model that you test."
                 )
-            other = set(circuit) ^ set(level) if isinstance(circuit, ComponentScores) else set(circuit) - set(level)
-            if other:
-                raise ValueError(
-                    f"expected circuits and scores of the {len(level)} components that are replaced, got {name!r}, "
-                    f"which differs in {', '.join(map(str, sorted(other)[:5]))}: pass components=... (such as "
-                    f"components.layers), or score the same components."
-                )
-    return level
+            yield name, circuit
 
 
 def _cut(source: CurveSource, sizes: Sequence[float], size: Size, by: Callable[[Tensor], Tensor]) -> Iterable[Circuit]:
@@ -214,22 +219,16 @@ def replaced_edges(model: Model, curves: Mapping[str, CurveSource]) -> Bool[Tens
     sizes, existing = shape(model), edges_of(model)
     scored = [source.scored for source in curves.values() if isinstance(source, EdgeScores)]
     level = scored[0] if scored else existing
-    for name, source in curves.items():
-        for circuit in [source] if isinstance(source, Mapping) else source:
-            if isinstance(circuit, ComponentMask | ComponentScores):
-                raise ValueError(f"expected edges, got components in {name!r}: use faithfulness.")
-            if circuit.shape != sizes:
-                raise ValueError(
-                    f"expected circuits of this model ({sizes}), got {name!r} of another one ({circuit.shape}): "
-                    f"localize on the model that you test."
-                )
-            other = circuit.scored ^ level if isinstance(circuit, EdgeScores) else circuit.tensor & ~level
-            if bool((other | (level & ~existing)).any()):
-                raise ValueError(
-                    f"expected circuits and scores of the same {int((level & existing).sum())} edges of this model, "
-                    f"got {name!r}, which differs in {int(other.sum())} of them or has edges that parallel blocks "
-                    f"lack: score the same edges of this model."
-                )
+    for name, circuit in _members_of_curves(curves, sizes):
+        if isinstance(circuit, ComponentMask | ComponentScores):
+            raise ValueError(f"expected edges, got components in {name!r}: use faithfulness.")
+        other = circuit.scored ^ level if isinstance(circuit, EdgeScores) else circuit.tensor & ~level
+        if bool((other | (level & ~existing)).any()):
+            raise ValueError(
+                f"expected circuits and scores of the same {int((level & existing).sum())} edges of this model, got "
+                f"{name!r}, which differs in {int(other.sum())} of them or has edges that parallel blocks lack: score "
+                f"the same edges of this model."
+            )
     return level
 
 

@@ -73,7 +73,7 @@ def fact_lookup_by_probes(
     overruling = None if layers is None else _checked_layers(layers, sizes)
     options: dict[str, Any] = {"at": at, "seeds": seeds, "folds": folds, "penalty": penalty, "batch_size": batch_size}
     result = probes(model, prompts, labels, **options)
-    by_thresholds, near = read_off(result, rise, selectivity, saturation)
+    by_thresholds, near = layers_by_thresholds(result, rise, selectivity, saturation)
     from_curves = by_thresholds.pop("layers")
     chosen = from_curves if overruling is None else overruling
     selectivities = Curve(result.points, result.correct - result.control, "accuracy minus control")
@@ -258,7 +258,7 @@ def _borderline_in_words(values_by_threshold: Mapping[str, Mapping[str, float]])
     return "; ".join(shown) or "none"
 
 
-def read_off(
+def layers_by_thresholds(
     result: ProbeResult, rise: float, selectivity: float, saturation: float
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """The layers from where both thresholds are passed to where accuracy saturates, and what is near a threshold.

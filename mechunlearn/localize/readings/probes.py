@@ -44,11 +44,10 @@ def probes(
     - `at`: the token, `subject_last` (default), `answer`, or a function from prompts to a mask with one token a row.
     - `hooks`: forward hooks that the model runs with, such as ablations.
 
-    The control task (Hewitt & Liang give each word type a random label) has a random label for each *last token of a
-    subject*, such as a surname's ending. `control` is the accuracy on held-out facts in the same splits: where tokens
-    recur, it exceeds chance by as much as a probe gains from telling tokens apart, and `selectivity` = accuracy -
-    control. (A label per fact would be at chance by construction, since each fact is held out.) Its accuracy on the
-    fitted facts, `control_fitted`, is the capacity to memorise.
+    The control task has a random label for each *last token of a subject*, such as a surname's ending (a label per fact
+    would be at chance, since each fact is held out). Where tokens recur, its accuracy on held-out facts, `control`,
+    exceeds chance by what a probe gains from telling tokens apart; `selectivity` is accuracy - control. Its accuracy on
+    the fitted facts, `control_fitted`, is the capacity to memorise.
 
     A probe finds what can be read off, not what the model uses. A gain from one layer to the next is due to attention
     and MLP together, so there are no component scores.
