@@ -34,8 +34,8 @@ def heat_map(values: Mapping[Component, float], *, title: str = "", unit: str = 
 
 def signed_heat_map(
     values: Sequence[Sequence[float | None]],
-    x: Sequence[str | int],
-    y: Sequence[str],
+    x: Sequence[Any],
+    y: Sequence[Any],
     *,
     limit: float,
     unit: str,
