@@ -1,4 +1,4 @@
-"""What is selected: an immutable set of components of a model."""
+"""Masks: immutable sets of components of a model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class ComponentMask(Set[Component]):
         return len(self.components)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How it travels to another process: a read-only mapping cannot."""
+        """For pickling, as to another process: a read-only mapping cannot be pickled."""
         return ComponentMask, (self.components, self.shape, dict(self.provenance))
 
     def __eq__(self, other: object) -> bool:

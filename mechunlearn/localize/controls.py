@@ -1,4 +1,4 @@
-"""Random localizations, all MLPs and everything: the controls beside every claim."""
+"""Controls for a localization: random scores, random masks of equal size, all MLPs, and everything."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -45,16 +45,16 @@ def random_like(
     *,
     pool: Components | None = None,
 ) -> ComponentMask:
-    """A random mask that covers as many weights as `mask`: the control beside it.
+    """A random mask that covers as many weights as `mask`: its control.
 
     Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and
     all heads of the model, so that the control differs in place only. Some of the mask's own components may
     be among them (`provenance["shared"]` counts them), but never all: use several seeds, or pass a pool
     without them. With `pool`, components are drawn from it alone, of whatever kind.
 
-    Components that would exceed the count are passed over, so the realised count is at most that of the
-    mask and less than one smallest component of the pool below it. Where query heads share KV heads, which
-    count once, the number of heads may differ by that. ValueError if the pool cannot cover so many weights
+    Components that would exceed the count are passed over, so the control has at most as many weights as the mask,
+    and falls short by less than one smallest component of the pool. Where query heads share KV heads, which count
+    once, the number of heads may differ. ValueError if the pool cannot cover so many weights
     or holds nothing but the mask.
     """
     sizes = shape(model)

@@ -121,11 +121,11 @@ def test_every_sources_edges_to_the_logits_of_a_post_norm_model_sum_to_the_whole
     """What heads add in Gemma 2 sums to what their layer adds: patched jointly, here in the final norm's input."""
     model = tiny.bridge("gemma2")
     prompts = tiny.prompts(model, n=2)
-    from mechunlearn.localize.edge_attribution import written as sources_of
+    from mechunlearn.localize.edge_attribution import outputs_of_sources
     from mechunlearn.model.edges import contributions
 
     with preserved(model), torch.no_grad():
-        mine, its = sources_of(model, prompts), sources_of(model, prompts.corrupted())
+        mine, its = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
         change = contributions(model, its.minus(mine, prompts.attention_mask)).sum(0)
         found = effect(model, prompts, change, "logits", logit_difference)
         expected = logit_difference(prompts.corrupted().logits(model), prompts) - logit_difference(
