@@ -99,7 +99,7 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
-        return _function(inspect.unwrap(value, stop=lambda f: hasattr(f, "__signature__")))  # it holds defaults
+        return _function(inspect.unwrap(value, stop=lambda f: "__signature__" in vars(f)))  # it holds defaults
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_varnames, value.co_consts]
     if is_dataclass(value) and not isinstance(value, type):
