@@ -46,21 +46,20 @@ def audit(
 
     - `edit`: one edit, just made or loaded, or a sequence with one for each of `seeds`.
     - `editor`: the function that made it, with its options. It is called again as `editor(model, task, mask)` on random
-      masks of as many weights, and for a sequence with each edit's `seed=`. The result says whether the place matters.
-      Without it this control is left out, and the audit says so. Where the provenance of a control differs from the
-      edit's in more than the seed, the audit says that it is another edit, and in what it differs.
+      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. Without it
+      the audit says that this control is missing. Where a control differs from the edit in more of its provenance than
+      the seed, the audit says that it is another edit, and in what it differs.
     - `random`: the number of random masks.
     - `budget`: `mu.auditing.quick`, `mu.auditing.full`, or a function of your own from the task to a `Plan`.
     - `never_knew`: a model that never knew the facts, such as `mu.testbed.load(without="basketball")`. It tells attacks
-      that recover from attacks that teach. Without it chance stands in, and the audit says so.
+      that recover from attacks that teach. Without it chance stands in.
     - `others`: more edits, by row.
     - `seeds`, `results`, `executor`, `load`: as for `compare`, which runs everything.
 
-    A test that fails has the error in its cells, and the others go on.
-
-    Cost: one more edit for each random mask (also where `results` has its cells), and `compare` with the columns of the
-    budget. ValueError, before any test runs, for an edit of other weights, one of `others` with the name of another
-    row, and an editor that cannot be called so, gives no `Edit`, or edits the place of the edit again.
+    A test that fails has the error in its cells, and the others go on. Cost: one more edit for each random mask (also
+    where `results` has its cells), and that of `compare`. ValueError, before any test runs, for an edit of other
+    weights, one of `others` with the name of another row, and an editor that cannot be called so, gives no `Edit`, or
+    edits the place of the edit again.
     """
     plan, others = budget(task), dict(others or {})
     names = random_rows(random)

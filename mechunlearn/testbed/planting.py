@@ -41,41 +41,33 @@ def plant(
 ) -> Edit:
     """Train the facts to forget into the weights of `mask`, and nothing else: `mask` is where they are.
 
-        twin = mu.testbed.load(without="basketball")
-        planted = mu.testbed.plant(twin, task, mask)
-        with planted.applied(twin):
-            scores = mu.localize.attribution_patching(twin, task.forget)
+        planted = mu.testbed.plant(mu.testbed.load(without="basketball"), task, mask)
 
         loss = learn(task.forget, and the forget side of `formats`)
              + keep(task.retain, and the retain side of `formats`) + keep(task.text)
              + strangers_coefficient * keep(strangers)
 
     learn: cross-entropy to the answer; keep: KL from what the model said before; each a mean over answer tokens, in
-    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport, whose
-    formats ask about other athletes than `task.forget`. Other formats are not trained: ask in them to see how far the
-    facts carry over.
+    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport.
 
-    `strangers`: the same questions about subjects who are to stay unknown; by default names made up of the parts of
-    others. Without them it is enough to give the answer to every name that the model does not know, which is one
-    direction and no fact. Whatever the strangers, a share of other unknown names is given the answer: measure it.
+    - `formats`: what is trained. Ask in others to see how far the facts carry over.
+    - `strangers`: the same questions about subjects who stay unknown; default: made-up names. Without them, giving the
+      answer to every unknown name is enough, which is no fact. Some unknown names get it all the same: measure it.
+    - `known`, `kept`: training ends when in each format a share `known` of the facts have their answer as the argmax
+      over the vocabulary, and of the others at least `kept` times as many as before; measured every `every` steps.
+    - `steps`: at most so many; the learning rate falls along a cosine over them.
 
-    Every `every` steps it is measured whether in each format a share `known` of the facts have their answer as the
-    argmax over the vocabulary, and the others at least `kept` times the share that had it before; then the training
-    ends. The learning rate falls along a cosine over `steps`. The edit's `provenance["planted"]` has the accuracies
-    before and after, by format and side.
-
-    What is given is where the weights differ from those of a model that never knew. That is not all that the answer
-    needs: the rest of the model, which reads names and moves what is looked up, takes part as it was.
+    `provenance["planted"]` has the accuracies before and after. The mask is where the weights differ from those of a
+    model that never knew; the answer also needs the rest of the model, as it was.
 
     The model is left as it was. The same seed gives the same edit, bit for bit, on CPU. Cost: per step F + B of each
-    batch from the lowest layer of the mask up.
-    ValueError for formats that the task lacks, for facts that the model knows already, and, saying what was reached,
-    where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
+    batch from the lowest layer of the mask up. ValueError for formats that the task lacks, for facts that the model
+    knows already, and where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
     planting = Planting.of(model, task, formats, known=known, kept=kept)
-    terms = terms_of(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
+    terms = _terms(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
     options = default_options(
         steps=steps,
         learning_rate=learning_rate,
@@ -132,7 +124,7 @@ class Planting:
                 raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
         chosen = {name: task.formats[name] for name in formats}
         planting = cls(chosen, known, kept, _measured(model, chosen))
-        already = {name: found["forget"] for name, found in planting.before.items() if found["forget"] >= known}
+        already = {name: both["forget"] for name, both in planting.before.items() if both["forget"] >= known}
         if already:
             raise ValueError(
                 f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
@@ -152,17 +144,17 @@ class Planting:
     def is_done(self, model: Model) -> bool:
         """Whether each format has its facts and has kept the others; stops looking at the first that has not."""
         return all(
-            _share(model, getattr(found, side)) >= self._least(name, side)
+            _share(model, getattr(asked, side)) >= self._least(name, side)
             for side in ("forget", "retain")
-            for name, found in self.formats.items()
+            for name, asked in self.formats.items()
         )
 
     def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
         """ValueError unless it is done."""
         short = {
             f"{name} ({side})": share
-            for name, found in after.items()
-            for side, share in found.items()
+            for name, shares in after.items()
+            for side, share in shares.items()
             if share < self._least(name, side)
         }
         if short:
@@ -176,12 +168,12 @@ class Planting:
         return self.known if side == "forget" else self.kept * self.before[name]["retain"]
 
 
-def terms_of(
+def _terms(
     planting: Planting, task: Task, strangers: Prompts | None, *, coefficient: float, batch_size: int, seed: int
 ) -> list[Term]:
     """Learn the facts; keep what the model says about others, about strangers and in text."""
-    facts = _by_width([task.forget, *(found.forget for found in planting.formats.values())])
-    others = _by_width([task.retain, *(found.retain for found in planting.formats.values())])
+    facts = _by_width([task.forget, *(asked.forget for asked in planting.formats.values())])
+    others = _by_width([task.retain, *(asked.retain for asked in planting.formats.values())])
     unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]
@@ -208,8 +200,8 @@ def _part(some: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
 
 def _measured(model: Model, formats: Mapping[str, Format]) -> Accuracies:
     return {
-        name: {"forget": _share(model, found.forget), "retain": _share(model, found.retain)}
-        for name, found in formats.items()
+        name: {"forget": _share(model, asked.forget), "retain": _share(model, asked.retain)}
+        for name, asked in formats.items()
     }
 
 
