@@ -193,14 +193,10 @@ class Trials:
 
     @classmethod
     def of(cls, model: Model, task: Task, edit: Editor, score: Score, folder: str | Path | None) -> "Trials":
-        common = {
-            "model": fingerprint(model),
-            "task": digest(task),
-            "edit": identified(edit),
-            "score": identified(score),
-        }
         if folder is None:
-            return cls(model, task, edit, score, None, common)
+            return cls(model, task, edit, score, None, {})
+        common = {"model": fingerprint(model), "task": _asked(task)}
+        common |= {"edit": identified(edit), "score": identified(score)}
         Path(folder).mkdir(parents=True, exist_ok=True)
         return cls(model, task, edit, score, Path(folder), common)
 
@@ -216,7 +212,7 @@ class Trials:
         """The edit with these options on another task; from the folder if it was made before."""
         if self.folder is None:
             return self._edited(task, mask, options)
-        key = key_of({**self.identity(mask, options), "task": digest(task)})
+        key = key_of({**self.identity(mask, options), "task": _asked(task)})
         path = self.folder / f"edit-{key}.safetensors"
         if not path.exists():
             self._edited(task, mask, options).save(path)
@@ -256,3 +252,8 @@ class Trials:
             return None
         content = files.read(path, "Trial")
         return content["score"], content["failure"]
+
+
+def _asked(task: Task) -> str:
+    """A digest of what the task trains on and asks, whatever it is called and however it was split."""
+    return digest(replace(task, name="", splits={}))

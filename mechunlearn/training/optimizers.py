@@ -58,13 +58,11 @@ class Steering:
             for mover in group:
                 mover.publish()
 
-    def state(self) -> dict[str, Any]:
-        """What the optimizers keep from step to step, such as moments."""
-        return {str(place): optimizer.state_dict()["state"] for place, optimizer in enumerate(self.optimizers)}
+    def state(self) -> list[dict[int, Any]]:
+        """What each optimizer remembers of its parameters, by their number."""
+        return [optimizer.state_dict()["state"] for optimizer in self.optimizers]
 
-    def load(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give the optimizers what `state` has given."""
-        for place, optimizer in enumerate(self.optimizers):
-            state = optimizer.state_dict()
-            state["state"] = {int(key): value for key, value in states[str(place)].items()}
-            optimizer.load_state_dict(state)
+    def load(self, states: Sequence[Mapping[int, Any]]) -> None:
+        """Give each optimizer what `state` said that it remembers."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
