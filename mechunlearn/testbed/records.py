@@ -25,7 +25,7 @@ def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, 
     """
     rows = list(enumerate(facts.knowledge_rows()))
     random.Random(f"records {seed}").shuffle(rows)
-    one_each: dict[str, tuple[int, facts.Row]] = {}
+    one_each: dict[str, tuple[int, facts.FactRow]] = {}
     for case, fact in rows:
         one_each.setdefault(fact["subject"], (case, fact))
     records, questions = [], []
@@ -44,7 +44,7 @@ def _answers(relation: str) -> dict[str, str]:
     return {row["subject"]: row["answer"] for row in facts.knowledge_rows() if row["relation"] == relation}
 
 
-def _record(case: int, fact: facts.Row, injected: str, neighbours: Sequence[str]) -> dict[str, Any]:
+def _record(case: int, fact: facts.FactRow, injected: str, neighbours: Sequence[str]) -> dict[str, Any]:
     first, *others = (text.removesuffix(" {answer}") for text in facts.relations()[fact["relation"]]["statements"])
     return {
         "case_id": case,
@@ -60,6 +60,6 @@ def _record(case: int, fact: facts.Row, injected: str, neighbours: Sequence[str]
     }
 
 
-def _question(case: int, fact: facts.Row, wrong: Sequence[str]) -> dict[str, Any]:
+def _question(case: int, fact: facts.FactRow, wrong: Sequence[str]) -> dict[str, Any]:
     asked = facts.relations()[fact["relation"]]["question"].format(subject=fact["subject"])
     return {"case_id": case, "question": asked, "target_true": fact["answer"], "targets_false": list(wrong)}
