@@ -1,13 +1,13 @@
 """Attack: find the direction that the edit added to the residual stream, and project it out."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.evaluate.asking import Original
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, candidate_probability
@@ -35,7 +35,7 @@ def direction_ablation(
     model: Model,
     task: Task,
     *,
-    original: Callable[[], AbstractContextManager[Model]] | None = None,
+    original: Original | None = None,
     direction: Direction = mean_difference,
     outliers: float = 3.0,
     format: str | None = None,
@@ -88,7 +88,7 @@ def _ablations(found: Float[Tensor, "place d_model"]) -> Iterator[tuple[str, Flo
 def _directions(
     model: Model,
     prompts: Prompts,
-    original: Callable[[], AbstractContextManager[Model]],
+    original: Original,
     direction: Direction,
     outliers: float,
 ) -> Float[Tensor, "place d_model"]:

@@ -2,17 +2,17 @@
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
-from mechunlearn.evaluate.asking import Test
+from mechunlearn.evaluate.asking import Original, Test
 from mechunlearn.evaluate.results import Result
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.guard import Snapshot
@@ -32,10 +32,6 @@ class Cell:
     error: str = ""
     """Kind and message of what the test raised."""
     seconds: float = 0.0
-
-
-Original: TypeAlias = Callable[[], AbstractContextManager[Model]]
-"""`with original() as model:` is the model with its original weights, and after it the tested one again."""
 
 
 def tested(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
