@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.grid.file import decoded, encoded
-from mechunlearn.evaluate.report import frames, page, words
+from mechunlearn.evaluate.report import frames, page, text
 from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, tests_with_curves
 from mechunlearn.evaluate.report.tradeoffs import check_tests, damage_tests, forget_tests, pareto, sizes
 from mechunlearn.evaluate.results import Result, pooled
@@ -36,11 +36,11 @@ class Report:
     @property
     def results(self) -> dict[str, dict[str, Result]]:
         """Row -> column -> result, pooled over seeds; a test that failed with every seed has none."""
-        found: dict[str, dict[str, list[Result]]] = {row: {} for row in self.weights}
+        results: dict[str, dict[str, list[Result]]] = {row: {} for row in self.weights}
         for cell in self.cells:
             if cell.result is not None:
-                found[cell.row].setdefault(cell.test, []).append(cell.result)
-        return {row: {test: pooled(each) for test, each in tests.items()} for row, tests in found.items()}
+                results[cell.row].setdefault(cell.test, []).append(cell.result)
+        return {row: {test: pooled(by_seed) for test, by_seed in tests.items()} for row, tests in results.items()}
 
     @property
     def table(self) -> "DataFrame":
@@ -69,8 +69,7 @@ class Report:
         return frame.loc[failed, ["row", "test", "seed", "error"]].reset_index(drop=True)
 
     def to_frame(self) -> "DataFrame":
-        """One line per row, test and seed: value, low, high, chance, n, sense, unit, the value of the control, error,
-        seconds."""
+        """One line per row, test and seed: value, low, high, chance, n, sense, unit, control, error, seconds."""
         return frames.cell_frame(self.cells)
 
     def per_example(self) -> "DataFrame":
@@ -102,11 +101,11 @@ class Report:
     def to_markdown(self, *, intervals: bool = False) -> str:
         """The table with chance as its last row, or of more than 12 tests with a line for each; below it what the
         numbers mean and what failed why."""
-        return words.markdown(self.cells, self.weights, intervals=intervals)
+        return text.markdown(self.cells, self.weights, intervals=intervals)
 
     def to_latex(self, *, intervals: bool = False) -> str:
         """The table for LaTeX with the package booktabs; what the numbers mean and what failed is in comments."""
-        return words.latex(self.cells, self.weights, intervals=intervals)
+        return text.latex(self.cells, self.weights, intervals=intervals)
 
     def to_html(
         self,
@@ -127,7 +126,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """What `save` wrote; ValueError if the file is of another kind, cut short or altered."""
+        """The report that `save` wrote; ValueError if the file is of another kind, cut short or altered."""
         return cls(*read_report(path))
 
     def plot(self) -> "Figure":
@@ -135,15 +134,15 @@ class Report:
         return bars(self.cells, groups_of_shares(self.cells), title="Share by test")
 
     def plot_curves(self, tests: Sequence[str] | None = None) -> "Figure":
-        """What attacks reach over their budget: a panel per test that has a curve, a line per row."""
+        """Attacks over their budget: a panel per test that has a curve, a line per row."""
         return self._lines(tests, layers=False, title="Attacks over their budget")
 
     def plot_layers(self, tests: Sequence[str] | None = None) -> "Figure":
-        """What probes and lenses read at each layer: a panel per test that has such a curve, a line per row."""
+        """Probes and lenses over layers: a panel per test that has such a curve, a line per row."""
         return self._lines(tests, layers=True, title="By layer")
 
     def plot_sizes(self, *, forgetting: Sequence[str] | None = None, damage: Sequence[str] | None = None) -> "Figure":
-        """What is left of the knowledge and of general ability over the number of edited weights.
+        """The knowledge left and the damage done, over the number of edited weights.
 
         `forgetting`, `damage`: as for `plot_pareto`.
         """
@@ -152,11 +151,11 @@ class Report:
         return sizes(self.cells, self.weights, *chosen, title="Size of the edit")
 
     def plot_pareto(self, *, forgetting: Sequence[str] | None = None, damage: str | None = None) -> "Figure":
-        """What is left of the knowledge against damage, and the rows that no other beats in both.
+        """The knowledge left against the damage done, and the rows that no other beats in both.
 
-        `forgetting`: tests whose mean is what is left; default: every "forget, X" that has a "retain, X". `damage`: a
-        test whose change from the row "original" is the damage (of a share its drop, else its rise); default: "text
-        loss", else "other knowledge". ValueError where the report has no such test or no row "original".
+        `forgetting`: the tests whose mean is the knowledge left; default: every "forget, X" that has a "retain, X".
+        `damage`: the test whose change from the row "original" is the damage (the drop of a share, the rise of anything
+        else); default: "text loss", else "other knowledge". ValueError without such a test or the row "original".
         """
         chosen, price = self._forgetting(forgetting), self._damage(None if damage is None else [damage])[:1]
         check_tests(self.cells, chosen, "forgetting")
@@ -188,11 +187,11 @@ class Report:
         return page.table(self.cells, self.weights)
 
 
-def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
-    unknown = [name for name in given or () if name not in known]
+def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
+    unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"expected {what} of the report ({'; '.join(known)}), got {unknown}.")
-    return list(known if given is None else dict.fromkeys(given))
+    return list(known if names is None else dict.fromkeys(names))
 
 
 def write_report(
@@ -209,5 +208,5 @@ def write_report(
 def read_report(path: str | Path) -> tuple[tuple[Cell, ...], dict[str, int], dict[str, Any]]:
     """Cells, weights and provenance."""
     content = read_json(path, "Report")
-    weights = {each["row"]: each["weights"] for each in content["rows"]}
+    weights = {row["row"]: row["weights"] for row in content["rows"]}
     return tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"]
