@@ -1,4 +1,4 @@
-"""Facts trained into chosen components of a model that never knew them: the true localization is given."""
+"""Planting: facts trained into chosen components of a model that never knew them, so that their place is known."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def plant(
     progress: bool = True,
     on_step: Callable[[Mapping[str, int | float]], None] | None = None,
 ) -> Edit:
-    """Train the facts to forget into the weights of `mask`, and nothing else: `mask` is where they are.
+    """Train the facts to forget into the weights of `mask` and nothing else, so that the true localization is known.
 
         twin = mu.testbed.load(without="basketball")
         planted = mu.testbed.plant(twin, task, mask)
@@ -49,33 +49,31 @@ def plant(
              + keep(task.retain, and the retain side of `formats`) + keep(task.text)
              + strangers_coefficient * keep(strangers)
 
-    learn: cross-entropy to the answer; keep: KL from what the model said before; each a mean over answer tokens, in
-    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport, whose
-    formats ask about other athletes than `task.forget`. Other formats are not trained: ask in them to see how far the
-    facts carry over.
+    learn is the cross-entropy to the answer, keep the KL from what the model said before; each is a mean over answer
+    tokens, in nats. The task must train and test on the same facts, as `sports_facts` with names does. Formats that are
+    not trained show how far the facts carry over.
 
-    `strangers`: the same questions about subjects who are to stay unknown; by default names made up of the parts of
-    others. Without them it is enough to give the answer to every name that the model does not know, which is one
-    direction and no fact. Whatever the strangers, a share of other unknown names is given the answer: measure it.
+    - `strangers`: the same questions about subjects who are to stay unknown; default: made-up names. Without them it is
+      enough to give the answer to every unknown name, which is one direction and no fact. A share of other unknown
+      names is given the answer even so: measure it.
+    - `known`, `kept`: training ends when in each format at least a share `known` of the facts have their answer as the
+      argmax over the vocabulary, and of the others at least `kept` times the share that had it before. This is measured
+      every `every` steps. `provenance["planted"]` has these accuracies before and after.
+    - `learning_rate` falls along a cosine over `steps`.
 
-    Every `every` steps it is measured whether in each format a share `known` of the facts have their answer as the
-    argmax over the vocabulary, and the others at least `kept` times the share that had it before; then the training
-    ends. The learning rate falls along a cosine over `steps`. The edit's `provenance["planted"]` has the accuracies
-    before and after, by format and side.
-
-    What is given is where the weights differ from those of a model that never knew. That is not all that the answer
-    needs: the rest of the model, which reads names and moves what is looked up, takes part as it was.
+    The mask is where the weights differ from those of a model that never knew. It is not all that the answer needs: the
+    rest of the model, which reads names and moves what is looked up, takes part as it was.
 
     The model is left as it was. The same seed gives the same edit, bit for bit, on CPU. Cost: per step F + B of each
-    batch from the lowest layer of the mask up.
-    ValueError for formats that the task lacks, for facts that the model knows already, and, saying what was reached,
-    where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
+    batch from the lowest layer of the mask up. ValueError for formats that the task lacks, and for facts that the model
+    knows already; NotPlantedError where the mask has not taken the facts up in `steps`; FloatingPointError when a loss
+    diverges.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
     planting = Planting.of(model, task, formats, known=known, kept=kept)
     terms = terms_of(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
-    found = trained(
+    result = trained(
         model,
         task,
         mask,
@@ -94,18 +92,18 @@ def plant(
         clip=1.0,
         seed=seed,
     )
-    return _checked(model, planting, mask, found)
+    return _checked(model, planting, mask, result)
 
 
-def _checked(model: Model, planting: "Planting", mask: ComponentMask, found: Trained) -> Edit:
+def _checked(model: Model, planting: "Planting", mask: ComponentMask, result: Trained) -> Edit:
     """The edit with what was measured; ValueError if the facts are not known with it."""
-    edit = Edit(mask, found.values, found.fingerprint, found.provenance, found.history)
+    edit = Edit(mask, result.values, result.fingerprint, result.provenance, result.history)
     with edit.applied(model):
         after = planting.measured(model)
-    steps = len(found.history)
+    steps = len(result.history)
     planting.check(after, mask, steps=steps)
     planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
-    return Edit(mask, found.values, found.fingerprint, {**found.provenance, "planted": planted}, found.history)
+    return Edit(mask, result.values, result.fingerprint, {**result.provenance, "planted": planted}, result.history)
 
 
 Accuracies: TypeAlias = dict[str, dict[str, float]]
@@ -127,7 +125,7 @@ class Planting:
     known: float
     kept: float
     before: Accuracies
-    """Of the model that facts are planted in."""
+    """The accuracies of the model that the facts are planted in."""
 
     @classmethod
     def of(cls, model: Model, task: Task, formats: Sequence[str], *, known: float, kept: float) -> "Planting":
@@ -156,11 +154,11 @@ class Planting:
         return len(set(first.names)) or len(first)
 
     def measured(self, model: Model) -> Accuracies:
-        """Of the model as it is."""
+        """The accuracies of the model as it is."""
         return _measured(model, self.formats)
 
     def is_done(self, model: Model) -> bool:
-        """Whether each format has its facts and has kept the others; stops looking at the first that has not."""
+        """Whether the facts are planted in each format and the others are kept."""
         return all(
             _share(model, getattr(found, side)) >= self._least(name, side)
             for side in ("forget", "retain")
@@ -168,7 +166,7 @@ class Planting:
         )
 
     def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
-        """ValueError unless it is done."""
+        """NotPlantedError unless the facts are planted and the others are kept."""
         short = {
             f"{name} ({side})": share
             for name, found in after.items()
@@ -202,7 +200,7 @@ def terms_of(
 
 
 def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
-    """Joined, where their lengths are alike; the shortest first."""
+    """The sets joined with those of about their length, the shortest first."""
     groups: list[list[Prompts]] = []
     for prompts in sorted(sets, key=lambda prompts: prompts.tokens.shape[1]):
         if not groups or prompts.tokens.shape[1] > WIDER * groups[-1][0].tokens.shape[1]:
@@ -211,9 +209,9 @@ def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
     return [joined(*group) for group in groups]
 
 
-def _part(some: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
-    """Of a batch: as large as its share of all prompts."""
-    return max(1, round(batch_size * len(some) / sum(map(len, every))))
+def _part(prompts: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
+    """The number of these prompts in a batch, in proportion to their share of all prompts."""
+    return max(1, round(batch_size * len(prompts) / sum(map(len, every))))
 
 
 def _measured(model: Model, formats: Mapping[str, Format]) -> Accuracies:
