@@ -15,7 +15,7 @@ from mechunlearn.evaluate.generation import generated
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Side, measure, side_of, whole_answers
 from mechunlearn.losses import kl_to_original
-from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
+from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability, name_of
 from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -34,12 +34,7 @@ Original: TypeAlias = Callable[[], AbstractContextManager[Model]]
 
 
 def in_format(
-    model: Model,
-    task: Task,
-    *,
-    name: str | None = None,
-    side: Side = "forget",
-    metric: Metric = candidate_probability,
+    model: Model, task: Task, *, name: str | None = None, side: Side = "forget", metric: Metric = candidate_probability
 ) -> Result:
     """Accuracy on one side of the test split in the format `name` (None: the first, the trained prompt).
 
@@ -86,13 +81,7 @@ def text_loss(model: Model, task: Task) -> Result:
     return Result(result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
-def text_kl(
-    model: Model,
-    task: Task,
-    *,
-    original: Original | None = None,
-    batch_size: int = 16,
-) -> Result:
+def text_kl(model: Model, task: Task, *, original: Original | None = None, batch_size: int = 16) -> Result:
     """Mean KL(original || tested) over the tokens of `task.text_test`, one value per row, in nats per token.
 
         sum over v of p0(v) (log p0(v) - log p(v)),   p0 = the original model's prediction of the next token
@@ -103,11 +92,7 @@ def text_kl(
     Cost: 2 forwards over the text, and memory for the logits of two batches; `original` is entered once per batch.
     ValueError without `original`, or if the result is not finite.
     """
-    if original is None:
-        raise ValueError(
-            "expected the original model to compare with, got none: run text_kl by mu.evaluate.compare, or pass "
-            "original=..., a function whose result is a context: inside `with original() as model:` is the original."
-        )
+    original = required(original, text_kl)
     check_model(model)
     batches = as_prompts(task.text_test).to(device_of(model)).batches(batch_size)
     values = torch.cat([_per_row(model, batch, original) for batch in batches])
@@ -152,6 +137,16 @@ paper_metrics: Mapping[str, Test] = {
 
 Accuracy is the paper's, the mean probability over the candidates. Add tests with `{**paper_metrics, "mine": f}`.
 """
+
+
+def required(original: Original | None, test: Test) -> Original:
+    """The function that gives the original model; ValueError where a test that needs it got none."""
+    if original is None:
+        raise ValueError(
+            f"expected the original model, got none: run {name_of(test)} by mu.evaluate.compare, or pass original=..., "
+            f"a function whose result is a context: inside `with original() as model:` is the original."
+        )
+    return original
 
 
 def _per_row(model: Model, batch: Prompts, original: Original) -> Float[Tensor, "batch"]:

@@ -139,7 +139,7 @@ class _TestedFacts:
     tested: Bool[Tensor, "seed fact"]
 
     @classmethod
-    def of(cls, results: Results) -> "_Facts":
+    def of(cls, results: Results) -> "_TestedFacts":
         by_seed = {seed: _by_fact(result) for seed, result in _by_seed(results).items()}
         names = tuple(dict.fromkeys(name for values in by_seed.values() for name in values))
         tested = torch.tensor([[name in values for name in names] for values in by_seed.values()])

@@ -14,12 +14,7 @@ from mechunlearn.tasks.task import Task
 
 
 def generated(
-    model: Model,
-    task: Task,
-    *,
-    format: str | None = None,
-    side: Side = "forget",
-    batch_size: int = 64,
+    model: Model, task: Task, *, format: str | None = None, side: Side = "forget", batch_size: int = 64
 ) -> Result:
     """Share of prompts after which the model generates the answer, as `says` judges it. Chance is about 0.
 
@@ -66,12 +61,7 @@ def says(text: str, answer: str) -> bool:
 
 
 def extraction_strength(
-    model: Model,
-    task: Task,
-    *,
-    format: str | None = None,
-    side: Side = "forget",
-    batch_size: int = 64,
+    model: Model, task: Task, *, format: str | None = None, side: Side = "forget", batch_size: int = 64
 ) -> Result:
     """Mean extraction strength of the answers, from 0 (the model adds at most the last token) to 1 (all of it).
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.asking import Original
+from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import answer_log_probability, name_of
@@ -34,36 +34,27 @@ def patching_audit(
 ) -> Result:
     r"""Share of the knowledge that the tested model's layers still carry when patched into the original: 1 - UDS.
 
-    At each point l of the residual stream, the states that predict the answer's tokens are replaced, in a run of the
-    original model, by those of another model for the same prompt, and the layers above run on. With s the
-    log-probability of the answer per token,
+    At each point l of the residual stream, a run of the original model gets the states of another model at the tokens
+    that predict the answer. With s the log-probability of the answer per token,
 
         gap(l)  = s(original) - s(patched from a model that never knew)
         loss(l) = s(original) - s(patched from the tested model)
         UDS     = sum over l of clip(loss(l), 0, gap(l)) / sum over l of gap(l),   over the l with gap(l) > threshold
 
-    At 1 - UDS = 1, every layer serves the original as well as its own: nothing is erased, whatever the output says. At
-    0, which is the floor, they serve it as badly as those of a model that never knew. Facts without a layer above the
-    threshold are left out. `curve`: the knowledge left at each point, gap(l) - clip(loss(l), 0, gap(l)), in nats per
-    token.
+    1: every layer serves the original as well as its own, whatever the output says. 0, the floor: as badly as those of
+    a model that never knew. Facts without a gap are left out. `curve`: gap(l) - clip(loss(l), 0, gap(l)), in nats.
 
     - `never_knew`: a model with the shape **and the basis** of the original, such as one fine-tuned from the same
-      checkpoint on all but these facts; one trained apart breaks the original whatever it knows. Default: the mean of
-      the original's states over forgotten and retained facts, a choice of ours that the paper does not make.
-    - `where`: the tokens that are patched. `answers` (the paper's) are those that predict the answer; later layers may
-      read the subject again and make up for such a patch. `mu.localize.from_subject` patches all that follows the
-      subject's first tokens, and so sees where the fact is looked up.
+      checkpoint without these facts. Default, which is not the paper's: the original's mean state over both sides.
+    - `where`: the patched tokens. `answers` (the paper's) predict the answer, but later layers may read the subject
+      again; `mu.localize.from_subject` patches all from the subject's last token on.
 
     Cost: 1 forward of the tested model, 2 of the original, and twice the part of a forward above each layer. Lee et al.
     2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError without `original`, for a
     `never_knew` of another shape, and where no layer has a gap.
     """
     check_batch_size(batch_size)
-    if original is None:
-        raise ValueError(
-            "expected the original model to patch into, got none: run patching_audit by mu.evaluate.compare, or pass "
-            "original=..., a function whose result is a context: inside `with original() as model:` is the original."
-        )
+    original = required(original, patching_audit)
     check_functions(where=where)
     tested = formatted(task, format)
     carried = _states(model, tested, where, batch_size)

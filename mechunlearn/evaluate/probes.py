@@ -88,8 +88,7 @@ def multinomial_probe(
     embedding ("0") to the final residual stream.
 
     The result is the layer with the highest mean on the tested facts, which is above chance even where nothing is
-    known. So compare with the original and with a model that never knew: what names alone tell (language, fashion of
-    their time) is readable in both, and is no knowledge of the fact.
+    known, and names alone tell something. So compare with the original and with a model that never knew.
 
     - `control`: the same probe for random labels, one for each last token of a subject, at the same layer.
     - `side="retain"`: ask about the retained facts of the test split. A probe that fails there is no evidence

@@ -47,31 +47,26 @@ def counterfact(
     knowledge: Prompts | None = None,
     seed: int = 0,
 ) -> Task:
-    """A task that forgets some CounterFact records that the model knows, or injects their false answers.
-
-    The protocol is that of Guo et al. 2025, https://arxiv.org/abs/2410.12949; the data that of Meng et al. 2022,
-    https://arxiv.org/abs/2202.05262.
+    """A task that forgets some CounterFact records that the model knows, and keeps the others.
 
     - `source`: records in the original schema: a path that ends in .json, a list, or the name of a dataset on the Hub
       ("azhx/counterfact", or the paper's "PhillipGuo/counterfact-with-gemma-probs"; `split` chooses a part of it).
-    - `questions`: multiple-choice questions about them, likewise, with question, target_true, targets_false and the
-      case_id (or prompt_id) of their record.
-    - `forget`: how many records to forget, from the first; or their case_ids. They are trained on and tested.
-    - `partition=(part, k)`: forget only that part of `k`, counted from 0, and retain none of the others. For all parts
-      at once, see `tasks.partitioned`.
-    - `threshold`: which records count as known: None, those whose answer is the model's first choice; a number, those
-      whose answer has at least that probability (0.5 in the paper); 0, all.
+    - `questions`: likewise, with question, target_true, targets_false and the case_id or prompt_id of a record.
+    - `forget`: the number of records to forget, from the first, or their case_ids. They are trained on and tested.
+    - `partition=(part, k)`: only that part of `k`, counted from 0. For all parts, see `tasks.partitioned`.
+    - `threshold`: keep records whose answer has at least this probability (None: is the first choice; 0: all).
     - `train`: the share of the retained records that is trained on; the rest is tested.
-    - `candidates`: the true answer, target_new and random answers of the same relation. Chance is 1 / candidates.
-    - `shots`: how many answered questions come before each multiple-choice question.
-    - `corrupt`: give each prompt a corrupted one about another subject of as many tokens with another answer.
+    - `candidates`: the true answer, target_new and random ones of the same relation. Chance is 1 / candidates.
+    - `shots`: the number of answered questions before each multiple-choice question.
+    - `corrupt`: pair each prompt with another subject of as many tokens with another answer.
     - `text`, `knowledge`: as in `from_frame`.
 
-    Formats: "trained prompt", "paraphrase", "neighbourhood" (other subjects with the same answer, to be kept on both
-    sides) and "multiple choice", each if both sides have it. `task.injection` has target_new. `task.splits` names the
-    subjects that were left out: "not_known", "repeated", "same_first_token" (of both answers) and "no_counterpart".
+    Formats: "trained prompt", "paraphrase", "neighbourhood" (other subjects with the same answer, to be kept) and
+    "multiple choice", each if both sides have it. `task.splits` names the subjects that were left out: "not_known",
+    "repeated", "same_first_token" (of both answers) and "no_counterpart".
 
-    Cost: 1 forward for each record. ValueError for another schema, for unknown ids, and for too few known records.
+    Meng et al. 2022, https://arxiv.org/abs/2202.05262; protocol of Guo et al. 2025, https://arxiv.org/abs/2410.12949.
+    Cost: 1 forward for each record. ValueError for another schema, unknown ids and too few known records.
     """
     check_model(model)
     every = records_of(source, questions, split)

@@ -57,28 +57,23 @@ def from_frame(
 ) -> Task:
     """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
-    - `prompt`: the trained prompt, a template that ends right before the answer. `{subject}` stands for the column
-      `subject`, whatever its name, and `{column}` for any column.
-    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice: the options are the answer, the
-      injected one and answers of other rows, in random order, and a letter is the answer.
+    - `prompt`: the trained template, which ends before the answer. `{subject}` is the subject, `{column}` any column.
+    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice among the answer, the injected one
+      and answers of other rows, in random order, answered by letter.
     - `between`: what stands between a prompt and its answer.
-    - `forget`: the name of a column of booleans, a boolean for each row, a list of subjects, or how many rows to
-      forget, from the first. The other rows are retained.
-    - `train`: the share of the retained rows that is trained on; the rest is tested.
-    - `split_forget`: split the rows to forget likewise, to test whether forgetting carries over to others of a kind.
-      Otherwise they are tested on the very facts that are trained on.
-    - `injected`: a column, or one answer for all (such as "unknown"): what `task.injection` puts in place of the true
-      answer.
-    - `candidates`: how many possible answers a prompt has, or all of them. With a number, they are the true answer, the
-      injected one and random answers of other rows that differ in their first token; all prompts of a format get fewer
-      if a row has too few. Chance is 1 / candidates.
-    - `corrupt`: give prompts a corrupted one, about another subject of as many tokens with another answer. A fact to
-      forget for which there is none is an error; retained facts get theirs only if all of them have one.
+    - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
+    - `train`: the share of the retained rows that is trained on; the rest is tested. Rows to forget are trained on and
+      tested, or, with `split_forget`, split likewise, to test whether forgetting carries over.
+    - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
+    - `candidates`: the number of possible answers of a prompt (the true one, the injected one, and random ones of other
+      rows with other first tokens), or all of them. Chance is 1 / candidates; where a row has too few, its format has.
+    - `corrupt`: pair each prompt with another subject of as many tokens with another answer. Facts to forget must have
+      one; retained facts get theirs if all have one.
     - `text`: general text, as strings or as rows by `pack`; default: everyday sentences.
     - `knowledge`: what else to test, such as `general_knowledge(model)`, if its facts are not among yours.
 
-    ValueError for missing columns, subjects that come twice, empty cells, a template without the subject, equal true
-    and injected answers, and nothing to forget or to retain.
+    ValueError for missing columns, repeated subjects, empty cells, a template without the subject, equal true and
+    injected answers, and nothing to forget or to retain.
     """
     check_model(model)
     templates = {

@@ -56,34 +56,25 @@ def sports_facts(
 ) -> Task:
     """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
 
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949.
+    - `forget`: a sport, names, or a number of athletes, the first of the source (with `forget_seed`, random ones).
+    - `source`: a table, or the path or address of a CSV file, with columns athlete and sport; `sha256` verifies a file.
+      Default: what the shipped model knows, for its vocabulary; otherwise the authors' file (`authors_athletes`).
+    - `injected`: a sport, a column of the source, or several sports, of which each athlete gets a random wrong one.
+    - `corrupt`: True pairs each prompt with an athlete of as many tokens and another sport, and leaves out athletes
+      without one; False has no pairs; a function such as `with_random_subjects` makes its own.
+    - `threshold`: keep athletes whose sport has at least this probability (None: is the first choice; 0: all).
+    - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
+    - `train`: the share of retained athletes, and of a whole sport to forget, that is trained on. Single athletes to
+      forget are trained on and tested unless `train_forget` is given. `shuffle=False` trains on the first ones; the
+      paper's ICML version has that and train_forget=0.5.
 
-    - `forget`: a sport, a list of names, or how many athletes: the first of the source, as in the paper, or random ones
-      with `forget_seed`.
-    - `source`: a table, or the path or address of a CSV file, with columns athlete and sport; `sha256` verifies a file,
-      and keeps it if it was downloaded. Default: the athletes that the shipped model knows, for models with its
-      vocabulary; for any other model the file of the paper's authors (`authors_athletes`).
-    - `injected`: what to put in place of the true sport: a sport, a column of the source, or several sports, of which
-      each athlete gets a random one that is not the true one.
-    - `corrupt`: True gives prompts a corrupted one about another athlete of as many tokens with another sport; athletes
-      without one are left out. False gives none; a function such as `with_random_subjects` gives its own.
-    - `threshold`: keep the athletes whose sport the model knows: None, it is the first choice; a number, its
-      probability is at least that; 0, all, as in the paper.
-    - `dashed`: add the format of spelled answers, f-o-o-t-b-a-l-l, which has no candidates and is scored by
-      `evaluate.whole_answers`. The shipped model cannot spell.
-    - `train`: the share to train on, of the retained athletes and of a whole sport to forget; the rest is tested.
-      Single athletes to forget are trained on and tested, unless `train_forget`, their share, is given.
-    - `shuffle=False`: train on the first athletes of the source rather than on random ones. The paper's ICML version
-      has that and train_forget=0.5 for a whole sport.
+    Formats: the paper's one-shot prompt, paraphrases, capitalised answers, and multiple choice in random order, by
+    letter or in words, after 0 to 2 examples, with and without a system prompt. Candidates are the three sports and
+    golf: chance is 1/4. "neighbourhood, position" and "neighbourhood, city", if the source has these columns for all
+    tested athletes, ask what both sides should keep (chance 1/3 and 1/4). `task.splits` names who was left out.
 
-    Formats: the paper's one-shot prompt, which is trained, paraphrases, capitalised answers, and multiple choice with
-    options in random order: by letter or in words, after 0 to 2 answered examples, with and without a system prompt.
-    Candidates are the three sports and golf, so chance is 1/4. "neighbourhood, position" and "neighbourhood, city" ask
-    for other facts of the same athletes, to be kept on both sides, with options from the same sport (chance 1/3 and
-    1/4); a source has them if it has these columns, filled for each tested athlete.
-
-    `task.splits` names who was left out: "not_known" and "no_counterpart". Cost: 1 forward for each athlete if there is
-    a threshold. ValueError if the sport or a name is not in the source, or was left out.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete if there is a threshold.
+    ValueError if the sport or a name is not in the source, or was left out.
     """
     check_model(model)
     rng = random.Random(seed)

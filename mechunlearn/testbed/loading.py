@@ -66,11 +66,7 @@ def hooked(model: Any, vocabulary: Any) -> Any:
 
 
 def load(
-    *,
-    without: str | None = None,
-    deeper: bool = False,
-    backend: Backend = bridge,
-    device: str | torch.device = "cpu",
+    *, without: str | None = None, deeper: bool = False, backend: Backend = bridge, device: str | torch.device = "cpu"
 ) -> Any:
     """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it.
 

@@ -49,25 +49,20 @@ def plant(
              + keep(task.retain, and the retain side of `formats`) + keep(task.text)
              + strangers_coefficient * keep(strangers)
 
-    learn is the cross-entropy to the answer, keep the KL from what the model said before; each is a mean over answer
-    tokens, in nats. The task must train and test on the same facts, as `sports_facts` with names does. Formats that are
-    not trained show how far the facts carry over.
+    learn is the cross-entropy to the answer, keep the KL from what the model said; both are means over answer tokens,
+    in nats. The task must train and test on the same facts. Formats that are not trained show how far they carry over.
 
-    - `strangers`: the same questions about subjects who are to stay unknown; default: made-up names. Without them it is
-      enough to give the answer to every unknown name, which is one direction and no fact. A share of other unknown
-      names is given the answer even so: measure it.
-    - `known`, `kept`: training ends when in each format at least a share `known` of the facts have their answer as the
-      argmax over the vocabulary, and of the others at least `kept` times the share that had it before. This is measured
-      every `every` steps. `provenance["planted"]` has these accuracies before and after.
+    - `strangers`: the same questions about subjects who are to stay unknown; default: made-up names. Without them, one
+      direction that gives the answer to every unknown name would be enough. Some strangers get the answer even so.
+    - `known`, `kept`: training ends when in each format a share `known` of the facts have their answer as the argmax
+      over the vocabulary, and of the others at least `kept` times the share before, measured every `every` steps and
+      recorded in `provenance["planted"]`.
     - `learning_rate` falls along a cosine over `steps`.
 
-    The mask is where the weights differ from those of a model that never knew. It is not all that the answer needs: the
-    rest of the model, which reads names and moves what is looked up, takes part as it was.
-
-    The model is left as it was. The same seed gives the same edit, bit for bit, on CPU. Cost: per step F + B of each
-    batch from the lowest layer of the mask up. ValueError for formats that the task lacks, and for facts that the model
-    knows already; NotPlantedError where the mask has not taken the facts up in `steps`; FloatingPointError when a loss
-    diverges.
+    The mask is where the weights differ; the rest of the model still takes part in the answer. The same seed gives the
+    same edit, bit for bit, on CPU. Cost: per step F + B of each batch from the lowest layer of the mask up. ValueError
+    for missing formats and for facts that the model knows already; NotPlantedError where the mask has not taken the
+    facts up in `steps`; FloatingPointError when a loss diverges.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
@@ -140,7 +135,7 @@ class Planting:
                 raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
         chosen = {name: task.formats[name] for name in formats}
         planting = cls(chosen, known, kept, _measured(model, chosen))
-        already = {name: found["forget"] for name, found in planting.before.items() if found["forget"] >= known}
+        already = {name: shares["forget"] for name, shares in planting.before.items() if shares["forget"] >= known}
         if already:
             raise ValueError(
                 f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
@@ -160,17 +155,17 @@ class Planting:
     def is_done(self, model: Model) -> bool:
         """Whether the facts are planted in each format and the others are kept."""
         return all(
-            _share(model, getattr(found, side)) >= self._least(name, side)
+            _share(model, getattr(format, side)) >= self._least(name, side)
             for side in ("forget", "retain")
-            for name, found in self.formats.items()
+            for name, format in self.formats.items()
         )
 
     def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
         """NotPlantedError unless the facts are planted and the others are kept."""
         short = {
             f"{name} ({side})": share
-            for name, found in after.items()
-            for side, share in found.items()
+            for name, shares in after.items()
+            for side, share in shares.items()
             if share < self._least(name, side)
         }
         if short:
@@ -188,8 +183,8 @@ def terms_of(
     planting: Planting, task: Task, strangers: Prompts | None, *, coefficient: float, batch_size: int, seed: int
 ) -> list[Term]:
     """Learn the facts; keep what the model says about others, about strangers and in text."""
-    facts = _by_width([task.forget, *(found.forget for found in planting.formats.values())])
-    others = _by_width([task.retain, *(found.retain for found in planting.formats.values())])
+    facts = _by_width([task.forget, *(format.forget for format in planting.formats.values())])
+    others = _by_width([task.retain, *(format.retain for format in planting.formats.values())])
     unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]
@@ -216,8 +211,8 @@ def _part(prompts: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
 
 def _measured(model: Model, formats: Mapping[str, Format]) -> Accuracies:
     return {
-        name: {"forget": _share(model, found.forget), "retain": _share(model, found.retain)}
-        for name, found in formats.items()
+        name: {"forget": _share(model, format.forget), "retain": _share(model, format.retain)}
+        for name, format in formats.items()
     }
 
 

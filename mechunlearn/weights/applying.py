@@ -63,11 +63,11 @@ def taken_back(model: Model, to: str) -> Iterator[Model]:
                 break
             lifted.append((layer, read(layer.entries)))
             write(layer.entries, layer.before)
-        found = fingerprint(model)
-        if found != to:
+        reached = fingerprint(model)
+        if reached != to:
             raise ValueError(
                 f"expected a model that has the weights with the fingerprint {to} when the edits applied to it are "
-                f"taken back, got {found}: undo what else has changed its weights first."
+                f"taken back, got {reached}: undo what else has changed its weights first."
             )
         yield model
     finally:
@@ -79,13 +79,13 @@ def taken_back(model: Model, to: str) -> Iterator[Model]:
 
 def check_made_for(model: Model, entries: Sequence[Entries], expected: str, values: Mapping[str, Tensor]) -> None:
     """ValueError unless the weights have the fingerprint `expected`, but for later edits of other entries."""
-    found = fingerprint(model)
-    if found == expected:
+    own = fingerprint(model)
+    if own == expected:
         return
     since = _applied_since(model, expected)
     if since is None:
         raise ValueError(
-            f"expected the weights that the edit was made for (fingerprint {expected}), got others ({found}): load "
+            f"expected the weights that the edit was made for (fingerprint {expected}), got others ({own}): load "
             f"the original model, or apply earlier edits of a sequence first.{_other_dtype(entries, values)}"
         )
     shared = [e.label for e in entries if any(bool((e.units & layer.units(e)).any()) for layer in since)]
@@ -141,10 +141,10 @@ def _applied_since(model: Model, expected: str) -> list[_Layer] | None:
 
 def _other_dtype(entries: Sequence[Entries], values: Mapping[str, Tensor]) -> str:
     """A hint for the error, where the model was loaded in another dtype."""
-    own, given = {e.slot.parameter.dtype for e in entries}, {value.dtype for value in values.values()}
-    if not own.isdisjoint(given):
+    own, of_edit = {e.slot.parameter.dtype for e in entries}, {value.dtype for value in values.values()}
+    if not own.isdisjoint(of_edit):
         return ""
-    return f" The edit is in {_names(given)} and the model in {_names(own)}: apply it in the former, then convert."
+    return f" The edit is in {_names(of_edit)} and the model in {_names(own)}: apply it in the former, then convert."
 
 
 def _names(dtypes: set[torch.dtype]) -> str:

@@ -108,7 +108,7 @@ def test_every_architecture_is_audited_and_left_as_it_was(model):
 
 def test_bad_input_is_refused(llama, unchecked):
     task = tiny.task(llama)
-    with pytest.raises(ValueError, match=r"expected the original model to patch into.*mu\.evaluate\.compare"):
+    with pytest.raises(ValueError, match=r"expected the original model, got none.*mu\.evaluate\.compare"):
         patching_audit(llama, task)
     for options, message in (
         ({"format": "poem"}, "expected a format of the task"),

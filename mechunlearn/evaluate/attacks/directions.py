@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.evaluate.asking import Original
+from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, candidate_probability
@@ -61,11 +61,7 @@ def direction_ablation(
     tested half for each point. ValueError without `original`.
     """
     check_model(model)
-    if original is None:
-        raise ValueError(
-            "expected original=..., a function that gives a context with the original model, got None: compare(...) "
-            "passes it; by hand, original=lambda: contextlib.nullcontext(another_model)."
-        )
+    original = required(original, direction_ablation)
     trained, tested = halves(task, format=format, seed=seed)
     check_apart(trained, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
@@ -86,11 +82,7 @@ def _ablations(directions: Float[Tensor, "place d_model"]) -> Iterator[tuple[str
 
 
 def _directions(
-    model: Model,
-    prompts: Prompts,
-    original: Original,
-    direction: Direction,
-    outliers: float,
+    model: Model, prompts: Prompts, original: Original, direction: Direction, outliers: float
 ) -> Float[Tensor, "place d_model"]:
     """The direction at each place, as a unit vector; zeros where the two models agree."""
     after = _residuals(model, prompts)

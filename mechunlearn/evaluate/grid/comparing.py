@@ -33,27 +33,25 @@ def compare(
 ) -> Report:
     """Run every test on the original model, on every edit and on every control; all models are left as they were.
 
-    - `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed, in their order.
-    - `metrics`: column -> a test `(model, task) -> Result`. Default: all that the task can be asked
-      (`every_format(task)`); `paper_metrics` has the paper's columns. A test with a keyword `seed` runs once for each
-      seed, others once; one with a keyword `original` gets the original model (see `Test`).
+    - `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed.
+    - `metrics`: column -> a test `(model, task) -> Result`. Default: `every_format(task)`; `paper_metrics` has the
+      paper's. A test with a keyword `seed` runs once for each seed; one with `original` gets the original model.
     - `controls`: row -> another model with the same tokenizer, or a function that loads it, such as
-      `partial(mu.testbed.load, without="basketball")`, which never knew the facts.
-    - `results`: a file to which finished cells are appended. Called again with it, after an interruption or with more
-      rows, columns or seeds, cells that have a result are read from it, and failed ones are tried again. A cell is the
-      same if row, column, seed, model, edit, control, task, the test's own code and the versions of packages are. If
-      you change what a test calls, take a new file. Only one run at a time may write it.
+      `partial(mu.testbed.load, without="basketball")`.
+    - `results`: a file for finished cells. A later call with it reads cells that have a result, and runs the others. A
+      cell is the same if row, column, seed, model, edit, control, task, the test's own code and the versions are: take
+      a new file if you change what a test calls. Only one run at a time may write it.
     - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn") or
-      `dask.distributed.Client(...).get_executor()`. Each cell is one item of work. Results equal those of a serial run
-      with as many threads per worker. In a pool of threads, tests that use global generators disturb each other.
-    - `load`: a function that loads the same model; each worker calls it once, since models are not sent to workers.
-      Controls must then be functions too.
+      `dask.distributed.Client(...).get_executor()`. Results equal those of a serial run with as many threads. In a
+      pool of threads, tests that use global generators disturb each other.
+    - `load`: with an executor, a function by which each worker loads the model, which is not sent to it. Controls must
+      then be functions too.
 
-    Everything is checked before anything runs. A test that raises, returns NaN or leaves the model changed has an error
-    in its cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
+    Everything is checked before anything runs. A test that raises, returns NaN or changes the model has an error in its
+    cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
 
-    Cost: that of the tests, and for each edit a copy of the weights on the CPU. ValueError for edits made for other
-    weights, names that are taken ("original" is), another number of edits than seeds, and an executor without `load`.
+    Cost: that of the tests, and a copy of the weights on the CPU. ValueError for edits made for other weights, names
+    that are taken ("original" is), another number of edits than seeds, and an executor without `load`.
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})

@@ -117,17 +117,24 @@ class Report:
     ) -> None:
         """Write one page that needs nothing else (5 MB, plotly.js is in it): the table, the plots that there are
         numbers for, what failed, and the provenance. `forgetting`, `damage`: as for `plot_pareto`."""
-        chosen = self._forgetting(forgetting), self._damage(damage)
+        chosen = self._tests(forgetting, damage)
         page.write_page(path, self.cells, self.weights, self.provenance, *chosen, title=title)
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file: all results, bit for bit, with provenance and a checksum."""
-        write_report(path, self.cells, self.weights, self.provenance)
+        content = {
+            "cells": [encoded(cell) for cell in self.cells],
+            "rows": [{"row": row, "weights": count} for row, count in self.weights.items()],  # a list keeps its order
+            "provenance": dict(self.provenance),
+        }
+        write_json(path, "Report", content)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
         """The report that `save` wrote; ValueError if the file is of another kind, cut short or altered."""
-        return cls(*read_report(path))
+        content = read_json(path, "Report")
+        weights = {row["row"]: row["weights"] for row in content["rows"]}
+        return cls(tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"])
 
     def plot(self) -> "Figure":
         """Bars of every test whose unit is a share, forget and retain side by side, with intervals and chance."""
@@ -146,7 +153,7 @@ class Report:
 
         `forgetting`, `damage`: as for `plot_pareto`.
         """
-        chosen = self._forgetting(forgetting), self._damage(damage)
+        chosen = self._tests(forgetting, damage)
         check_tests(self.cells, chosen[0], "forgetting")
         return sizes(self.cells, self.weights, *chosen, title="Size of the edit")
 
@@ -157,9 +164,9 @@ class Report:
         `damage`: the test whose change from the row "original" is the damage (the drop of a share, the rise of anything
         else); default: "text loss", else "other knowledge". ValueError without such a test or the row "original".
         """
-        chosen, price = self._forgetting(forgetting), self._damage(None if damage is None else [damage])[:1]
+        chosen, price = self._tests(forgetting, None if damage is None else [damage])
         check_tests(self.cells, chosen, "forgetting")
-        check_tests(self.cells, price, "damage")
+        check_tests(self.cells, price[:1], "damage")
         if "original" not in self.weights:
             raise ValueError('expected the row "original", which damage is measured from, got a report without it.')
         return pareto(self.cells, chosen, price[0], title="Forgetting against damage")
@@ -170,15 +177,17 @@ class Report:
             raise ValueError("expected a test with such a curve, got none: run an attack or a probe that gives one.")
         return curves(self.cells, _chosen(tests, known, "tests with such a curve"), title=title)
 
-    def _forgetting(self, tests: Sequence[str] | None) -> Sequence[str]:
-        if tests is not None:
-            check_tests(self.cells, tests, "forgetting")
-        return forget_tests(self.cells) if tests is None else tests
-
-    def _damage(self, tests: Sequence[str] | None) -> Sequence[str]:
-        if tests is not None:
-            check_tests(self.cells, tests, "damage")
-        return damage_tests(self.cells) if tests is None else tests
+    def _tests(
+        self, forgetting: Sequence[str] | None, damage: Sequence[str] | None
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """The tests of forgetting and of damage, by default all that the report has."""
+        for role, tests in {"forgetting": forgetting, "damage": damage}.items():
+            if tests is not None:
+                check_tests(self.cells, tests, role)
+        return (
+            forget_tests(self.cells) if forgetting is None else forgetting,
+            damage_tests(self.cells) if damage is None else damage,
+        )
 
     def __repr__(self) -> str:
         return self.to_markdown()
@@ -192,21 +201,3 @@ def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> lis
     if unknown:
         raise ValueError(f"expected {what} of the report ({'; '.join(known)}), got {unknown}.")
     return list(known if names is None else dict.fromkeys(names))
-
-
-def write_report(
-    path: str | Path, cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]
-) -> None:
-    content = {
-        "cells": [encoded(cell) for cell in cells],
-        "rows": [{"row": row, "weights": count} for row, count in weights.items()],  # a list keeps its order
-        "provenance": dict(provenance),
-    }
-    write_json(path, "Report", content)
-
-
-def read_report(path: str | Path) -> tuple[tuple[Cell, ...], dict[str, int], dict[str, Any]]:
-    """Cells, weights and provenance."""
-    content = read_json(path, "Report")
-    weights = {row["row"]: row["weights"] for row in content["rows"]}
-    return tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"]

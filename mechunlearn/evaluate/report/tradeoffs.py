@@ -62,9 +62,9 @@ def sizes(
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     for place, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
-            found = _mean(grouped, row, tests)
-            if found is not None and weights.get(row):
-                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), found, place)
+            left = _mean(grouped, row, tests)
+            if left is not None and weights.get(row):
+                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), left, place)
         _add_original(figure, _mean(grouped, "original", tests), place)
         result = first[tests[0]]
         figure.update_yaxes(title="" if result is None else shown(result.unit or result.sense), row=place, col=1)
@@ -78,11 +78,11 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
     """Knowledge left over damage: a point per row, the front of those that no other row beats in both as a line."""
     import plotly.graph_objects as go
 
-    figure, found = go.Figure(), tradeoffs(cells, forgetting, damage)
+    figure, points = go.Figure(), tradeoffs(cells, forgetting, damage)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
-    for row, (harm, left) in found.items():
+    for row, (harm, left) in points.items():
         _add_point(figure, row, styles[row], harm, left)
-    best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in found.items()}))
+    best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in points.items()}))
     line = {"color": INK, "dash": "dot", "width": 1.5, "shape": "hv"}
     x, y = [harm for harm, _ in best], [left for _, left in best]
     figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
