@@ -50,10 +50,10 @@ def soft_prompt(
       loss on its own training facts is reported.
     - `every`: the steps between two points of the curve, of which the tested facts choose the best.
 
-    The retained facts keep the prompt from always saying the forgotten answer. It may still learn to say it of everybody
-    whom the model does not know (https://arxiv.org/abs/2502.15836): the control asks about nobody. Guo et al. 2025,
-    https://arxiv.org/abs/2410.12949, train keys and values of an attention behind the embeddings instead, with radius 6,
-    learning rate 1e-5, 128 steps of 16 facts, 4 restarts and no retained facts.
+    The retained facts keep the prompt from always saying the forgotten answer. It may still learn to say it of
+    everybody whom the model does not know (https://arxiv.org/abs/2502.15836): the control asks about nobody. Guo et al.
+    2025, https://arxiv.org/abs/2410.12949, train keys and values of an attention behind the embeddings instead, with
+    radius 6, learning rate 1e-5, 128 steps of 16 facts, 4 restarts and no retained facts.
 
     Cost: restarts * steps * (F + B) of both batches, and a forward of the tested half for each `every` steps.
     ValueError for prompts that become longer than the model's context, and for options that are not positive.
