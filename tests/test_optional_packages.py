@@ -17,7 +17,7 @@ def without(monkeypatch):
     def missing(package):
         for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
             monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, "mechunlearn.evaluate.harness_requests", raising=False)
+        monkeypatch.delitem(sys.modules, "mechunlearn.evaluate.adapter", raising=False)
 
     return missing
 

@@ -71,11 +71,11 @@ def lm_eval_task(
 def harness_model(model: Model, *, batch_size: int = 16) -> Any:
     """The model as a `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate` and all its options.
 
-    Text begins with BOS where the model expects one; see `mechunlearn.evaluate.harness_requests.HarnessModel`.
+    Text begins with BOS where the model expects one; see `mechunlearn.evaluate.adapter.HarnessModel`.
     ImportError without lm-eval.
     """
     try:
-        from mechunlearn.evaluate.harness_requests import HarnessModel
+        from mechunlearn.evaluate.adapter import HarnessModel
     except ImportError as error:
         raise ImportError(
             "expected lm-eval for tasks of lm-evaluation-harness, got none installed: "
