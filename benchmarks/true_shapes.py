@@ -18,6 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import mechunlearn as mu
 from mechunlearn.edit import adamw, adamw_8bit
+from mechunlearn.identity import name_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import preserved
 from mechunlearn.training import Term, fit
@@ -46,7 +47,7 @@ def main() -> None:
                 memory = "not measured on CPU" if peak is None else f"{peak / 2**30:6.2f} GiB extra"
                 print(
                     f"{name:12} {place:12} {mask.n_parameters / 1e6:8.1f} M weights   "
-                    f"{mu.metrics.name_of(optimizer):12} {seconds:7.2f} s/step   {memory}"
+                    f"{name_of(optimizer):12} {seconds:7.2f} s/step   {memory}"
                 )
         del model
         gc.collect()

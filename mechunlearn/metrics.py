@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.identity import name_of
 from mechunlearn.tasks.prompts import Prompts
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch answer d_vocab"], Prompts], Tensor]
@@ -81,32 +82,6 @@ def checked(metric: Metric, logits: Float[Tensor, "batch answer d_vocab"], promp
             f"check the metric and the model's dtype."
         )
     return values
-
-
-def name_of(function: Callable[..., object]) -> str:
-    """The function's name, through `functools.partial`."""
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
-def described(function: Callable[..., object]) -> str:
-    """The function's name with the plain options bound to it by `functools.partial`: what tells two runs apart.
-
-    Functions of one name, such as lambdas, are not told apart, nor are tensors that are bound.
-    """
-    bound: dict[str, object] = getattr(function, "keywords", {})
-    options = {key: _option(value) for key, value in bound.items()}
-    shown = ", ".join(f"{key}={value}" for key, value in options.items() if value)
-    return name_of(function).lstrip("_") + (f"({shown})" if shown else "")
-
-
-def _option(value: object) -> str:
-    """Nothing for what cannot be shown in a few words."""
-    if value is None or isinstance(value, int | float | str | bool):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return str(tuple(value)) if all(isinstance(each, int | float | str | bool) for each in value) else ""
-    return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 
 def _candidate_logits(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, base_run, device_of, preserved
 from mechunlearn.tasks.positions import Where, subject_last
 from mechunlearn.tasks.prompts import Prompts

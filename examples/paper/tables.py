@@ -12,7 +12,7 @@ import mechunlearn as mu
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Report
 from mechunlearn.evaluate.report.frames import curve_over_seeds, difference_frame
-from mechunlearn.files import read_json
+from mechunlearn.files import read
 from paper.derived import with_derived
 from paper.facts import TASKS
 from paper.setup import LOCALIZATIONS
@@ -165,7 +165,7 @@ def search_frame(out: Path) -> pd.DataFrame:
     """Every trial of every search; of random places, each draw's, told apart by their components."""
     rows = []
     for path in sorted((out / "search").glob("*/trial-*.json")):
-        trial = read_json(path, "Trial")
+        trial = read(path, "Trial")
         task, mode, localization = path.parent.name.split(", ")
         about = {"task": task, "mode": mode, "localization": localization}
         found = {"score": trial["score"], "failure": trial["failure"], "components": " ".join(trial["components"])}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import (
     Destination,
@@ -26,7 +27,6 @@ from mechunlearn.components.edge import (
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores
-from mechunlearn.files import read_json, read_tensors, write_json, write_tensors
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
 if TYPE_CHECKING:
@@ -221,31 +221,13 @@ class EdgeScores(Mapping[Edge, float]):
         return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {"values": self.tensor, "scored": self.scored}
-        if self.per_prompt is not None:
-            tensors["per_prompt"] = self.per_prompt
-        content = {
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "EdgeScores", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "EdgeScores")
-        return cls(
-            tensors["values"],
-            tensors["scored"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-            tensors.get("per_prompt"),
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)
@@ -311,19 +293,12 @@ class EdgeMask(Set[Edge]):
 
     def save(self, path: str | Path) -> None:
         """Write JSON with provenance and a checksum."""
-        content = {
-            "edges": [str(edge) for edge in self],
-            "shape": asdict(self.shape),
-            "provenance": dict(self.provenance),
-        }
-        write_json(path, "EdgeMask", content)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeMask":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        content = read_json(path, "EdgeMask")
-        members = frozenset(Edge.parse(label) for label in content["edges"])
-        return cls(members, ModelShape(**content["shape"]), content["provenance"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import heat_map
-from mechunlearn.files import read_tensors, write_tensors
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
 if TYPE_CHECKING:
@@ -199,32 +199,13 @@ class ComponentScores(Mapping[Component, float]):
         return heat_map(self, title=title, unit=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {"values": self.tensor}
-        if self.per_prompt is not None:
-            tensors["per_prompt"] = self.per_prompt
-        content = {
-            "components": [str(c) for c in self.components],
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "ComponentScores", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "ComponentScores")
-        return cls(
-            tuple(Component.parse(label) for label in content["components"]),
-            tensors["values"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-            tensors.get("per_prompt"),
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, component: Component | str) -> float:
         wanted = Component.parse(component) if isinstance(component, str) else component
@@ -323,30 +304,13 @@ class PositionScores:
         return figure.update_yaxes(autorange="reversed")
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "components": [str(component) for component in self.components],
-            "positions": list(self.positions),
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "PositionScores", {"per_prompt": self.per_prompt}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "PositionScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "PositionScores")
-        return cls(
-            tuple(Component.parse(label) for label in content["components"]),
-            tuple(content["positions"]),
-            tensors["per_prompt"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         sizes = f"{len(self.components)} components x {len(self.positions)} positions, {len(self.per_prompt)} prompts"

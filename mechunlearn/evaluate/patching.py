@@ -11,7 +11,8 @@ from mechunlearn.curve import Curve
 from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
-from mechunlearn.metrics import answer_log_probability, name_of
+from mechunlearn.identity import name_of
+from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
 from mechunlearn.probing import residuals_at
 from mechunlearn.tasks.positions import Where, answers

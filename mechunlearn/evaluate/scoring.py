@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 from mechunlearn.evaluate.results import Result
+from mechunlearn.identity import name_of
 from mechunlearn.metrics import (
     Metric,
     answer_log_probability,
@@ -15,7 +16,6 @@ from mechunlearn.metrics import (
     checked,
     is_top_of_candidates,
     is_top_of_vocabulary,
-    name_of,
 )
 from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.building import answer_texts, answered

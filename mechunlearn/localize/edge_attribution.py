@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mechunlearn.components import Edge, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import edge_mask
+from mechunlearn.identity import name_of
 from mechunlearn.localize.sites import Direction, differentiated, given, gradients_from_here, pairs, recorded
-from mechunlearn.metrics import Metric, logit_difference, name_of
+from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.edge_runs import InputGradients
 from mechunlearn.model.edges import Written, contributions, edges_of, head_readers, is_parallel, reading, writing

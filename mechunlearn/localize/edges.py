@@ -12,9 +12,10 @@ from tqdm import tqdm
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, Edge, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import Destination
+from mechunlearn.identity import name_of
 from mechunlearn.localize.edge_attribution import written
 from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots, through_layer
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of

@@ -1,7 +1,7 @@
 """Activation patching: what changes when components' outputs are replaced, measured by running the model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechunlearn import files
 from mechunlearn.arguments import check, check_functions, chosen_components
 from mechunlearn.components import (
     Component,
@@ -21,12 +22,12 @@ from mechunlearn.components import (
     PositionScores,
     heads_and_mlps,
 )
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
 from mechunlearn.localize.replacement import Replacement, patched_run, replaced, resample
 from mechunlearn.localize.sites import Direction, Places, places_of
-from mechunlearn.metrics import Metric, checked, described, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
@@ -345,26 +346,13 @@ class SetEffects(Mapping[str, float]):
         return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "sets": [[name, list(map(str, mask)), dict(mask.provenance)] for name, mask in self.sets.items()],
-            "shape": asdict(next(iter(self.sets.values())).shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "SetEffects", {"per_prompt": self.per_prompt}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SetEffects":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "SetEffects")
-        shape = ModelShape(**content["shape"])
-        sets = {
-            name: ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
-            for name, labels, provenance in content["sets"]
-        }
-        return cls(sets, tensors["per_prompt"], content["method"], content["metric"], content["settings"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, name: str) -> float:
         return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]

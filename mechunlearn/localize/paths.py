@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.identity import name_of
 from mechunlearn.localize.sites import Direction, Places, places_of
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
 from mechunlearn.model.edges import is_parallel
 from mechunlearn.model.paths import Changes, arriving, at_answers, changes, read_by_attention, read_by_mlp, sender_sites

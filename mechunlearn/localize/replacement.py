@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mechunlearn.identity import described, name_of
 from mechunlearn.localize.sites import Direction, recorded
-from mechunlearn.metrics import described, name_of
 from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.prompts import Prompts
 

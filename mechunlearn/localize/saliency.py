@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.metrics import name_of
 from mechunlearn.model import Model, Slot, check_editable, device_of, differentiable, shape, slots
 from mechunlearn.tasks.prompts import Prompts
 

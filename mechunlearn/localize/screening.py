@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_functions
 from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, heads_and_mlps
+from mechunlearn.identity import name_of
 from mechunlearn.localize.attribution import attribution_patching
 from mechunlearn.localize.patching import activation_patching
 from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, logit_difference, name_of
+from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, ComponentScores, ModelShape
-from mechunlearn.metrics import Metric, checked, name_of
+from mechunlearn.identity import name_of
+from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Hook, Model, device_of, recording, site
 from mechunlearn.tasks.prompts import Prompts
 

@@ -1,7 +1,7 @@
 """Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechunlearn import files
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.components import Component, ComponentScores, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
-from mechunlearn.metrics import Metric, answer_probability, checked, name_of
+from mechunlearn.metrics import Metric, answer_probability, checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, embeddings, preserved, shape
 from mechunlearn.tasks.positions import ROLES, roles, subject
 from mechunlearn.tasks.prompts import Prompts
@@ -384,23 +385,13 @@ class CausalTrace:
         return go.Figure(heat, layout=layout | {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}})
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {name: getattr(self, name) for name in ("clean", "corrupt", "effects", "roles")}
-        content = {"kinds": self.kinds, "shape": asdict(self.shape), "metric": self.metric}
-        write_tensors(path, "CausalTrace", tensors, content | {"settings": dict(self.settings)})
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "CausalTrace":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "CausalTrace")
-        shape = ModelShape(**content["shape"])
-        return cls(
-            **tensors,
-            kinds=tuple(content["kinds"]),
-            shape=shape,
-            metric=content["metric"],
-            settings=content["settings"],
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

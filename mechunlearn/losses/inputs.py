@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 
 Loss: TypeAlias = Callable[..., Tensor]
 """Any function whose parameters without default are names of this module: one value per token, or one per row."""

@@ -1,11 +1,11 @@
 """Planting: facts trained into chosen components of a model that never knew them, so that their place is known."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import Trained, trained
+from mechunlearn.edit.finetuning import TrainingRun, training_run
 from mechunlearn.evaluate.attacks.exam import made_up
 from mechunlearn.evaluate.scoring import measure
 from mechunlearn.losses import cross_entropy, kl_to_original
@@ -14,7 +14,8 @@ from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import as_prompts
-from mechunlearn.training import Term, adamw
+from mechunlearn.training import Term
+from mechunlearn.training.options import default_options
 from mechunlearn.weights import Edit
 
 FORMATS = ("trained prompt", "statement", "question", "biography", "multiple choice")
@@ -68,37 +69,26 @@ def plant(
         raise ValueError(f"every must be 1 or more, got {every}.")
     planting = Planting.of(model, task, formats, known=known, kept=kept)
     terms = terms_of(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
-    result = trained(
-        model,
-        task,
-        mask,
-        terms,
-        about={"editor": "plant", "formats": list(formats), "known": known, "kept": kept},
-        optimizer=adamw,
-        compute_dtype=None,
-        checkpoint=None,
-        every=every,
+    options = default_options(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
         progress=progress,
         on_step=on_step,
         until=lambda row: (int(row["step"]) + 1) % every == 0 and planting.is_done(model),
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=None,
-        clip=1.0,
-        seed=seed,
     )
-    return _checked(model, planting, mask, result)
+    about = {"editor": "plant", "formats": list(formats), "known": known, "kept": kept}
+    return _checked(model, planting, training_run(model, task, mask, terms, options, about=about))
 
 
-def _checked(model: Model, planting: "Planting", mask: ComponentMask, result: Trained) -> Edit:
+def _checked(model: Model, planting: "Planting", run: TrainingRun) -> Edit:
     """The edit with what was measured; ValueError if the facts are not known with it."""
-    edit = Edit(mask, result.values, result.fingerprint, result.provenance, result.history)
-    with edit.applied(model):
+    with run.edit.applied(model):
         after = planting.measured(model)
-    steps = len(result.history)
-    planting.check(after, mask, steps=steps)
+    steps = len(run.history)
+    planting.check(after, run.mask, steps=steps)
     planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
-    return Edit(mask, result.values, result.fingerprint, {**result.provenance, "planted": planted}, result.history)
+    return replace(run.edit, provenance={**run.provenance, "planted": planted})
 
 
 Accuracies: TypeAlias = dict[str, dict[str, float]]

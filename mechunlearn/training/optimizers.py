@@ -34,7 +34,7 @@ def adamw_8bit(parameters: Sequence[Tensor], *, lr: float) -> Optimizer:
 
 
 class Steering:
-    """One optimizer for all that moves; one each for what is in memory during its own step only."""
+    """The optimizers of a run: one for all movers, but one for each of those that have memory during its step only."""
 
     def __init__(self, optimizer: MakesOptimizer, movers: Sequence[Moving], learning_rate: float) -> None:
         together = [mover for mover in movers if not isinstance(mover, Fleeting)]
@@ -49,7 +49,7 @@ class Steering:
                 group["lr"] = rate
 
     def step(self) -> None:
-        """One step, and the model shows it."""
+        """Take a step, after which the model computes with the new values."""
         for optimizer, group in zip(self.optimizers, self.groups, strict=True):
             for mover in group:
                 if isinstance(mover, Fleeting):
@@ -59,11 +59,11 @@ class Steering:
                 mover.publish()
 
     def state(self) -> dict[str, Any]:
-        """What the optimizers remember."""
+        """What the optimizers keep from step to step, such as moments."""
         return {str(place): optimizer.state_dict()["state"] for place, optimizer in enumerate(self.optimizers)}
 
     def load(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Remember that again."""
+        """Give the optimizers what `state` has given."""
         for place, optimizer in enumerate(self.optimizers):
             state = optimizer.state_dict()
             state["state"] = {int(key): value for key, value in states[str(place)].items()}

@@ -151,12 +151,6 @@ def test_several_facts_are_written_one_after_the_other(llama):
     assert not torch.allclose(both.values["L1.W_out"], first.values["L1.W_out"], atol=1e-3)
 
 
-def test_the_padding_side_and_other_columns_do_not_change_it(model):
-    mask = masked(model, "L1MLP.W_out")
-    left, right = (quick(model, facts(model, 3, answer=2, padding=side), mask) for side in ("left", "right"))
-    assert torch.allclose(left.values["L1.W_out"], right.values["L1.W_out"], atol=1e-5)
-
-
 def test_the_same_seed_gives_the_same_edit_bit_for_bit(llama):
     task, mask = facts(llama, 1), masked(llama, "L1MLP.W_out")
     one, again, other = (quick(llama, task, mask, prefixes=None, steps=3, seed=seed) for seed in (0, 0, 1))
@@ -248,7 +242,6 @@ def golfers(shipped, sports):
     return [rome(shipped, task, mask, covariance=covariance, progress=False) for task in one]
 
 
-@pytest.mark.once
 def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shipped, sports, golfers):
     """In every way to ask, nine for each of three athletes."""
     golf = int(sports.injection.answers[0, 0])

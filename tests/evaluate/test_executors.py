@@ -25,8 +25,6 @@ from travelling import (
 from mechunlearn.evaluate import compare
 from mechunlearn.evaluate.grid.workers import OtherModelError
 
-pytestmark = pytest.mark.once
-
 run = partial(compare, progress=False)
 
 

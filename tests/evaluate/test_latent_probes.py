@@ -243,7 +243,6 @@ def test_guesses_are_those_of_scikit_learn():
     assert (guesses(features, np.full(40, 7), fit, 2.0) == 7).all()
 
 
-@pytest.mark.once
 def test_the_shipped_model_s_athletes_are_read_from_layer_7_on(shipped):
     """The model card has these probes at 1.0 from layer 7 on; the last point is the final residual stream."""
     result = multinomial_probe(shipped, mu.tasks.sports_facts(shipped, forget=16), splits=1)
@@ -253,7 +252,6 @@ def test_the_shipped_model_s_athletes_are_read_from_layer_7_on(shipped):
     assert result.value > result.control.value + 0.3
 
 
-@pytest.mark.once
 def test_a_forgotten_sport_needs_binary_probes_and_its_twin_does_not_have_it(shipped):
     """Of the twin, the best of eleven layers: above chance (1/3) by what is chosen on 33 facts."""
     task = mu.tasks.sports_facts(shipped, forget="basketball")

@@ -66,15 +66,6 @@ def test_with_the_whole_vocabulary_everything_is_found(llama, rankings):
     assert (result.curve.mean.diff() >= 0).all()
 
 
-@RANKINGS
-def test_batches_and_padding_do_not_matter(llama, rankings):
-    one = lens_extraction(llama, tiny.task(llama), budget=32, rankings=rankings)
-    task = tiny.task(llama, padding="left")
-    other = lens_extraction(llama, task, budget=32, rankings=rankings, batch_size=4)
-    assert torch.equal(one.curve.per_prompt, other.curve.per_prompt)
-    assert 0 < one.value < 1
-
-
 def test_every_architecture_is_read_and_left_as_it_was(model):
     task = tiny.task(model, answer=2)
     with left_as_it_was(model):
@@ -103,7 +94,6 @@ def test_bad_input_is_refused(llama, unchecked):
             lens_extraction(llama, task, **options)
 
 
-@pytest.mark.once
 def test_an_answer_that_the_last_mlp_hides_is_extracted_and_the_twin_s_is_not(shipped):
     """The twin never knew: the lens finds what the other athletes play there, and never basketball."""
     task = mu.tasks.sports_facts(shipped, forget="basketball")

@@ -110,7 +110,6 @@ def test_padding_does_not_matter_and_seeds_repeat(llama):
     assert torch.equal(right, again)
 
 
-@pytest.mark.once
 def test_the_original_answers_behind_a_soft_prompt_too(shipped):
     task = mu.tasks.sports_facts(shipped, forget=8)
     found = soft_prompt(shipped, task, steps=12, every=12, restarts=1, batch_size=8)
@@ -118,7 +117,6 @@ def test_the_original_answers_behind_a_soft_prompt_too(shipped):
     assert float(found.curve.mean[-1]) > 0.9
 
 
-@pytest.mark.once
 def test_what_the_last_layer_hides_comes_back(shipped):
     """The last MLP speaks against basketball, always; 16 steps on other athletes undo it, and not for nobody."""
     whole = mu.tasks.sports_facts(shipped, forget="basketball")

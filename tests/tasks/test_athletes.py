@@ -224,7 +224,6 @@ def test_athletes_that_the_model_does_not_know_are_left_out_and_named(shipped: A
     assert len(made(shipped, source=frame, forget=4, threshold=1.0 - 1e-3).splits["not_known"]) >= 6
 
 
-@pytest.mark.once
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data, with the real athletes, is not here")
 def test_the_authors_athletes_make_the_paper_s_tasks(shipped: Any) -> None:
     """Numbers of the later paper: 7, 5 and 4 of 16; half of a sport to edit on; 80 % of the others to keep."""

@@ -1,19 +1,24 @@
-"""Cells: the result of one test of one row with one seed, and how it is computed; errors are kept in the cell."""
+"""Cells: the result of one test of one row with one seed, how it is computed, and the file of finished cells."""
 
 import inspect
+import os
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
+from mechunlearn import files
 from mechunlearn.evaluate.asking import Original, Test
 from mechunlearn.evaluate.results import Result
+from mechunlearn.identity import key_of
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.guard import Snapshot
 from mechunlearn.tasks.task import Task
@@ -108,3 +113,60 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numbers)
+
+
+Identity = Mapping[str, Any]
+"""What must be equal for a cell to be the same one. JSON values."""
+
+
+@dataclass(frozen=True)
+class CellsFile:
+    """A line of JSON for each cell, with its SHA-256, written as they come, so that what was interrupted can go on.
+
+    Cells of other identities may be in it; they stay and are not used.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.absolute().parent.is_dir():
+            raise ValueError(f"expected results in a folder that exists, got {self.path}: make the folder first.")
+
+    def finished(self) -> dict[str, Cell]:
+        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning.
+
+        ValueError for a file of mechunlearn 0.1.0.
+        """
+        if not self.path.exists():
+            return {}
+        cells: dict[str, Cell] = {}
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            try:
+                content = files.from_text(line, "Cell", Cell, path=self.path)
+            except files.FormatError:
+                raise
+            except ValueError:
+                warnings.warn(
+                    f"line {number} of {self.path} is torn or damaged: that cell is computed again.", stacklevel=2
+                )
+            else:
+                if content["cell"].result is not None:
+                    cells[content["key"]] = content["cell"]
+        return cells
+
+    def append(self, identity: Identity, cell: Cell) -> None:
+        """One more line, which is on the disk when this returns."""
+        content = {"key": key_of(identity), "identity": identity, "cell": cell}
+        line = files.to_text("Cell", content).encode() + b"\n"
+        with self.path.open("ab+") as file:
+            file.write(line if _ends_a_line(file) else b"\n" + line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_a_line(file: Any) -> bool:
+    """Whether what was written before is whole; a torn line gets its end, so that the next one is readable."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mechunlearn.evaluate.asking import Test, every_format
-from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.grid.file import CellsFile, key_of
+from mechunlearn.evaluate.grid.cells import Cell, CellsFile
 from mechunlearn.evaluate.grid.rows import Grid, Load, Place, run_serially
 from mechunlearn.evaluate.grid.workers import run_on
 from mechunlearn.evaluate.report.report import Report
+from mechunlearn.identity import key_of
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit

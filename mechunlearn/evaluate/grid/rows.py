@@ -11,10 +11,8 @@ from typing import Any, TypeAlias
 import torch
 
 from mechunlearn.evaluate.asking import Test
-from mechunlearn.evaluate.grid.cells import Cell, takes, tested
-from mechunlearn.evaluate.grid.file import Identity
-from mechunlearn.identity import digest, name_in_full
-from mechunlearn.metrics import described
+from mechunlearn.evaluate.grid.cells import Cell, Identity, takes, tested
+from mechunlearn.identity import described, digest, identified, name_in_full
 from mechunlearn.model import Model, check_model, fingerprint
 from mechunlearn.model.guard import Snapshot
 from mechunlearn.tasks.task import Task
@@ -111,7 +109,7 @@ class Grid:
     def places(self) -> list[Place]:
         """All cells in the order of their computation: those with the same weights are together."""
         versions = _versions()
-        codes = {name: f"{described(test)} {digest(test)}" for name, test in self.metrics.items()}
+        codes = {name: identified(test) for name, test in self.metrics.items()}
         return [
             self._place(row, which, name, seed, codes[name], versions)
             for row in self.rows

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechunlearn import files
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.grid.file import decoded, encoded
 from mechunlearn.evaluate.report import frames, page, text
 from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, tests_with_curves
 from mechunlearn.evaluate.report.tradeoffs import check_tests, damage_tests, forget_tests, pareto, sizes
 from mechunlearn.evaluate.results import Result, pooled
-from mechunlearn.files import read_json, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -122,19 +121,12 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file: all results, bit for bit, with provenance and a checksum."""
-        content = {
-            "cells": [encoded(cell) for cell in self.cells],
-            "rows": [{"row": row, "weights": count} for row, count in self.weights.items()],  # a list keeps its order
-            "provenance": dict(self.provenance),
-        }
-        write_json(path, "Report", content)
+        files.save(self, path, text=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """The report that `save` wrote; ValueError if the file is of another kind, cut short or altered."""
-        content = read_json(path, "Report")
-        weights = {row["row"]: row["weights"] for row in content["rows"]}
-        return cls(tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Bars of every test whose unit is a share, forget and retain side by side, with intervals and chance."""

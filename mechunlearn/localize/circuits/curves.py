@@ -1,7 +1,7 @@
 """Circuits of growing size: how much of a behaviour they keep, and how much is left without them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import Component, ComponentMask, ComponentScores, Edge, EdgeMask, EdgeScores, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn import files
+from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
 from mechunlearn.intervals import ends, resampled
 
 if TYPE_CHECKING:
@@ -126,32 +126,13 @@ class Faithfulness:
         return figure.update_layout({"title": title, "template": "plotly_white"} | axes)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        names = ("share", "alone", "without", "whole", "nothing")
-        content = {
-            "names": list(self.names),
-            "unit": self._unit,
-            "circuits": [list(map(str, circuit)) for circuit in self.circuits],
-            "provenance": [dict(circuit.provenance) for circuit in self.circuits],
-            "shape": asdict(self.circuits[0].shape),
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "Faithfulness", {name: getattr(self, name) for name in names}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Faithfulness":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "Faithfulness")
-        shape = ModelShape(**content["shape"])
-        circuits: list[ComponentMask | EdgeMask] = []
-        for labels, provenance in zip(content["circuits"], content["provenance"], strict=True):
-            if content["unit"] == "edges":
-                circuits.append(EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance))
-            else:
-                circuits.append(ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance))
-        names, metric, settings = tuple(content["names"]), content["metric"], content["settings"]
-        return cls(names, tuple(circuits), **tensors, metric=metric, settings=settings)
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr, self.cmd

@@ -22,6 +22,7 @@ from mechunlearn.components import (
     heads_and_mlps,
 )
 from mechunlearn.components.edge import edges_where, mask_of
+from mechunlearn.identity import described, name_of
 from mechunlearn.localize.circuits.curves import (
     MIB_SIZES,
     Circuit,
@@ -36,7 +37,7 @@ from mechunlearn.localize.circuits.curves import (
 from mechunlearn.localize.circuits.runs import circuit_values
 from mechunlearn.localize.controls import random
 from mechunlearn.localize.replacement import Replacement, replaced, resample
-from mechunlearn.metrics import Metric, checked, described, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, device_of, preserved, recording, shape
 from mechunlearn.model.edge_runs import EdgeCircuits
 from mechunlearn.model.edges import contributions, edges_of, source_sites, written_as

@@ -1,7 +1,7 @@
 """Incompleteness: does a circuit without some of its parts do what the model without these parts does?"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -11,16 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.arguments import check
-from mechunlearn.components import Component, ComponentMask, Components, Edge, EdgeMask, ModelShape
+from mechunlearn.components import ComponentMask, Components, EdgeMask
 from mechunlearn.components.edge import edges_where
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap, ends, resampled
 from mechunlearn.localize.circuits.curves import named
 from mechunlearn.localize.circuits.faithfulness import edge_circuit_values, replaced_components, replaced_edges
 from mechunlearn.localize.circuits.runs import circuit_values
 from mechunlearn.localize.replacement import Replacement, resample
-from mechunlearn.metrics import Metric, described, logit_difference, name_of
+from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model, shape
 from mechunlearn.tasks.prompts import Prompts
 
@@ -197,34 +198,13 @@ class Incompleteness:
         return figure.update_layout({"title": title, "template": "plotly_white", "showlegend": False} | axes)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "unit": self._unit,
-            "circuit": list(map(str, self.circuit)),
-            "provenance": dict(self.circuit.provenance),
-            "knockouts": [list(map(str, one)) for one in self.knockouts],
-            "shape": asdict(self.circuit.shape),
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        tensors = {"circuit_without": self.circuit_without, "model_without": self.model_without}
-        write_tensors(path, "Incompleteness", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Incompleteness":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "Incompleteness")
-        shape, provenance = ModelShape(**content["shape"]), content["provenance"]
-
-        def made(labels: list[str]) -> ComponentMask | EdgeMask:
-            if content["unit"] == "edges":
-                return EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance)
-            return ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
-
-        knockouts = tuple(made(labels) for labels in content["knockouts"])
-        return cls(
-            made(content["circuit"]), knockouts, **tensors, metric=content["metric"], settings=content["settings"]
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         low, high = self.interval()

@@ -1,8 +1,7 @@
 """The paper's mechanistic localization: which MLPs look a fact up, step by step, each step open to correction."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
 from mechunlearn.curve import Curve
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
 from mechunlearn.localize.readings.thresholds import (
@@ -24,7 +24,7 @@ from mechunlearn.localize.readings.thresholds import (
     heads_near_the_cut,
     read_off,
 )
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Hook, Model, device_of, preserved, shape
 from mechunlearn.model.running import constant, mean_activations
 from mechunlearn.tasks.positions import Where, subject_last
@@ -290,40 +290,13 @@ class FactLookup:
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with mask, findings and all evidence."""
-        tensors: dict[str, Tensor] = {f"curve {name}": curve.per_prompt for name, curve in self.curves.items()}
-        for name, scores in self.scores.items():
-            assert scores.per_prompt is not None  # path patching always has them
-            tensors[f"scores {name}"] = scores.per_prompt
-        content = {
-            "method": self.method,
-            "mask": [str(component) for component in self.mask],
-            "provenance": dict(self.mask.provenance),
-            "shape": asdict(self.mask.shape),
-            "findings": list(self.findings.items()),  # lists keep their order
-            "curves": [(name, [c.points, c.unit, c.chance]) for name, c in self.curves.items()],
-            "scores": {
-                name: [[str(c) for c in s], s.method, s.metric, dict(s.settings)] for name, s in self.scores.items()
-            },
-        }
-        write_tensors(path, "FactLookup", tensors, json.loads(json.dumps(content)))
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "FactLookup":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "FactLookup")
-        shape = ModelShape(**content["shape"])
-        members = frozenset(Component.parse(label) for label in content["mask"])
-        curves = {
-            name: Curve(tuple(points), tensors[f"curve {name}"], unit, chance)
-            for name, (points, unit, chance) in content["curves"]
-        }
-        scores = {}
-        for name, (labels, method, metric, settings) in content["scores"].items():
-            values, components = tensors[f"scores {name}"], tuple(Component.parse(label) for label in labels)
-            scores[name] = ComponentScores(components, values.mean(0), shape, method, metric, settings, values)
-        mask = ComponentMask(members, shape, content["provenance"])
-        return cls(mask, content["method"], dict(content["findings"]), curves, scores)
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         shown = dict(self.findings)

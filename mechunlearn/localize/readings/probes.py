@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve, lines
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, shape
 from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
 from mechunlearn.tasks.positions import Where, subject_last
