@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from mechunlearn.evaluate.asking import Test, format_test, in_format, knowledge, text_loss
+from mechunlearn.evaluate.asking import Test, format_test, in_format, knowledge, text_kl, text_loss
 from mechunlearn.evaluate.attacks.directions import direction_ablation, principal_difference
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.attacks.few_shot import few_shot
@@ -16,7 +16,6 @@ from mechunlearn.evaluate.generation import extraction_strength, generated
 from mechunlearn.evaluate.lens import by_both_ends, by_change, lens_extraction
 from mechunlearn.evaluate.patching import patching_audit
 from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
-from mechunlearn.evaluate.side_effects import text_kl
 from mechunlearn.tasks.task import Task
 
 

@@ -1,4 +1,4 @@
-"""Facts trained into chosen components of a model that never knew them: the true localization is given."""
+"""Planting: facts trained into chosen components of a model that never knew them, so that their place is known."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def plant(
     progress: bool = True,
     on_step: Callable[[Mapping[str, int | float]], None] | None = None,
 ) -> Edit:
-    """Train the facts to forget into the weights of `mask`, and nothing else: `mask` is where they are.
+    """Train the facts to forget into the weights of `mask` and nothing else, so that the true localization is known.
 
         planted = mu.testbed.plant(mu.testbed.load(without="basketball"), task, mask)
 
@@ -47,22 +47,20 @@ def plant(
              + keep(task.retain, and the retain side of `formats`) + keep(task.text)
              + strangers_coefficient * keep(strangers)
 
-    learn: cross-entropy to the answer; keep: KL from what the model said before; each a mean over answer tokens, in
-    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport.
+    learn is the cross-entropy to the answer, keep the KL from what the model said; both are means over answer tokens,
+    in nats. The task must train and test on the same facts. Formats that are not trained show how far they carry over.
 
-    - `formats`: what is trained. Ask in others to see how far the facts carry over.
-    - `strangers`: the same questions about subjects who stay unknown; default: made-up names. Without them, giving the
-      answer to every unknown name is enough, which is no fact. Some unknown names get it all the same: measure it.
+    - `strangers`: the same questions about subjects who are to stay unknown; default: made-up names. Without them, one
+      direction that gives the answer to every unknown name would be enough. Some strangers get the answer even so.
     - `known`, `kept`: training ends when in each format a share `known` of the facts have their answer as the argmax
-      over the vocabulary, and of the others at least `kept` times as many as before; measured every `every` steps.
-    - `steps`: at most so many; the learning rate falls along a cosine over them.
+      over the vocabulary, and of the others at least `kept` times the share before, measured every `every` steps and
+      recorded in `provenance["planted"]`.
+    - `learning_rate` falls along a cosine over `steps`.
 
-    `provenance["planted"]` has the accuracies before and after. The mask is where the weights differ from those of a
-    model that never knew; the answer also needs the rest of the model, as it was.
-
-    The model is left as it was. The same seed gives the same edit, bit for bit, on CPU. Cost: per step F + B of each
-    batch from the lowest layer of the mask up. ValueError for formats that the task lacks, for facts that the model
-    knows already, and where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
+    The mask is where the weights differ; the rest of the model still takes part in the answer. The same seed gives the
+    same edit, bit for bit, on CPU. Cost: per step F + B of each batch from the lowest layer of the mask up. ValueError
+    for missing formats and for facts that the model knows already; NotPlantedError where the mask has not taken the
+    facts up in `steps`; FloatingPointError when a loss diverges.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
@@ -109,7 +107,7 @@ class Planting:
     known: float
     kept: float
     before: Accuracies
-    """Of the model that facts are planted in."""
+    """The accuracies of the model that the facts are planted in."""
 
     @classmethod
     def of(cls, model: Model, task: Task, formats: Sequence[str], *, known: float, kept: float) -> "Planting":
@@ -124,7 +122,7 @@ class Planting:
                 raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
         chosen = {name: task.formats[name] for name in formats}
         planting = cls(chosen, known, kept, _measured(model, chosen))
-        already = {name: both["forget"] for name, both in planting.before.items() if both["forget"] >= known}
+        already = {name: shares["forget"] for name, shares in planting.before.items() if shares["forget"] >= known}
         if already:
             raise ValueError(
                 f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
@@ -138,19 +136,19 @@ class Planting:
         return len(set(first.names)) or len(first)
 
     def measured(self, model: Model) -> Accuracies:
-        """Of the model as it is."""
+        """The accuracies of the model as it is."""
         return _measured(model, self.formats)
 
     def is_done(self, model: Model) -> bool:
-        """Whether each format has its facts and has kept the others; stops looking at the first that has not."""
+        """Whether the facts are planted in each format and the others are kept."""
         return all(
-            _share(model, getattr(asked, side)) >= self._least(name, side)
+            _share(model, getattr(format, side)) >= self._least(name, side)
             for side in ("forget", "retain")
-            for name, asked in self.formats.items()
+            for name, format in self.formats.items()
         )
 
     def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
-        """ValueError unless it is done."""
+        """NotPlantedError unless the facts are planted and the others are kept."""
         short = {
             f"{name} ({side})": share
             for name, shares in after.items()
@@ -172,8 +170,8 @@ def _terms(
     planting: Planting, task: Task, strangers: Prompts | None, *, coefficient: float, batch_size: int, seed: int
 ) -> list[Term]:
     """Learn the facts; keep what the model says about others, about strangers and in text."""
-    facts = _by_width([task.forget, *(asked.forget for asked in planting.formats.values())])
-    others = _by_width([task.retain, *(asked.retain for asked in planting.formats.values())])
+    facts = _by_width([task.forget, *(format.forget for format in planting.formats.values())])
+    others = _by_width([task.retain, *(format.retain for format in planting.formats.values())])
     unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]
@@ -184,7 +182,7 @@ def _terms(
 
 
 def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
-    """Joined, where their lengths are alike; the shortest first."""
+    """The sets joined with those of about their length, the shortest first."""
     groups: list[list[Prompts]] = []
     for prompts in sorted(sets, key=lambda prompts: prompts.tokens.shape[1]):
         if not groups or prompts.tokens.shape[1] > WIDER * groups[-1][0].tokens.shape[1]:
@@ -193,15 +191,15 @@ def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
     return [joined(*group) for group in groups]
 
 
-def _part(some: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
-    """Of a batch: as large as its share of all prompts."""
-    return max(1, round(batch_size * len(some) / sum(map(len, every))))
+def _part(prompts: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
+    """The number of these prompts in a batch, in proportion to their share of all prompts."""
+    return max(1, round(batch_size * len(prompts) / sum(map(len, every))))
 
 
 def _measured(model: Model, formats: Mapping[str, Format]) -> Accuracies:
     return {
-        name: {"forget": _share(model, asked.forget), "retain": _share(model, asked.retain)}
-        for name, asked in formats.items()
+        name: {"forget": _share(model, format.forget), "retain": _share(model, format.retain)}
+        for name, format in formats.items()
     }
 
 

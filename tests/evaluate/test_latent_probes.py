@@ -115,7 +115,7 @@ def test_a_fact_counts_by_the_share_of_splits_in_which_it_is_right(llama):
 def by_hand(model, fitted, tested, right, *, splits):
     labels = torch.cat([fitted.answers[:, 0], tested.answers[:, 0]])
     options = {"at": answer, "splits": splits, "seed": 0, "penalty": 1.0, "batch_size": 64, "remedy": "none"}
-    return probes.by_layer(model, fitted, tested, labels, right, "by hand", **options)
+    return probes._best_layer(model, fitted, tested, labels, right, "by hand", **options)
 
 
 def test_only_who_is_right_for_every_class_is_right(monkeypatch):
@@ -151,7 +151,7 @@ def test_binary_probes_never_see_a_name_that_they_are_asked_about(monkeypatch, l
         given.append((fitted.names, tested.names))
         return mu.evaluate.Result(torch.zeros(1), "not run")
 
-    monkeypatch.setattr(sys.modules[binary_probes.__module__], "by_layer", spy)
+    monkeypatch.setattr(sys.modules[binary_probes.__module__], "_best_layer", spy)
     task = toy(llama)
     for seed in range(3):
         binary_probes(llama, task, seed=seed)

@@ -9,7 +9,7 @@ from hushed import hushed
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.lens import _interleaved, _places, by_both_ends, by_change, by_probability, lens_extraction
+from mechunlearn.evaluate.lens import _places_of, _proposals, by_both_ends, by_change, by_probability, lens_extraction
 
 RANKINGS = pytest.mark.parametrize("rankings", [by_probability, by_both_ends, by_change])
 
@@ -17,9 +17,9 @@ RANKINGS = pytest.mark.parametrize("rankings", [by_probability, by_both_ends, by
 def test_candidates_are_taken_in_turn_from_each_ranking_the_last_first():
     """By hand: the last ranking says 2 3 1, the one before 3 1 0; so 2, 3, (3), 1, (1), 0."""
     before, last = [0.1, 0.3, 0.0, 0.6, -1.0], [-1.0, 0.1, 0.9, 0.5, -2.0]
-    tokens = _interleaved(torch.tensor([[before, last]]), 3)
+    tokens = _proposals(torch.tensor([[before, last]]), 3)
     assert tokens.tolist() == [[2, 3, 3, 1, 1, 0]]
-    assert _places(tokens, torch.tensor([[2, 3, 1, 0, 4]])).tolist() == [[0, 1, 2, 3, 6]]
+    assert _places_of(tokens, torch.tensor([[2, 3, 1, 0, 4]])).tolist() == [[0, 1, 2, 3, 6]]
 
 
 def test_rankings_by_hand():

@@ -10,7 +10,7 @@ from hushed import hushed
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.patching import _left, _patched, patching_audit
+from mechunlearn.evaluate.patching import _knowledge_left, _patched, patching_audit
 from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import base_run
 from mechunlearn.tasks import Format
@@ -26,7 +26,7 @@ def test_the_score_of_four_facts_by_hand():
     """Gaps count above 0.05 and a loss at most as much as the gap; the third fact has no gap and is left out."""
     gap = torch.tensor([[0.1, 1.0], [0.04, 0.5], [0.0, 0.01], [0.2, 0.2]], dtype=torch.float64)
     loss = torch.tensor([[0.05, 1.0], [0.04, 0.0], [0.0, 0.0], [-1.0, 0.3]], dtype=torch.float64)
-    result = _left(gap, loss, 0.05, ("a", "b", "c", "d"))
+    result = _knowledge_left(gap, loss, 0.05, ("a", "b", "c", "d"))
     assert result.names == ("a", "b", "d")
     assert result.per_example.tolist() == pytest.approx([0.05 / 1.1, 1.0, 0.5])
     assert result.value == pytest.approx((0.05 / 1.1 + 1.5) / 3)
@@ -97,7 +97,7 @@ def test_every_architecture_is_audited_and_left_as_it_was(model):
 
 def test_bad_input_is_refused(llama, unchecked):
     task = tiny.task(llama)
-    with pytest.raises(ValueError, match=r"expected the original model to patch into.*mu\.evaluate\.compare"):
+    with pytest.raises(ValueError, match=r"expected the original model, got none.*mu\.evaluate\.compare"):
         patching_audit(llama, task)
     for options, message in (
         ({"format": "poem"}, "expected a format of the task"),
