@@ -2,7 +2,7 @@
 
 from mechunlearn.evaluate.asking import Test, every_format, in_format, injected, knowledge, paper_metrics, text_loss
 from mechunlearn.evaluate.attacks.directions import direction_ablation, mean_difference, principal_difference
-from mechunlearn.evaluate.attacks.exam import check_apart, halves
+from mechunlearn.evaluate.attacks.exam import halves
 from mechunlearn.evaluate.attacks.few_shot import few_shot
 from mechunlearn.evaluate.attacks.relearning import relearn, relearn_benign, relearn_few
 from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
@@ -34,7 +34,6 @@ __all__ = [
     "by_both_ends",
     "by_change",
     "by_probability",
-    "check_apart",
     "compare",
     "continuations",
     "direction_ablation",

@@ -15,9 +15,10 @@ from mechunlearn.components.edge import Destination
 from mechunlearn.localize.edge_attribution import written
 from mechunlearn.localize.sites import Direction
 from mechunlearn.metrics import Metric, checked, logit_difference, name_of
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots, through_layer
+from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
+from mechunlearn.model.suffix import through_layer
 from mechunlearn.tasks.prompts import Prompts
 
 

@@ -21,7 +21,8 @@ from mechunlearn.localize.sites import (
     scored,
 )
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, differentiable, recording, running_from, shape
+from mechunlearn.model import Model, differentiable, recording, shape
+from mechunlearn.model.running import running_from
 from mechunlearn.tasks.prompts import Prompts
 
 _EMBEDDING = "blocks.0.hook_resid_pre"

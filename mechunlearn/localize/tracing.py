@@ -15,7 +15,8 @@ from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.files import read_tensors, write_tensors
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked, name_of
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, embeddings, preserved, shape
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
 from mechunlearn.tasks.prompts import Prompts
 

@@ -20,7 +20,7 @@ def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
         missing = f"prompts {without[:5]}" if without else "all of them"
         raise ValueError(
             f"expected prompts that say where their subject is, got none for {missing}: pass subjects=... to "
-            f"tasks.build, or choose other positions."
+            f"mu.tasks.build, or choose other positions."
         )
     return prompts.subject & prompts.attention_mask
 
@@ -52,8 +52,6 @@ def last_of(where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Only the last True of each row that has one."""
     return where & (where.flip(1).cumsum(1).flip(1) == 1)
 
-
-__all__ = ["ROLES", "Groups", "Where", "answer", "everywhere", "roles", "subject", "subject_last"]
 
 Groups: TypeAlias = Callable[[Prompts], Mapping[str, Bool[Tensor, "batch pos"]]]
 """Named groups of tokens of each prompt, True at theirs; the same names for all prompts."""
