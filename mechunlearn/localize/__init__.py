@@ -30,6 +30,7 @@ from mechunlearn.localize.patching import SetEffects, activation_patching, activ
 from mechunlearn.localize.paths import path_effect, path_patching
 from mechunlearn.localize.readings.fact_lookup import (
     PAPER_LAYERS,
+    PAPER_SHAPES,
     FactLookup,
     all_inputs,
     fact_lookup_by_paths,
@@ -47,6 +48,7 @@ from mechunlearn.tasks.positions import answer, answers, everywhere, from_subjec
 
 __all__ = [
     "PAPER_LAYERS",
+    "PAPER_SHAPES",
     "CausalTrace",
     "Curve",
     "FactLookup",

@@ -67,19 +67,76 @@ def relearn(
     The weights are put back bit for bit, also after a failure; a copy of those that are trained is kept for it.
     ValueError for too few facts, an unknown format, prompts without names, processed or quantised weights.
     """
-    trained, tested = halves(task, format=format, seed=seed)
-    terms = relearning_terms(
+    return relearn_and_ask(
         model,
         task,
-        trained,
-        tested,
-        coefficients=(1.0, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, batch_size, text_batch_size),
-    )
-    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
+        [Question(format, metric, at)],
+        learning_rates=learning_rates,
+        steps=steps,
+        batch_size=batch_size,
+        warmup=warmup,
+        retain_coefficient=retain_coefficient,
+        text_coefficient=text_coefficient,
+        text_batch_size=text_batch_size,
+        optimizer=optimizer,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+    )[0]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `relearn_and_ask` asks about the facts that it does not train on."""
+
+    format: str | None = None
+    """Of the task; default: the first, the trained prompt."""
+    metric: Metric = candidate_probability
+    at: Sequence[int] | None = None
+    """After how many steps; by default after 0, 1, 2, 4, ... and the last."""
+
+
+def relearn_and_ask(
+    model: Model,
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
+    steps: int = 100,
+    batch_size: int = 4,
+    warmup: float = 0.1,
+    retain_coefficient: float = 1.0,
+    text_coefficient: float = 0.0,
+    text_batch_size: int = 4,
+    optimizer: MakesOptimizer = adamw,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+) -> list[Result]:
+    """For each question what `relearn` gives with its format, metric and steps, bit for bit, but trained once for all.
+
+    A format may lack facts, which leaves others to train on: questions share a run where what is trained on is the
+    same. Everything else, cost and errors included, is as for `relearn`.
+    """
+    runs: dict[object, list[tuple[int, Prompts, Prompts]]] = {}
+    for place, question in enumerate(questions):
+        trained, tested = halves(task, format=question.format, seed=seed)
+        named = frozenset(tested.names) if text_coefficient else None  # rows of text that name them are left out
+        runs.setdefault((trained.names, named), []).append((place, trained, tested))
     tuning = Tuning(learning_rates, warmup, optimizer, micro_batch_size, seed)
-    runs = tuning.scores(model, terms, asked, steps=steps, at=measured_at(steps, at))
-    return worst_case(runs, asked, axis="steps")
+    coefficients = (1.0, retain_coefficient, text_coefficient)
+    sizes = (batch_size, batch_size, text_batch_size)
+    found: dict[int, Result] = {}
+    for run in runs.values():
+        # The terms are alike, but each is checked to be apart from what its question is about.
+        terms, *_ = [
+            relearning_terms(model, task, trained, tested, coefficients=coefficients, batch_sizes=sizes)
+            for _, trained, tested in run
+        ]
+        asked = [Asked.of(model, task, tested, metric=questions[place].metric, seed=seed) for place, _, tested in run]
+        points = [measured_at(steps, questions[place].at) for place, *_ in run]
+        scores = tuning.several_scores(model, terms, list(zip(asked, points, strict=True)), steps=steps)
+        for (place, *_), own, about in zip(run, scores, asked, strict=True):
+            found[place] = worst_case(own, about, axis="steps")
+    return [found[place] for place in range(len(questions))]
 
 
 def relearn_few(
