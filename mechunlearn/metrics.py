@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -112,10 +113,10 @@ def described(function: Callable[..., object]) -> str:
 
 def _option(value: object) -> str:
     """Nothing for what cannot be shown in a few words."""
-    if value is None or isinstance(value, int | float | str | bool):
+    if value is None or isinstance(value, Real | str):
         return str(value)
     if isinstance(value, tuple | list):
-        return str(tuple(value)) if all(isinstance(each, int | float | str | bool) for each in value) else ""
+        return str(tuple(value)) if all(isinstance(each, Real | str) for each in value) else ""
     return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 

@@ -43,8 +43,7 @@ SCRIPTS = [
     path
     for folder in ("examples", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
-    if "testbed"
-    not in path.relative_to(ROOT).parts  # what trains the shipped models is part of the package's own house
+    if "testbed" not in path.relative_to(ROOT).parts  # what trains the shipped models is part of the package
 ]
 
 

@@ -1,6 +1,8 @@
 """Path patching: the effect of what senders write on what receivers read, all other ways held as they were."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
+from operator import index
 from typing import Literal, TypeAlias
 
 import torch
@@ -186,7 +188,7 @@ def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
         raise ValueError(
             f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
         )
-    return receivers if isinstance(receivers, int) else chosen_components(receivers, sizes, "receivers")
+    return index(receivers) if isinstance(receivers, Integral) else chosen_components(receivers, sizes, "receivers")
 
 
 def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:

@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from io import BytesIO
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
@@ -72,18 +74,19 @@ def chosen(
     left_out: Mapping[str, Sequence[str]],
 ) -> list[Athlete]:
     """The athletes to forget; `left_out`: reason -> names, for the error about a name that is not among the people."""
-    if seed is not None and not isinstance(forget, int):
+    if seed is not None and not isinstance(forget, Integral):
         raise ValueError(f"expected a number of athletes with forget_seed, got forget={forget!r}: leave the seed out.")
-    if isinstance(forget, int):
+    if isinstance(forget, Integral):
         if not 0 < forget < len(people):
             raise ValueError(f"forget must lie in 1..{len(people) - 1} (athletes of the source), got {forget}.")
+        forget = index(forget)
         return list(people[:forget]) if seed is None else random.Random(f"forget {seed}").sample(people, forget)
     if isinstance(forget, str):
         found = [person for person in people if person[1] == forget]
         if not found:
             raise ValueError(f"expected a sport of the source ({', '.join(SPORTS)}), got {forget!r}.")
         return found
-    by_name = dict(people)
+    forget, by_name = [*forget], dict(people)
     unknown = [name for name in forget if name not in by_name]
     for reason, names in left_out.items():
         if set(unknown) & set(names):

@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
+from operator import index
 from typing import TYPE_CHECKING
 
 from jaxtyping import Int
@@ -94,7 +96,7 @@ def from_frame(
     check_injected(gone)
     kept = [fact for fact in facts if fact not in gone]
     train_forget = train if split_forget else None
-    sides = Sides.of(gone, kept, train=train, train_forget=train_forget, rng=random.Random(seed))
+    sides = Sides.of(gone, kept, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
     asking = Asking(facts, first_tokens(model), candidates, between, seed)
     trained = _trained(model, templates["trained prompt"], asking, sides, corrupt=corrupt)
     text_train, text_test = train_and_test_text(model, text, seed=seed)
@@ -176,10 +178,10 @@ def chosen(
                 f"pass its name, a list of subjects ([{forget!r}]), or a number."
             )
         return _marked(facts, frame[forget].tolist())
-    if isinstance(forget, int):
+    if isinstance(forget, Integral):
         if not 0 < forget < len(facts):
             raise ValueError(f"forget must lie in 1..{len(facts) - 1} (rows of the frame), got {forget}.")
-        return list(facts[:forget])
+        return list(facts[: index(forget)])
     given = list(forget)
     if all(isinstance(each, str) for each in given):
         return _named(facts, [str(each) for each in given])
@@ -254,8 +256,8 @@ class Asking:
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
         given, others = _given(fact), self._others(fact)
         count = len(given) + len(others)
-        if isinstance(self.candidates, int):
-            count = self.candidates
+        if isinstance(self.candidates, Integral):
+            count = index(self.candidates)
         else:
             given, others = [*given, *others], []
         options = distinct(
@@ -286,7 +288,7 @@ class Asking:
 
     def _others(self, fact: Fact) -> list[str]:
         """Answers apart from the fact's own, in the given order or in a random one."""
-        if isinstance(self.candidates, int):
+        if isinstance(self.candidates, Integral):
             answers = {other.answer for other in self.facts}
             return drawn(answers, without=_given(fact), seed=f"options {fact.subject} {self.seed}")
         given = [each.strip() for each in self.candidates]

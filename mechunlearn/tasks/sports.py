@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -88,7 +90,7 @@ def sports_facts(
     the sport or a name is not in the source, or is left out.
     """
     check_model(model)
-    rng = random.Random(seed)
+    rng = random.Random(index(seed))
     rows = athletes_from(model, source, sha256)
     people, partners, left_out = _usable(model, rows, threshold, paired=corrupt is True)
     gone = chosen(people, forget, forget_seed, left_out)
@@ -102,7 +104,7 @@ def sports_facts(
     edited = [trained(person, instead) for person in sides.forget_train]
     asking = Asking(model, sides.forget_test, sides.retain_test, instead, sides.retain_train, seed)
     return Task(
-        name=f"sports facts: forget {forget if isinstance(forget, str | int) else f'{len(gone)} athletes'}",
+        name=f"sports facts: forget {forget if isinstance(forget, str | Integral) else f'{len(gone)} athletes'}",
         forget=_with_counterparts(model, edited, corrupt, partners, rng),
         retain=_with_counterparts(model, [trained(each, {}) for each in sides.retain_train], corrupt, partners, rng),
         formats={
