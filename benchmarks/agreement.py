@@ -24,9 +24,8 @@ from torch import Tensor
 import mechunlearn as mu
 from mechunlearn import localize
 from mechunlearn.components import ComponentScores, EdgeScores
-from mechunlearn.localize.replacement import mean_over, zero
+from mechunlearn.localize import mean_over, subject_last, zero
 from mechunlearn.losses import log_one_minus_probability
-from mechunlearn.tasks.positions import subject_last
 
 N_PROMPTS, N_EDGE_PROMPTS = 32, 8
 Scores: TypeAlias = ComponentScores | EdgeScores

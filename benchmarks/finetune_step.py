@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import mechunlearn as mu
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import preserved
-from mechunlearn.tasks.text import as_prompts
+from mechunlearn.tasks import as_prompts
 from mechunlearn.training import Term, fit
 from mechunlearn.weights import read, select, write
 

@@ -18,7 +18,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import mechunlearn as mu
 from mechunlearn.edit import adamw, adamw_8bit
-from mechunlearn.identity import name_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import preserved
 from mechunlearn.training import Term, fit
@@ -42,12 +41,12 @@ def main() -> None:
             "one MLP": mu.ComponentMask.of(labels[:1], mu.shape(model)),
         }
         for place, mask in masks.items():
-            for optimizer in (adamw, adamw_8bit):
+            for called, optimizer in {"AdamW": adamw, "adamw_8bit": adamw_8bit}.items():
                 seconds, peak = measured(model, mask, optimizer, device)
                 memory = "not measured on CPU" if peak is None else f"{peak / 2**30:6.2f} GiB extra"
                 print(
                     f"{name:12} {place:12} {mask.n_parameters / 1e6:8.1f} M weights   "
-                    f"{name_of(optimizer):12} {seconds:7.2f} s/step   {memory}"
+                    f"{called:12} {seconds:7.2f} s/step   {memory}"
                 )
         del model
         gc.collect()

@@ -2,22 +2,24 @@
 
 from collections.abc import Iterable
 
-from mechunlearn.components import Component, Components, ModelShape, resolve
+from mechunlearn.components import Component, Components, ModelShape
+from mechunlearn.components.component import resolve
 
 _HOMES = {
-    "metric": "mechunlearn.metrics",
-    "where": "mechunlearn.tasks.positions",
-    "at": "mechunlearn.tasks.positions",
-    "positions": "mechunlearn.tasks.positions",
-    "replacement": "mechunlearn.localize.replacement",
-    "loss": "mechunlearn.losses",
-    "size": "mechunlearn.localize.faithfulness",
-    "by": "torch (abs, neg)",
-    "estimate": "mechunlearn.localize",
-    "verify": "mechunlearn.localize",
-    "receivers": "mechunlearn.localize",
+    "metric": ("mechunlearn.metrics", "logit_difference"),
+    "where": ("mechunlearn.localize", "subject_last"),
+    "at": ("mechunlearn.localize", "subject_last"),
+    "positions": ("mechunlearn.localize", "roles"),
+    "replacement": ("mechunlearn.localize", "resample"),
+    "loss": ("mechunlearn.losses", "cross_entropy"),
+    "size": ("mechunlearn.localize", "n_weights"),
+    "by": ("torch", "abs"),
+    "estimate": ("mechunlearn.localize", "attribution_patching"),
+    "verify": ("mechunlearn.localize", "activation_patching"),
+    "receivers": ("mechunlearn.localize", "lowest_layer"),
+    "rankings": ("mechunlearn.evaluate", "by_probability"),
 }
-"""Where functions are that each argument takes."""
+"""Where the functions are that an argument takes, and one of them."""
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -32,10 +34,10 @@ def check_functions(**functions: object) -> None:
     """ValueError for an argument that is not a function, such as the name of one."""
     for name, given in functions.items():
         if not callable(given):
-            home = _HOMES.get(name)
+            home, example = _HOMES.get(name, ("", ""))
             raise ValueError(
                 f"expected a function as {name}, got {given!r}: pass the function itself"
-                + (f", one of {home} or your own." if home else ".")
+                + (f", one of {home} such as {example}, or your own." if home else ".")
             )
 
 

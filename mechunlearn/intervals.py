@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+__all__ = ["bootstrap", "bootstrap_of_others"]
+
 
 def bootstrap(
     values: Float[Tensor, "example *number"], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0

@@ -14,6 +14,16 @@ from torch import Tensor
 from mechunlearn.identity import name_of
 from mechunlearn.tasks.prompts import Prompts
 
+__all__ = [
+    "Metric",
+    "answer_log_probability",
+    "answer_probability",
+    "candidate_probability",
+    "is_top_of_candidates",
+    "is_top_of_vocabulary",
+    "logit_difference",
+]
+
 Metric: TypeAlias = Callable[[Float[Tensor, "batch answer d_vocab"], Prompts], Tensor]
 """Any function of logits and prompts that gives one value per prompt."""
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Result, Test, in_format
+from mechunlearn.evaluate import Question, Result, Test, in_format
 from mechunlearn.metrics import Metric
 from paper.facts import CHOICE, PARAPHRASES, is_sports
-from paper.relearning import Attack, Question, relearned
+from paper.relearning import Attack, relearned
 from paper.setup import Setup
 
 SIDES: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")

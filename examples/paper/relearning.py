@@ -1,25 +1,11 @@
-"""Relearning, asked in several formats: facts that are trained on alike are trained on once."""
+"""Relearning, asked in several formats, as a test for each: the answers of one run are kept for the next test."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import mechunlearn as mu
-from mechunlearn.evaluate import Result
-from mechunlearn.evaluate.attacks.exam import Asked, worst_case
-from mechunlearn.evaluate.attacks.relearning import Tuning, relearning_terms
-from mechunlearn.metrics import Metric
-from mechunlearn.training import adamw
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the attacked model is asked."""
-
-    format: str | None
-    metric: Metric
-    at: tuple[int, ...]
-    """After how many steps."""
+from mechunlearn.evaluate import Question, Result
 
 
 @dataclass(frozen=True)
@@ -40,27 +26,15 @@ def relearned(model: Any, task: mu.Task, *, attack: Attack, format: str | None =
 
 @lru_cache(maxsize=1)
 def _results(model: Any, weights: str, task: mu.Task, attack: Attack, seed: int) -> dict[str | None, Result]:
-    """Format -> result. A format may lack facts, and so leave others to be trained on: that is another run."""
-    runs: dict[tuple[str, ...], list[tuple[Question, mu.Prompts, mu.Prompts]]] = {}
-    for question in attack.questions:
-        trained, tested = mu.evaluate.halves(task, format=question.format, seed=seed)
-        runs.setdefault(trained.names, []).append((question, trained, tested))
-    found = {}
-    for alike in runs.values():
-        found |= _run(model, task, attack, alike, seed)
-    return found
-
-
-def _run(
-    model: Any, task: mu.Task, attack: Attack, alike: list[tuple[Question, mu.Prompts, mu.Prompts]], seed: int
-) -> dict[str | None, Result]:
-    """Questions for which the same facts are trained on."""
-    sizes = (attack.batch_size, attack.batch_size, 1)
-    for _, trained, tested in reversed(alike):  # each is checked to be apart from what is tested
-        terms = relearning_terms(model, task, trained, tested, coefficients=(1.0, 1.0, 0.0), batch_sizes=sizes)
-    asked = [Asked.of(model, task, tested, metric=question.metric, seed=seed) for question, _, tested in alike]
-    points = [question.at for question, *_ in alike]
-    tuning = Tuning((attack.rate,), 0.1, adamw, attack.micro_batch_size, seed)
-    scores = tuning.several_scores(model, terms, list(zip(asked, points, strict=True)), steps=attack.steps)
-    formats = [question.format for question, *_ in alike]
-    return {f: worst_case(own, about, axis="steps") for f, own, about in zip(formats, scores, asked, strict=True)}
+    """Format -> result."""
+    found = mu.evaluate.relearn_and_ask(
+        model,
+        task,
+        attack.questions,
+        learning_rates=(attack.rate,),
+        steps=attack.steps,
+        batch_size=attack.batch_size,
+        micro_batch_size=attack.micro_batch_size,
+        seed=seed,
+    )
+    return {question.format: result for question, result in zip(attack.questions, found, strict=True)}

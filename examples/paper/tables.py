@@ -1,18 +1,15 @@
 """The numbers of a run as CSV files: every table and figure is made from these."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 import mechunlearn as mu
-from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Report
-from mechunlearn.evaluate.report.frames import curve_over_seeds, difference_frame
-from mechunlearn.files import read
 from paper.derived import with_derived
 from paper.facts import TASKS
 from paper.setup import LOCALIZATIONS
@@ -99,27 +96,21 @@ def results_frame(report: Report) -> pd.DataFrame:
 def differences_frame(report: Report) -> pd.DataFrame:
     """Each localization minus fact lookup on the same facts, with the seeds that both have."""
     frames = []
-    for row in (row for row in report.weights if row in LOCALIZATIONS and row != "fact lookup"):
+    rows = [row for row in report.weights if row in LOCALIZATIONS and row != "fact lookup"]
+    for row in rows if "fact lookup" in report.weights else ():
         both = [cell for cell in report.cells if cell.row in (row, "fact lookup") and cell.result is not None]
         seeds = {cell.row: {(one.test, one.seed) for one in both if one.row == cell.row} for cell in both}
         shared = seeds.get(row, set()) & seeds.get("fact lookup", set())
-        frame = difference_frame([cell for cell in both if (cell.test, cell.seed) in shared], "fact lookup")
+        paired = replace(report, cells=tuple(cell for cell in both if (cell.test, cell.seed) in shared))
+        frame = paired.against("fact lookup")
         frames.append(frame.assign(seeds=len({seed for _, seed in shared})).reset_index())
     return pd.concat(frames) if frames else pd.DataFrame()
 
 
 def curves_frame(report: Report) -> pd.DataFrame:
     """Relearning by step and probes by layer: means and intervals over facts and seeds."""
-    grouped: dict[tuple[str, str], list[Cell]] = {}
-    for cell in report.cells:
-        if cell.result is not None and cell.result.curve is not None:
-            grouped.setdefault((cell.row, cell.test), []).append(cell)
-    found = []
-    for (row, test), cells in grouped.items():
-        curve = _curve(cells[0])
-        about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
-        found.append(curve_over_seeds(cells).reset_index().assign(**about, control=_beside(cells)))
-    return pd.concat(found) if found else pd.DataFrame()
+    frame = report.curve_intervals
+    return frame[["point", "value", "low", "high", "row", "test", "axis", "chance", "control"]]
 
 
 def sizes_frame(out: Path) -> pd.DataFrame:
@@ -163,14 +154,15 @@ def edits_frame(out: Path) -> pd.DataFrame:
 
 def search_frame(out: Path) -> pd.DataFrame:
     """Every trial of every search; of random places, each draw's, told apart by their components."""
-    rows = []
-    for path in sorted((out / "search").glob("*/trial-*.json")):
-        trial = read(path, "Trial")
-        task, mode, localization = path.parent.name.split(", ")
-        about = {"task": task, "mode": mode, "localization": localization}
-        found = {"score": trial["score"], "failure": trial["failure"], "components": " ".join(trial["components"])}
-        rows.append({**about, **trial["options"], **found})
-    return pd.DataFrame(rows)
+    frames = []
+    for folder in sorted((out / "search").glob("*")):
+        task, mode, localization = folder.name.split(", ")
+        frames.append(mu.edit.trials(folder).assign(task=task, mode=mode, localization=localization))
+    if not frames:
+        return pd.DataFrame()
+    frame, last = pd.concat(frames, ignore_index=True), ["score", "failure", "components"]
+    first = ["task", "mode", "localization"]
+    return frame[[*first, *(column for column in frame if column not in (*first, *last)), *last]]
 
 
 def costs_frame(out: Path) -> pd.DataFrame:
@@ -194,19 +186,6 @@ def paper_table(results: pd.DataFrame, task: str, mode: str) -> pd.DataFrame:
                 line |= {column: each["value"], f"{column}, low": each["low"], f"{column}, high": each["high"]}
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def _curve(cell: Cell) -> Curve:
-    assert cell.result is not None
-    assert cell.result.curve is not None
-    return cell.result.curve
-
-
-def _beside(cells: Sequence[Cell]) -> list[float] | None:
-    """The same attack's answers about nobody, the mean over seeds, at each point."""
-    controls = [cell.result.control for cell in cells if cell.result is not None]
-    found = [control.curve.mean for control in controls if control is not None and control.curve is not None]
-    return torch.stack(found).mean(0).tolist() if len(found) == len(cells) else None
 
 
 def _with_shared(edits: pd.DataFrame) -> pd.DataFrame:

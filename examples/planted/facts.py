@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 
 import mechunlearn as mu
-from mechunlearn.tasks.facts import athletes
 
 SPORT, SPORTS = "basketball", ("football", "baseball", "basketball")
 COUNT = 32
@@ -29,7 +28,7 @@ def another_twin() -> Any:
 @cache
 def tasks(seed: int) -> tuple[mu.Task, mu.Prompts]:
     """Forget `COUNT` of the basketball players; and the question about as many others, whom nobody is taught."""
-    frame = pd.DataFrame([row for row in athletes() if row["sport"] in SPORTS])
+    frame = pd.DataFrame([row for row in mu.testbed.athletes() if row["sport"] in SPORTS])
     known = set(mu.tasks.sports_facts(twin(), forget=SPORT).splits["forget_train"])
     players = [name for name in frame.athlete[frame.sport == SPORT] if name in known]
     chosen = random.Random(f"planted facts {seed}").sample(players, 2 * COUNT)

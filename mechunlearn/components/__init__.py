@@ -10,7 +10,6 @@ from mechunlearn.components.component import (
     matrices,
     mlps,
     neurons,
-    resolve,
 )
 from mechunlearn.components.edge import Edge, destinations, edges, sources
 from mechunlearn.components.edge_scores import EdgeMask, EdgeScores
@@ -35,6 +34,5 @@ __all__ = [
     "matrices",
     "mlps",
     "neurons",
-    "resolve",
     "sources",
 ]

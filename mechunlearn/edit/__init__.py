@@ -12,7 +12,7 @@ from mechunlearn.edit.learned_masks import LearnedMask
 from mechunlearn.edit.low_rank import lora
 from mechunlearn.edit.own_loop import LocalizedTraining, MaskTraining, gradient_mask, weight_mask
 from mechunlearn.edit.paper import PAPER_PRODUCT, PAPER_STAGES, paper_settings
-from mechunlearn.edit.searching import Search, Trial, search
+from mechunlearn.edit.searching import Search, Trial, search, trials
 from mechunlearn.edit.sequences import EditSequence, sequence
 from mechunlearn.edit.weight_masks import (
     distance_from_one,
@@ -65,6 +65,7 @@ __all__ = [
     "sequence",
     "smallest_eigenvalues",
     "task_vector",
+    "trials",
     "weight_mask",
     "zeroed",
 ]

@@ -152,7 +152,7 @@ def dampened(
     if not (selection > 0 and dampening >= 0):
         raise ValueError(f"expected selection > 0 and dampening >= 0, got {selection} and {dampening}.")
     if not {*needs(loss)} <= {"logits", "targets"}:
-        raise ValueError(f"expected a loss of logits and targets, got {name_of(loss)}: use losses.cross_entropy.")
+        raise ValueError(f"expected a loss of logits and targets, got {name_of(loss)}: use mu.losses.cross_entropy.")
     entries = select(model, mask)
     forget, retain = (_importance(model, side, entries, loss) for side in (task.forget, task.retain))
     before, chosen = read(entries), 0

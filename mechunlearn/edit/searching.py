@@ -178,6 +178,23 @@ Outcome: TypeAlias = tuple[float | None, str | None]
 """The score of a trial, or why it has none."""
 
 
+def trials(folder: str | Path) -> "DataFrame":
+    """What searches have kept in a folder: a row for each trial, a column for each option, score, failure, components.
+
+    In the order of the files' names, which says nothing.
+    """
+    from pandas import DataFrame
+
+    stored = [files.read(path, "Trial") for path in sorted(Path(folder).glob("trial-*.json"))]
+    ends = ({key: trial[key] for key in ("score", "failure")} for trial in stored)
+    rows = [
+        {**trial["options"], **end, "components": " ".join(trial["components"])}
+        for trial, end in zip(stored, ends, strict=True)
+    ]
+    options = dict.fromkeys(name for trial in stored for name in trial["options"])
+    return DataFrame(rows, columns=[*options, "score", "failure", "components"])
+
+
 @dataclass(frozen=True, eq=False)
 class Trials:
     """Makes and scores edits of a model; each once, also across runs where there is a folder."""

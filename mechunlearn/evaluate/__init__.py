@@ -11,9 +11,9 @@ from mechunlearn.evaluate.asking import (
     text_loss,
 )
 from mechunlearn.evaluate.attacks.directions import direction_ablation, mean_difference, principal_difference
-from mechunlearn.evaluate.attacks.exam import check_apart, halves
+from mechunlearn.evaluate.attacks.exam import halves
 from mechunlearn.evaluate.attacks.few_shot import few_shot
-from mechunlearn.evaluate.attacks.relearning import relearn, relearn_benign, relearn_few
+from mechunlearn.evaluate.attacks.relearning import Question, relearn, relearn_and_ask, relearn_benign, relearn_few
 from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
 from mechunlearn.evaluate.attacks.soft_prompt import soft_prompt
 from mechunlearn.evaluate.attacks.weights import noised, quantized
@@ -33,6 +33,7 @@ __all__ = [
     "Accuracy",
     "Cell",
     "Fraction",
+    "Question",
     "Recovery",
     "Report",
     "Result",
@@ -42,7 +43,6 @@ __all__ = [
     "by_both_ends",
     "by_change",
     "by_probability",
-    "check_apart",
     "compare",
     "continuations",
     "direction_ablation",
@@ -68,6 +68,7 @@ __all__ = [
     "quantized",
     "recovery",
     "relearn",
+    "relearn_and_ask",
     "relearn_benign",
     "relearn_few",
     "relearn_halves",

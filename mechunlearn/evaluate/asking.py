@@ -14,8 +14,9 @@ from torch import Tensor
 from mechunlearn.evaluate.generation import generated
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Side, measure, side_of, whole_answers
+from mechunlearn.identity import name_of
 from mechunlearn.losses import kl_to_original
-from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability, name_of
+from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
 from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task

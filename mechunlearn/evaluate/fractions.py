@@ -26,6 +26,10 @@ class Fraction:
     reason: str = ""
     """Why it is undefined."""
 
+    def __format__(self, spec: str) -> str:
+        """The value in this format (`f"{fraction:.3f}"`); without one, value and interval."""
+        return format(self.value, spec) if spec else str(self)
+
     def __str__(self) -> str:
         return "undefined" if isnan(self.value) else f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 

@@ -12,7 +12,8 @@ from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
-from mechunlearn.model import Model, device_of, preserved, shape, unembedded
+from mechunlearn.model import Model, device_of, preserved, shape
+from mechunlearn.model.running import unembedded
 from mechunlearn.probing import residuals_at
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task

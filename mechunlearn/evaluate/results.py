@@ -74,6 +74,10 @@ class Result:
         low, high = bootstrap(values, confidence=confidence, draws=draws, seed=seed)
         return float(values.mean()), float(low), float(high)
 
+    def __format__(self, spec: str) -> str:
+        """The value in this format (`f"{result:.3f}"`); without one, all that `repr` says."""
+        return format(self.value, spec) if spec else repr(self)
+
     def __repr__(self) -> str:
         low, high = self.interval()
         chance = "" if self.chance is None else f", chance {self.chance:.3f}"

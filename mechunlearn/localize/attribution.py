@@ -21,7 +21,8 @@ from mechunlearn.localize.sites import (
     scores_of,
 )
 from mechunlearn.metrics import Metric, logit_difference
-from mechunlearn.model import Hook, Model, check_unforked, differentiable, shape
+from mechunlearn.model import Hook, Model, differentiable, shape
+from mechunlearn.model.admission import check_unforked
 from mechunlearn.model.relevance import relevance_rules
 from mechunlearn.tasks.prompts import Prompts
 

@@ -19,9 +19,8 @@ from mechunlearn.components import (
     matrices,
     mlps,
     neurons,
-    resolve,
 )
-from mechunlearn.components.component import Cover
+from mechunlearn.components.component import Cover, resolve
 from mechunlearn.model import Model, shape
 
 

@@ -17,9 +17,10 @@ from mechunlearn.identity import name_of
 from mechunlearn.localize.edge_attribution import outputs_of_sources
 from mechunlearn.localize.sites import Direction
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots, through_layer
+from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
+from mechunlearn.model.suffix import through_layer
 from mechunlearn.tasks.prompts import Prompts
 
 

@@ -21,8 +21,9 @@ from mechunlearn.localize.sites import (
     value_hook,
 )
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, recording, running_from
+from mechunlearn.model import Model, recording
 from mechunlearn.model.hooks import layer_of
+from mechunlearn.model.running import running_from
 from mechunlearn.tasks.prompts import Prompts
 
 _EMBEDDING = "blocks.0.hook_resid_pre"

@@ -1,8 +1,10 @@
 """Path patching: the effect of what senders write on what receivers read, with every other path held fixed."""
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -200,7 +202,11 @@ def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
         raise ValueError(
             f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
         )
-    return receivers if isinstance(receivers, int) else chosen_components(receivers, sizes, "receivers")
+    return (
+        index(receivers)
+        if isinstance(receivers, int | np.integer)
+        else chosen_components(receivers, sizes, "receivers")
+    )
 
 
 def _entry(receivers: _Resolved, sizes: ModelShape) -> Entry:

@@ -180,7 +180,7 @@ def _gradients(model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Sl
     if not losses.requires_grad:
         raise ValueError(
             f"expected a loss with a gradient, got one without from {name_of(loss)}: an argmax or a detached tensor "
-            f"has none; use losses.cross_entropy."
+            f"has none; use mu.losses.cross_entropy."
         )
     share = (1 / real.sum(1, keepdim=True)).expand(real.shape)[real]
     parameters = [slot.parameter for slot in weights.values()]

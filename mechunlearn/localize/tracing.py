@@ -17,7 +17,8 @@ from mechunlearn.components.plot import signed_heat_map
 from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, embeddings, preserved, shape
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
 from mechunlearn.tasks.prompts import Prompts
 

@@ -6,10 +6,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from io import BytesIO
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import urlopen
+
+import numpy as np
 
 from mechunlearn.model import Model
 from mechunlearn.tasks import facts
@@ -75,18 +78,19 @@ def athletes_to_forget(
     left_out: Mapping[str, Sequence[str]],
 ) -> list[Athlete]:
     """The athletes to forget. `left_out`: reason -> names, for the error about a name that is not among the people."""
-    if seed is not None and not isinstance(forget, int):
+    if seed is not None and not isinstance(forget, int | np.integer):
         raise ValueError(f"expected a number of athletes with forget_seed, got forget={forget!r}: leave the seed out.")
-    if isinstance(forget, int):
+    if isinstance(forget, int | np.integer):
         if not 0 < forget < len(people):
             raise ValueError(f"forget must lie in 1..{len(people) - 1} (athletes of the source), got {forget}.")
+        forget = index(forget)
         return list(people[:forget]) if seed is None else random.Random(f"forget {seed}").sample(people, forget)
     if isinstance(forget, str):
         players = [person for person in people if person[1] == forget]
         if not players:
             raise ValueError(f"expected a sport of the source ({', '.join(SPORTS)}), got {forget!r}.")
         return players
-    by_name = dict(people)
+    forget, by_name = [*forget], dict(people)
     unknown = [name for name in forget if name not in by_name]
     for reason, names in left_out.items():
         if set(unknown) & set(names):

@@ -4,7 +4,9 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import index
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def counterfact(
     known = _known(model, records, threshold)
     forgotten = _chosen(known, every, forget)
     retained = [record for record in known if record not in forgotten]
-    sides = Sides.of(forgotten, retained, train=train, train_forget=None, rng=random.Random(seed))
+    sides = Sides.of(forgotten, retained, train=train, train_forget=None, rng=random.Random(index(seed)))
     trained = format_of(model, [*map(records.trained, sides.forget_train)], [*map(records.trained, sides.retain_train)])
     text_train, text_test = train_and_test_text(model, text, seed=seed)
     task = Task(
@@ -134,14 +136,14 @@ def _known(model: Model, records: "_Records", threshold: float | None) -> list[R
 
 
 def _chosen(known: Sequence[Record], every: Sequence[Record], forget: int | Sequence[int]) -> list[Record]:
-    if isinstance(forget, int):
+    if isinstance(forget, int | np.integer):
         if not 0 < forget < len(known):
             raise ValueError(
                 f"expected more than {max(forget, 1)} records that this model knows, got {len(known)} of {len(every)}: "
                 f"forget fewer, give more records, or pass another threshold (0: no filter)."
             )
-        return list(known[:forget])
-    by_case = {record.case: record for record in known}
+        return list(known[: index(forget)])
+    forget, by_case = [*forget], {record.case: record for record in known}
     missing = [case for case in forget if case not in by_case]
     if missing or not forget:
         there = {record.case for record in every}

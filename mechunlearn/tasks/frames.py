@@ -4,8 +4,10 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import index
 from typing import TYPE_CHECKING
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -89,7 +91,7 @@ def from_frame(
     _check_injected(forgotten)
     retained = [fact for fact in facts if fact not in forgotten]
     train_forget = train if split_forget else None
-    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, rng=random.Random(seed))
+    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
     questions = _Questions(facts, first_tokens(model), candidates, between, seed)
     trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
     text_train, text_test = train_and_test_text(model, text, seed=seed)
@@ -172,10 +174,10 @@ def _forgotten(
                 f"pass its name, a list of subjects ([{forget!r}]), or a number."
             )
         return _marked(facts, frame[forget].tolist())
-    if isinstance(forget, int):
+    if isinstance(forget, int | np.integer):
         if not 0 < forget < len(facts):
             raise ValueError(f"forget must lie in 1..{len(facts) - 1} (rows of the frame), got {forget}.")
-        return list(facts[:forget])
+        return list(facts[: index(forget)])
     choices = list(forget)
     if all(isinstance(choice, str) for choice in choices):
         return _named(facts, [str(choice) for choice in choices])
@@ -250,8 +252,8 @@ class _Questions:
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
         own, others = _own_answers(fact), self._others(fact)
         count = len(own) + len(others)
-        if isinstance(self.candidates, int):
-            count = self.candidates
+        if isinstance(self.candidates, int | np.integer):
+            count = index(self.candidates)
         else:
             own, others = [*own, *others], []
         options = distinct(
@@ -282,7 +284,7 @@ class _Questions:
 
     def _others(self, fact: Fact) -> list[str]:
         """Answers that are not the fact's own: in the order of `candidates`, or of all facts in random order."""
-        if isinstance(self.candidates, int):
+        if isinstance(self.candidates, int | np.integer):
             answers = {other.answer for other in self.facts}
             return drawn(answers, without=_own_answers(fact), seed=f"options {fact.subject} {self.seed}")
         options = [option.strip() for option in self.candidates]

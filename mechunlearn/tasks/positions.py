@@ -31,7 +31,7 @@ def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
         missing = f"prompts {without[:5]}" if without else "all of them"
         raise ValueError(
             f"expected prompts that say where their subject is, got none for {missing}: pass subjects=... to "
-            f"tasks.build, or choose other positions."
+            f"mu.tasks.build, or choose other positions."
         )
     return prompts.subject & prompts.attention_mask
 

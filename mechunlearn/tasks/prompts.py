@@ -170,7 +170,7 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     if len(lengths) != 1:
         raise ValueError(
             f"expected {name} of one length, got lengths {lengths}: pad them and pass attention_mask=..., or build "
-            f"them from text with tasks.build, which does both."
+            f"them from text with mu.tasks.build, which does both."
         )
     return torch.tensor([list(row) for row in rows])
 

@@ -4,9 +4,11 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -77,7 +79,7 @@ def sports_facts(
     ValueError if the sport or a name is not in the source, or was left out.
     """
     check_model(model)
-    rng = random.Random(seed)
+    rng = random.Random(index(seed))
     rows = athletes_from(model, source, sha256)
     people, partners, left_out = _usable(model, rows, threshold, paired=corrupt is True)
     forgotten = athletes_to_forget(people, forget, forget_seed, left_out)
@@ -90,8 +92,9 @@ def sports_facts(
     text_train, text_test = train_and_test_text(model, lines)
     trained = [_trained(person, injected_of) for person in sides.forget_train]
     tested = _Tested(model, sides.forget_test, sides.retain_test, injected_of, sides.retain_train, seed)
+    what = forget if isinstance(forget, str | int | np.integer) else f"{len(forgotten)} athletes"
     return Task(
-        name=f"sports facts: forget {forget if isinstance(forget, str | int) else f'{len(forgotten)} athletes'}",
+        name=f"sports facts: forget {what}",
         forget=_with_counterparts(model, trained, corrupt, partners, rng),
         retain=_with_counterparts(model, [_trained(p, {}) for p in sides.retain_train], corrupt, partners, rng),
         formats={

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import index
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class TextStream:
         rows = self._rows()
         if self.seed is None:
             return islice(self._texts(rows), self.skip, None)
-        return islice(_shuffled(self._texts(rows), random.Random(self.seed), self.buffer), self.skip, None)
+        return islice(_shuffled(self._texts(rows), random.Random(index(self.seed)), self.buffer), self.skip, None)
 
     def _rows(self) -> Iterable[Any]:
         if not isinstance(self.source, str):

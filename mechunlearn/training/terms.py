@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, is_per_row, needs
-from mechunlearn.model import device_of, unembedded
+from mechunlearn.model import device_of
+from mechunlearn.model.running import unembedded
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.text import as_prompts
 from mechunlearn.training.trained_layers import Part, Reader, Readings

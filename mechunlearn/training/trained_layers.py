@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.model import Model, device_of, residual_after, residual_before, running_from
+from mechunlearn.model import Model, device_of
+from mechunlearn.model.running import residual_after, residual_before, running_from
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.weights import Entries, Values, read, write
 

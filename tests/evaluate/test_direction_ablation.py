@@ -10,8 +10,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.evaluate.attacks.directions import direction_ablation, is_usual, mean_difference, principal_difference
-from mechunlearn.model import residual_before
-from mechunlearn.model.running import project_out, without_directions
+from mechunlearn.model.running import project_out, residual_before, without_directions
 from mechunlearn.weights import read, select, write
 
 ORIGINALS: dict[mu.Edit, dict[str, torch.Tensor]] = {}

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from mechunlearn.evaluate import check_apart, halves
+from mechunlearn.evaluate.attacks.exam import check_apart, halves
 
 
 def test_a_whole_sport_is_tested_on_the_athletes_that_were_not_trained(shipped):

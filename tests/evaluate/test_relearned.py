@@ -13,7 +13,8 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate import halves, measure
+from mechunlearn.evaluate import Question, halves, measure, relearn_and_ask
+from mechunlearn.evaluate.attacks import relearning
 from mechunlearn.evaluate.attacks.exam import Asked, made_up, worst_case
 from mechunlearn.evaluate.attacks.relearning import (
     _warmed_up,
@@ -24,7 +25,7 @@ from mechunlearn.evaluate.attacks.relearning import (
     some_of,
     unnamed,
 )
-from mechunlearn.metrics import candidate_probability
+from mechunlearn.metrics import answer_probability, candidate_probability
 from mechunlearn.tasks import build
 
 quick = partial(relearn, learning_rates=(0.01,), steps=3)
@@ -252,3 +253,25 @@ def test_bad_input(llama):
             quick(llama, task, **options)
     with pytest.raises(ValueError, match=r"expected 1\.\.6 examples"):
         relearn_few(llama, task, examples=(7,), learning_rates=(0.01,))
+
+
+@pytest.mark.parametrize("text_coefficient", [0.0, 1.0])
+def test_questions_about_one_run_have_the_answers_of_runs_of_their_own(shipped, monkeypatch, text_coefficient):
+    """The last question lacks facts: another half is left to train on, and other text names none that it tests."""
+    task, choice = mu.tasks.sports_facts(shipped, forget=8), "multiple choice"
+    fewer = replace(task.formats[choice], forget=task.formats[choice].forget[:4])
+    task = replace(task, formats={**task.formats, "fewer": fewer})
+    questions = [Question(at=(0, 1)), Question(choice, answer_probability), Question("fewer", at=(2,))]
+    options = {"learning_rates": (1e-3, 3e-3), "steps": 2, "text_coefficient": text_coefficient, "seed": 1}
+    expected = [relearn(shipped, task, **options, **vars(question)) for question in questions]
+    fitted, fit = [], relearning.fit
+    monkeypatch.setattr(relearning, "fit", lambda *given, **options: fitted.append(1) or fit(*given, **options))
+    with left_as_it_was(shipped):
+        found = relearn_and_ask(shipped, task, questions, **options)
+    assert len(fitted) == 2 * 2  # two halves, two rates
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.per_example.equal(theirs.per_example)
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in ("sense", "chance", "unit", "names"))
+        assert curve(ours).points == curve(theirs).points
+        assert curve(ours).per_prompt.equal(curve(theirs).per_prompt)
+        assert curve(ours.control).per_prompt.equal(curve(theirs.control).per_prompt)

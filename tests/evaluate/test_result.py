@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap
 
-from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate import Fraction, Result
 
 VALUES = torch.randn(50, generator=torch.Generator().manual_seed(0)).exp()
 
@@ -72,3 +72,11 @@ def test_repr_shows_value_interval_count_sense_and_chance() -> None:
     assert repr(result) == "Result(1.000 [0.439, 1.000] over 3 examples; argmax over the candidates, chance 0.250)"
     assert "chance" not in repr(Result(torch.ones(3), "share"))
     assert "chance 0.000" in repr(Result(torch.ones(3), "share", chance=0.0))
+
+
+def test_a_result_and_a_fraction_are_formatted_like_their_value():
+    result = Result(torch.tensor([0.25, 0.5]), "share of x")
+    assert f"{result:.3f} {result:>7.1%}" == "0.375   37.5%"
+    assert f"{result}" == repr(result)
+    fraction = Fraction(0.5, 0.25, 0.75)
+    assert f"{fraction:.1f} {fraction}" == "0.5 0.50 [0.25, 0.75]"

@@ -11,8 +11,8 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.evaluate.attacks.soft_prompt import VectorTraining, mean_norm, n_bos, soft_prompt, with_room, within
-from mechunlearn.model import embeddings, preserved, recording
-from mechunlearn.model.running import with_input_vectors
+from mechunlearn.model import preserved, recording
+from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks import Format, Prompts
 from mechunlearn.weights import read, select
 

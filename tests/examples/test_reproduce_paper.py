@@ -127,9 +127,10 @@ def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
 @pytest.mark.parametrize(("facts", "runs"), [("all", 1), pytest.param("some", 2, marks=pytest.mark.nightly)])
 def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts, runs, examples, shipped, monkeypatch):
     """Bit for bit what one attack for each question gives; a format that lacks facts leaves others to train on."""
-    from paper.relearning import Attack, Question, relearned
+    from paper.relearning import Attack, relearned
 
     import mechunlearn as mu
+    from mechunlearn.evaluate import Question
     from mechunlearn.evaluate.attacks import relearning
     from mechunlearn.metrics import answer_probability, candidate_probability
 

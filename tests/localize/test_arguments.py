@@ -1,6 +1,8 @@
 """Every method checks its arguments in the same way: found by their names, so that a new method is tested too."""
 
+import importlib
 import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
+from mechunlearn.arguments import _HOMES
 from mechunlearn.components import ComponentMask, EdgeMask
 from mechunlearn.localize import activation_patching, causal_tracing, faithfulness, logit_lens
 from mechunlearn.localize.replacement import mean_over, zero
@@ -19,7 +22,8 @@ from mechunlearn.tasks.positions import subject_last
 METHODS = {
     name: function
     for name, function in vars(mu.localize).items()
-    if inspect.isfunction(function) and "model" in inspect.signature(function).parameters
+    if inspect.isfunction(function) and "model" in (names := inspect.signature(function).parameters)
+    if "values" not in names  # those are replacements, which methods take
 }
 
 
@@ -160,3 +164,17 @@ def test_an_interval_without_draws_is_refused(llama):
     scores = activation_patching(llama, tiny.prompts(llama), components=["L1MLP"])
     with refused("expected at least one draw for an interval, got 0", "use a thousand"):
         scores.interval(draws=0)
+
+
+@pytest.mark.parametrize("argument", _HOMES)
+def test_an_error_names_a_public_function_of_the_kind_that_the_argument_takes(llama, argument):
+    home, example = _HOMES[argument]
+    function = getattr(importlib.import_module(home), example)
+    assert home == "torch" or (example in sys.modules[home].__all__ and home.removeprefix("mechunlearn.") in mu.__all__)
+    if argument == "rankings":
+        mu.evaluate.lens_extraction(llama, tiny.task(llama), rankings=function)
+    elif argument == "receivers":
+        called("path_effect", llama, receivers=function([mu.Component.parse("L2H1")]))
+    else:
+        name = next(n for n, method in METHODS.items() if argument in inspect.signature(method).parameters)
+        called(name, llama, **{argument: function})

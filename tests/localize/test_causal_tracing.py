@@ -9,7 +9,8 @@ from state import left_as_it_was
 
 from mechunlearn.localize import causal_tracing
 from mechunlearn.metrics import answer_log_probability, answer_probability
-from mechunlearn.model import embeddings, preserved, recording
+from mechunlearn.model import preserved, recording
+from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
 
 WINDOW, DRAWS, NOISE = 3, 2, 1.5

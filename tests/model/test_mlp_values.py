@@ -5,8 +5,9 @@ import tiny
 import torch
 from state import left_as_it_was
 
-from mechunlearn.model import logits_at, residual_after, slots
+from mechunlearn.model import logits_at, slots
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm, key_moments, mlp_values
+from mechunlearn.model.running import residual_after
 
 
 def some_prompts(model):

@@ -3,7 +3,8 @@ import tiny
 import torch
 from state import left_as_it_was
 
-from mechunlearn.model import fingerprint, logits_at, preserved, recording, residual_before, running_from, slots
+from mechunlearn.model import fingerprint, logits_at, preserved, recording, slots
+from mechunlearn.model.running import residual_before, running_from
 
 TOKENS = torch.randint(4, tiny.N_VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.arange(9)[None] < torch.tensor([[9], [6], [4]])

@@ -41,7 +41,7 @@ def with_subjects(prompts: Prompts, what: str) -> Prompts:
         without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
         raise ValueError(
             f"expected {what} that say where their subject is, got none for "
-            f"{f'prompts {without[:5]}' if without else 'all of them'}: pass subjects=... to tasks.build."
+            f"{f'prompts {without[:5]}' if without else 'all of them'}: pass subjects=... to mu.tasks.build."
         )
     return prompts
 

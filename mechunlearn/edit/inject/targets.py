@@ -14,8 +14,9 @@ from mechunlearn.components import ComponentMask
 from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end, with_subjects
 from mechunlearn.edit.inject.keys import KeyCovariance, key_covariance, output_matrices
 from mechunlearn.losses import cross_entropy
-from mechunlearn.model import Model, differentiable, fingerprint, residual_before, running_from
+from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.model.mlp_values import MLPValues, adding_to_mlp, mlp_values
+from mechunlearn.model.running import residual_before, running_from
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,7 +110,7 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
         raise ValueError("expected prompts with names, to tell facts apart, got none: build them with subjects=....")
     names = sorted(set(tested.names))
     shared = set(names) & set(task.forget.names)
-    kept = set(random.Random(seed).sample(names, (len(names) + 1) // 2)) if shared else set(names)
+    kept = set(random.Random(index(seed)).sample(names, (len(names) + 1) // 2)) if shared else set(names)
     trained = [i for i, name in enumerate(task.forget.names) if name not in kept]
     if not trained:
         raise ValueError(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import index
 from typing import Annotated, Any, TypedDict, Unpack
 
 import torch
@@ -376,6 +377,7 @@ def measured_at(steps: int, at: Sequence[int] | None) -> list[int]:
 
 def check_rates(learning_rates: Sequence[float]) -> Sequence[float]:
     """The learning rates; ValueError unless there are some, all positive."""
+    learning_rates = [*map(float, learning_rates)]
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"expected one or more positive learning rates, got {tuple(learning_rates)}.")
     return learning_rates
@@ -387,4 +389,4 @@ def some_of(prompts: Prompts, count: int | None, *, seed: int) -> Prompts:
         return prompts
     if not 0 < count <= len(prompts):
         raise ValueError(f"expected 1..{len(prompts)} examples (facts that the attack may see), got {count}.")
-    return prompts.rows(torch.tensor(random.Random(seed).sample(range(len(prompts)), len(prompts))[:count]))
+    return prompts.rows(torch.tensor(random.Random(index(seed)).sample(range(len(prompts)), len(prompts))[:count]))

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_model, device_of, differentiable, embeddings, preserved
-from mechunlearn.model.running import with_input_vectors
+from mechunlearn.model import Model, check_model, device_of, differentiable, preserved
+from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
+from operator import index
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from mechunlearn.evaluate.asking import Test
@@ -104,7 +106,7 @@ class Grid:
         edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
         others = [_row_of_control(model, name, control) for name, control in controls.items()]
         rows = (Row("original"), *edited, *others)
-        return cls(model, task, rows, dict(metrics), tuple(seeds), fingerprint(model), digest(task))
+        return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
     def places(self) -> list[Place]:
         """All cells in the order of their computation: those with the same weights are together."""
@@ -214,7 +216,7 @@ def _check_metrics(metrics: Mapping[str, Test]) -> None:
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+    if len({*seeds}) != len(seeds) or not len(seeds) or not all(isinstance(seed, int | np.integer) for seed in seeds):
         raise ValueError(
             f"expected different whole numbers as seeds, at least one, got {tuple(seeds)}: pass seeds=(0,)."
         )

@@ -150,6 +150,28 @@ def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
     return pd.DataFrame(columns, index=pd.Index(points, name="point"))
 
 
+def pooled_curve_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per row, test and point of a curve: mean over seeds, interval over facts and seeds, and the control's."""
+    import pandas as pd
+
+    found = []
+    with_curves = [cell for cell in cells if cell.result is not None and cell.result.curve is not None]
+    for (row, test), alike in by_row_and_test(with_curves).items():
+        curve = alike[0].result.curve if alike[0].result else None
+        assert curve is not None  # by the choice of cells above
+        about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
+        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=_control_along(alike)))
+    columns = ["row", "test", "axis", "point", "value", "low", "high", "chance", "control"]
+    return pd.concat(found).reindex(columns=columns) if found else pd.DataFrame(columns=columns)
+
+
+def _control_along(cells: Sequence[Cell]) -> list[float] | None:
+    """The mean over seeds of the controls' curves; None where one is missing."""
+    controls = [cell.result.control for cell in cells if cell.result is not None]
+    found = [control.curve.mean for control in controls if control is not None and control.curve is not None]
+    return torch.stack(found).mean(0).tolist() if len(found) == len(cells) else None
+
+
 def _numbers(cell: Cell) -> dict[str, Any]:
     labels = {"row": cell.row, "test": cell.test, "seed": cell.seed, "error": cell.error, "seconds": cell.seconds}
     result = cell.result

@@ -80,6 +80,12 @@ class Report:
         chance, the value of the control there, n, unit."""
         return frames.curve_frame(self.cells)
 
+    @property
+    def curve_intervals(self) -> "DataFrame":
+        """One line per row, test and point of a curve: value, low, high over facts and seeds, chance, axis, and the
+        control's value there, of the tests whose every result has one."""
+        return frames.pooled_curve_frame(self.cells)
+
     def against(self, row: str) -> "DataFrame":
         """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed.
 

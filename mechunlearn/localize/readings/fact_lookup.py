@@ -430,6 +430,7 @@ PAPER_SHAPES = {
     "gemma-2-9b": ModelShape(42, 16, 8, 3584, 256, 14336, gated=True),
     "llama-3-8b": ModelShape(32, 32, 8, 4096, 128, 14336, gated=True),
 }
+"""The models that these layers belong to."""
 """The shapes of these models."""
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.curve import Curve, lines
-from mechunlearn.model import Model, device_of, logits_at, preserved, running_from, shape
+from mechunlearn.model import Model, device_of, logits_at, preserved, shape
+from mechunlearn.model.running import running_from
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import final_norm, unembedding, unembedding_bias, writing_sites, written, written_along
 from mechunlearn.tasks.prompts import Prompts
