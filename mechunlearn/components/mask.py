@@ -66,7 +66,7 @@ class ComponentMask(Set[Component]):
         return len(self.components)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickling, as to another process: a read-only mapping cannot be pickled."""
+        """The arguments that rebuild the mask in another process, to which a read-only mapping cannot be sent."""
         return ComponentMask, (self.components, self.shape, dict(self.provenance))
 
     def __eq__(self, other: object) -> bool:

@@ -191,13 +191,13 @@ def test_the_replacement_is_computed_once_for_all_circuits(llama):
 
 def test_equal_circuits_are_run_once(llama, monkeypatch):
     rows = []
-    run = mu.localize.circuit_runs.continued
+    run = mu.localize.circuits.runs.continued
 
     def counting(model, base, row, layer, **options):
         rows.append(len(row))
         return run(model, base, row, layer, **options)
 
-    monkeypatch.setattr(mu.localize.circuit_runs, "continued", counting)
+    monkeypatch.setattr(mu.localize.circuits.runs, "continued", counting)
     scores = scored(llama, heads_and_mlps(shape(llama)))
     faithfulness(llama, tiny.prompts(llama), {"a": scores, "b": scores}, sizes=[0.2, 0.4], random_circuits=0)
     assert sum(rows) == 6 * 5  # nothing at all, and two circuits by themselves and taken out
