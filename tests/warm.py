@@ -31,7 +31,7 @@ def main() -> None:
 def _run(code: str, name: str, folder: str, output: str) -> NoReturn:
     """In the fork: the page as the main program, with its output in a file."""
     os.chdir(folder)
-    written = os.open(output, os.O_WRONLY | os.O_CREAT)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
