@@ -24,12 +24,7 @@ from mechunlearn.components.component import Cover, resolve
 from mechunlearn.model import Model, shape
 
 
-def random(
-    model: Model,
-    *,
-    seed: int,
-    components: Components = heads_and_mlps,
-) -> ComponentScores:
+def random(model: Model, *, seed: int, components: Components = heads_and_mlps) -> ComponentScores:
     """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
@@ -37,13 +32,7 @@ def random(
     return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
 
 
-def random_like(
-    mask: ComponentMask,
-    model: Model,
-    seed: int,
-    *,
-    pool: Components | None = None,
-) -> ComponentMask:
+def random_like(mask: ComponentMask, model: Model, seed: int, *, pool: Components | None = None) -> ComponentMask:
     """A random mask that covers as many weights as `mask`: its control.
 
     Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and

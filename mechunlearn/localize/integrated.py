@@ -157,13 +157,7 @@ def _slopes_between(
 
 
 def _slope_at(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    name: str,
-    base: dict[str, Tensor],
-    end: Tensor,
-    points: list[float],
+    model: Model, prompts: Prompts, metric: Metric, name: str, base: dict[str, Tensor], end: Tensor, points: list[float]
 ) -> Tensor:
     """The mean gradient at one hook point over its values between the two runs; the layers below do not run."""
     total = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))

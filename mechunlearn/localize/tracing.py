@@ -161,13 +161,7 @@ def _restored_tokens(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, 
 
 
 def _restored_layers(
-    model: Model,
-    noisy: Run,
-    clean: Run,
-    row: Int[Tensor, "site"],
-    token: Int[Tensor, "site"],
-    kind: Kind,
-    window: int,
+    model: Model, noisy: Run, clean: Run, row: Int[Tensor, "site"], token: Int[Tensor, "site"], kind: Kind, window: int
 ) -> Iterator[tuple[int, Float[Tensor, "site answer d_vocab"]]]:
     """For each layer, the last first, logits of copies of the noisy run, each with one token restored."""
     prompt = row // (len(noisy.tokens) // len(clean.tokens))
