@@ -40,10 +40,9 @@ def random_like(mask: ComponentMask, model: Model, seed: int, *, pool: Component
     be among them (`provenance["shared"]` counts them), but never all: use several seeds, or pass a pool
     without them. With `pool`, components are drawn from it alone, of whatever kind.
 
-    Components that would exceed the count are passed over, so the control has at most as many weights as the mask,
-    and falls short by less than one smallest component of the pool. Where query heads share KV heads, which count
-    once, the number of heads may differ. ValueError if the pool cannot cover so many weights
-    or holds nothing but the mask.
+    Components that would exceed the count are passed over, so the control has at most as many weights as the mask, and
+    falls short by less than one smallest component of the pool. Where query heads share KV heads, which count once, the
+    number of heads may differ. ValueError if the pool cannot cover so many weights or holds nothing but the mask.
     """
     sizes = shape(model)
     if mask.shape != sizes:

@@ -254,9 +254,8 @@ def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], rece
         shown = ", ".join(str(sender) for sender in chosen[:5]) or "none"
         named = str(receivers) if isinstance(receivers, int | str) else ", ".join(str(c) for c in receivers[:5])
         raise ValueError(
-            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which "
-            f"there is no path: choose receivers in later layers (in parallel blocks, an MLP does not read its own "
-            f"layer's heads)."
+            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which there is no "
+            "path: choose receivers in later layers (in parallel blocks, an MLP does not read its own layer's heads)."
         )
 
 
