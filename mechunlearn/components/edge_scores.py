@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import (
     Destination,
@@ -26,6 +24,7 @@ from mechunlearn.components.edge import (
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
+from mechunlearn.files import Saved
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeScores(Mapping[Edge, float]):
+class EdgeScores(Mapping[Edge, float], Saved):
     """A score for every edge: a mapping from edges (or their labels, `"L1H2->L3H0.W_Q"`) to floats."""
 
     tensor: Float[Tensor, "source destination"]
@@ -198,15 +197,6 @@ class EdgeScores(Mapping[Edge, float]):
         names = [str(end) for end in sources(self.shape)], [str(end) for end in destinations(self.shape)]
         return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "EdgeScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
-
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)
         if not bool(self.scored[place]):
@@ -230,7 +220,7 @@ class EdgeScores(Mapping[Edge, float]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeMask(Set[Edge]):
+class EdgeMask(Set[Edge], Saved):
     """A set of edges: `|`, `&`, `-`, `^`, `in`, `len`, iteration in model order.
 
     Two of them are equal when they select the same edges of the same shape.
@@ -268,15 +258,6 @@ class EdgeMask(Set[Edge]):
         ends = {edge.source for edge in self.edges} | {self._component(edge.destination) for edge in self.edges}
         chosen = frozenset(end for end in ends if isinstance(end, Component))
         return ComponentMask(chosen, self.shape, dict(self.provenance) | {"components of": f"{len(self)} edges"})
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON with provenance and a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "EdgeMask":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges

@@ -4,17 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import heat_map, signed_heat_map
+from mechunlearn.files import Saved
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ComponentScores(Mapping[Component, float]):
+class ComponentScores(Mapping[Component, float], Saved):
     """A score for every component: a mapping from components (or their labels) to floats."""
 
     components: tuple[Component, ...]
@@ -185,15 +184,6 @@ class ComponentScores(Mapping[Component, float]):
         title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
         return heat_map(self, title=title, unit=self.metric.replace("_", " "))
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ComponentScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
-
     def __getitem__(self, component: Component | str) -> float:
         wanted = Component.parse(component) if isinstance(component, str) else component
         return float(self.tensor[self._places[wanted]])
@@ -251,7 +241,7 @@ def interval_frame(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PositionScores:
+class PositionScores(Saved):
     """A score for every component at every group of tokens; `.at(group)` gives those of one group."""
 
     components: tuple[Component, ...]
@@ -309,15 +299,6 @@ class PositionScores:
         look = {"limit": limit, "unit": unit, "hover": hover, "layout": {"title": title} | size}
         figure = signed_heat_map(self.tensor.tolist(), self.positions, labels, **look)
         return figure.update_yaxes(autorange="reversed")
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PositionScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         sizes = f"{len(self.components)} components x {len(self.positions)} positions, {len(self.per_prompt)} prompts"

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechunlearn import files
 from mechunlearn.arguments import check, check_functions, chosen_components
 from mechunlearn.components import (
     Component,
@@ -22,6 +20,7 @@ from mechunlearn.components import (
     PositionScores,
     heads_and_mlps,
 )
+from mechunlearn.files import Saved
 from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
@@ -294,7 +293,7 @@ def _mask(name: str, members: Components, sizes: ModelShape) -> ComponentMask:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SetEffects(Mapping[str, float]):
+class SetEffects(Mapping[str, float], Saved):
     """An effect for every set: a mapping from their names to floats, means over prompts."""
 
     sets: Mapping[str, ComponentMask]
@@ -350,15 +349,6 @@ class SetEffects(Mapping[str, float]):
         title = f"{self.method}, {len(self.per_prompt)} prompts"
         figure = go.Figure(go.Bar(x=list(ends.index), y=ends["effect"], error_y=error))
         return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SetEffects":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __getitem__(self, name: str) -> float:
         return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]

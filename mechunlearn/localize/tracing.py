@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -10,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechunlearn import files
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.components.plot import signed_heat_map
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
@@ -253,7 +252,7 @@ def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_laye
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CausalTrace:
+class CausalTrace(Saved):
     """Indirect effects in the metric's unit: positive = restoring brings the answer back."""
 
     clean: Float[Tensor, "prompt"]
@@ -373,15 +372,6 @@ class CausalTrace:
         axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
         layout = {"title": title} | size | axes
         return signed_heat_map(values.T.tolist(), layers, rows, limit=limit, unit=unit, hover=hover, layout=layout)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CausalTrace":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
 from mechunlearn.curve import Curve
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
@@ -326,7 +325,7 @@ def _magnitudes(scores: ComponentScores) -> dict[str, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FactLookup:
+class FactLookup(Saved):
     """The MLPs that look facts up, with all curves, effects and thresholds as evidence; printing it shows them."""
 
     mask: ComponentMask
@@ -367,15 +366,6 @@ class FactLookup:
                 _lines(figure, row, [self.findings["threshold"], -self.findings["threshold"]])
         shown = ", ".join(str(component) for component in self.mask) or "none"
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FactLookup":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         shown = dict(self.findings)
