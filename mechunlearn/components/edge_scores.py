@@ -126,7 +126,9 @@ class EdgeScores(Mapping[Edge, float], Saved):
         if len(rule) != 1:
             raise ValueError(f"expected exactly one of k, fraction and threshold, got {rule or 'none'}.")
         ranks = by(self.values_in_order)
-        order = torch.sort(ranks, descending=True, stable=True).indices[: self._count(ranks, **rules)]
+        by_rank = None if threshold is None else int((ranks >= threshold).sum())
+        count = count_of(len(ranks), "edges", k, fraction) if by_rank is None else by_rank
+        order = torch.sort(ranks, descending=True, stable=True).indices[:count]
         if not len(order):
             raise ValueError(
                 f"expected a rule that selects at least one edge, got {rule}, which selects none: the highest rank "
@@ -136,14 +138,6 @@ class EdgeScores(Mapping[Edge, float], Saved):
         chosen[tuple(self.scored.nonzero()[order].T)] = True
         provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return EdgeMask(frozenset(edges_where(chosen, self.shape)), self.shape, provenance)
-
-    def _count(
-        self, ranks: Float[Tensor, "edge"], k: int | None, fraction: float | None, threshold: float | None
-    ) -> int:
-        if k is not None or fraction is not None:
-            return count_of(len(ranks), "edges", k, fraction)
-        assert threshold is not None
-        return int((ranks >= threshold).sum())
 
     def nodes(self) -> ComponentScores:
         """Each head's and MLP's score: the signed sum over the destinations of its edges (the embedding is left out).

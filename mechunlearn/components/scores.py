@@ -107,7 +107,13 @@ class ComponentScores(Mapping[Component, float], Saved):
             raise ValueError(f"expected exactly one of k, fraction, threshold and parameters, got {rule or 'none'}.")
         ranks = dict(zip(self.components, by(self.tensor).tolist(), strict=True))
         ordered = sorted(self.components, key=lambda component: (-ranks[component], component))
-        chosen = ordered[: self._count(ordered, ranks, **rules)]
+        if threshold is not None:
+            count = sum(rank >= threshold for rank in ranks.values())
+        elif parameters is not None:
+            count = self._count_within(ordered, parameters)
+        else:
+            count = count_of(len(ordered), "scores", k, fraction)
+        chosen = ordered[:count]
         if not chosen:
             highest = ordered[0]
             raise ValueError(
@@ -116,22 +122,6 @@ class ComponentScores(Mapping[Component, float], Saved):
             )
         provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return ComponentMask(frozenset(chosen), self.shape, provenance)
-
-    def _count(
-        self,
-        ordered: list[Component],
-        ranks: Mapping[Component, float],
-        k: int | None,
-        fraction: float | None,
-        threshold: float | None,
-        parameters: int | None,
-    ) -> int:
-        if k is not None or fraction is not None:
-            return count_of(len(ordered), "scores", k, fraction)
-        if threshold is not None:
-            return sum(rank >= threshold for rank in ranks.values())
-        assert parameters is not None
-        return self._count_within(ordered, parameters)
 
     def _count_within(self, ordered: list[Component], budget: int) -> int:
         cover, spent = Cover(self.shape), 0

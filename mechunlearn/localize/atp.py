@@ -133,7 +133,7 @@ def _mean_over_dropped(run: _Run, places: Places, n_layers: int) -> Float[Tensor
     total = below * effect_columns(_estimates(run, run.slopes), places).abs()
     for dropped in range(1, n_layers):
         lower = {name: units for name, units in places.items() if layer_of(name) < dropped}
-        names = [name for name in run.values if layer_of(name) < dropped and not _is_residual(name)]
+        names = [name for name in run.values if layer_of(name) < dropped and "hook_resid" not in name]
         if lower:
             # Gradients above the dropped layer are those of the whole model. The skip connection carries them past the
             # layer: the gradient at its output is that at its input. The backward pass goes on from there.
@@ -194,10 +194,6 @@ def _sum_of_others(terms: Float[Tensor, "*batch pos"]) -> Float[Tensor, "*batch 
     return from_left + from_right
 
 
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
-
-
 def _beside(name: str, part: str) -> str:
     """Another hook point of the same attention."""
     return f"blocks.{layer_of(name)}.attn.hook_{part}"
@@ -206,7 +202,3 @@ def _beside(name: str, part: str) -> str:
 def _residual_after(layer: int, n_layers: int) -> str:
     last = layer == n_layers - 1
     return f"blocks.{layer}.hook_resid_post" if last else f"blocks.{layer + 1}.hook_resid_pre"
-
-
-def _is_residual(name: str) -> bool:
-    return "hook_resid" in name

@@ -225,7 +225,8 @@ def edge_scores(
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
     sizes, chosen = shape(model), edges_of(model, edges)
-    batch_size = _fitting_batch(prompts, sizes) if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
     batches = run_pairs(model, prompts, metric, direction, batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):
@@ -238,10 +239,6 @@ def edge_scores(
     values = torch.cat(rows) if per_prompt else None
     name, label = name_of(metric), name_of(method)
     return EdgeScores(total / len(prompts), chosen, sizes, label, name, all_settings, values)
-
-
-def _fitting_batch(prompts: Prompts, sizes: ModelShape) -> int:
-    return max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
 
 
 @torch.no_grad()

@@ -158,18 +158,14 @@ def _batch_effects(
     for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
         columns = torch.tensor(list(units), device=where.device)
         # A row for each unit, group of tokens and prompt. Rows of one hook point share passes: all start at its layer.
-        index = _combinations(len(units), where.shape[1], len(prompts), device=where.device)
+        counts = len(units), where.shape[1], len(prompts)
+        index = torch.cartesian_prod(*(torch.arange(count, device=where.device) for count in counts))
         for column, group, row in (rows.unbind(1) for rows in index.split(batch_size)):
             unit = _units(units, column)
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()
             effects[row, columns[column], group] = values - unpatched[row]
     return effects
-
-
-def _combinations(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
-    """All combinations of numbers below the counts, the last number changing fastest."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
 
 
 def _units(units: Mapping[int, int | None], column: Int[Tensor, "row"]) -> Int[Tensor, "row"] | None:

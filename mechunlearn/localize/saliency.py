@@ -31,11 +31,9 @@ def gradient_times_weight(
     Cost: 1F + 1B (of weights) per prompt, one prompt at a time. Weights that KV heads share count in every query
     head that reads them, once each. ValueError for processed or quantised weights.
     """
-
-    def signed(slot: Slot, gradient: Tensor) -> Tensor:
-        return gradient * slot.parameter.detach()
-
-    return _per_prompt(gradient_times_weight, model, prompts, loss, components, signed)
+    return _per_prompt(
+        gradient_times_weight, model, prompts, loss, components, lambda slot, g: g * slot.parameter.detach()
+    )
 
 
 def fisher(
@@ -49,11 +47,7 @@ def fisher(
     Cost: 1F + 1B (of weights) per prompt. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Shared KV
     weights and errors: as `gradient_times_weight`.
     """
-
-    def squared(slot: Slot, gradient: Tensor) -> Tensor:
-        return gradient**2
-
-    return _per_prompt(fisher, model, prompts, loss, components, squared)
+    return _per_prompt(fisher, model, prompts, loss, components, lambda slot, gradient: gradient**2)
 
 
 def snip(

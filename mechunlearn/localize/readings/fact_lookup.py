@@ -154,7 +154,7 @@ def fact_lookup_by_paths(
     crossed = [component.layer for component, effect in scores["mlps"].items() if abs(effect) > threshold]
     chosen = crossed if overruling is None else overruling
     if overruling is None:
-        near["threshold"] = _effects_near(scores["mlps"], threshold)
+        near["threshold"] = _borderline(_magnitudes(scores["mlps"]), threshold)
     findings = {
         "layers": chosen,
         "extraction_heads": [str(head) for head in chosen_heads],
@@ -268,8 +268,10 @@ def layers_by_thresholds(
     share = _share_of_rise(result)
     above_chance = [layer for layer, value in enumerate(risen) if value > rise]
     above_control = [layer for layer, value in enumerate(selective) if value > selectivity]
+    above = [layer for layer in above_chance if layer in above_control]
+    last = next(layer for layer, value in enumerate(share) if value >= saturation)
     read = {
-        "layers": _between(risen, selective, share, rise, selectivity, saturation),
+        "layers": list(range(above[0], max(above[0], last) + 1)) if above else [],
         "first_layer_above_chance": next(iter(above_chance), None),
         "first_layer_above_control": next(iter(above_control), None),
     }
@@ -282,31 +284,10 @@ def layers_by_thresholds(
     return read, near
 
 
-def _effects_near(scores: ComponentScores, threshold: float) -> dict[str, float]:
-    """The components whose |effect| is near the threshold."""
-    return _borderline(_magnitudes(scores), threshold)
-
-
 def _heads_near_the_cut(scores: ComponentScores, count: int) -> dict[str, float]:
     """The components near the middle between the last one chosen and the next; none if all are chosen."""
     sizes = sorted(_magnitudes(scores).values(), reverse=True)
     return _borderline(_magnitudes(scores), (sizes[count - 1] + sizes[count]) / 2) if count < len(sizes) else {}
-
-
-def _between(
-    risen: Sequence[float],
-    selective: Sequence[float],
-    share: Sequence[float],
-    rise: float,
-    selectivity: float,
-    saturation: float,
-) -> list[int]:
-    """From the first layer above chance and control to the one that saturates; none if none is above both."""
-    above = [layer for layer, (r, s) in enumerate(zip(risen, selective, strict=True)) if r > rise and s > selectivity]
-    if not above:
-        return []
-    last = next(layer for layer, value in enumerate(share) if value >= saturation)
-    return list(range(above[0], max(above[0], last) + 1))
 
 
 def _share_of_rise(result: ProbeResult) -> list[float]:
@@ -356,14 +337,14 @@ class FactLookup(Saved):
             figure.add_traces(lines(self.curves).data, rows=1, cols=1)
             figure.update_xaxes(type="category", title="residual stream that enters layer", row=1, col=1)
             if "rise" in self.findings:
-                _lines(figure, 1, [self.findings["chance"] + self.findings["rise"]])
+                _dashed(figure, 1, self.findings["chance"] + self.findings["rise"])
         for row, (name, scores) in enumerate(self.scores.items(), start=1 + bool(self.curves)):
             ends = scores.interval()
             up, down = ends["high"] - ends["score"], ends["score"] - ends["low"]
             error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0}
             figure.add_bar(x=list(ends.index), y=ends["score"], error_y=error, name=name, row=row, col=1)
             if name == "mlps" and "threshold" in self.findings:
-                _lines(figure, row, [self.findings["threshold"], -self.findings["threshold"]])
+                _dashed(figure, row, self.findings["threshold"], -self.findings["threshold"])
         shown = ", ".join(str(component) for component in self.mask) or "none"
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
 
@@ -377,8 +358,7 @@ class FactLookup(Saved):
         return "\n".join([f"FactLookup({self.method}; {self.mask})", *rows])
 
 
-def _lines(figure: "Figure", row: int, heights: Sequence[float]) -> None:
-    """Draw thresholds as dashed lines."""
+def _dashed(figure: "Figure", row: int, *heights: float) -> None:
     for height in heights:
         figure.add_hline(y=height, line_dash="dash", line_color="grey", row=row, col=1)  # type: ignore[arg-type]
 
@@ -420,7 +400,6 @@ PAPER_SHAPES = {
     "gemma-2-9b": ModelShape(42, 16, 8, 3584, 256, 14336, gated=True),
     "llama-3-8b": ModelShape(32, 32, 8, 4096, 128, 14336, gated=True),
 }
-"""The models that these layers belong to."""
 """The shapes of these models."""
 
 
