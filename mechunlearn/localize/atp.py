@@ -61,8 +61,7 @@ def atp_star(
     `W_K`), GradDrop about n_layers / 2 backwards, since each starts at the dropped layer. (The paper counts
     2F + (L + 1)B.) Memory: that of `attribution_patching`, and the gradients twice.
 
-    Kramár et al. 2024, https://arxiv.org/abs/2403.00745. ValueError without corrupted prompts, and for GradDrop on
-    a model of one layer.
+    Kramár et al. 2024, https://arxiv.org/abs/2403.00745. ValueError for GradDrop on a model of one layer.
     """
     n_layers = shape(model).n_layers
     if grad_drop and n_layers < 2:
@@ -195,7 +194,6 @@ def _sum_of_others(terms: Float[Tensor, "*batch pos"]) -> Float[Tensor, "*batch 
 
 
 def _beside(name: str, part: str) -> str:
-    """Another hook point of the same attention."""
     return f"blocks.{layer_of(name)}.attn.hook_{part}"
 
 

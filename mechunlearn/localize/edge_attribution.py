@@ -69,9 +69,8 @@ def edge_attribution_patching(
     Cost: 2F + 1B and matrix products that grow as sources x destinations x d_model. Memory: the backward pass of a
     batch (about 40 floats per layer, position and d_model in GPT-2), 32 MiB of sources' contributions, and the result.
 
-    Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts, for an edge that the
-    model does not have (in parallel blocks: from a head to its own layer's MLP), and for a model that is not
-    the sum of its parts.
+    Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError for an edge that the model does not have (in parallel
+    blocks: from a head to its own layer's MLP), and for a model that is not the sum of its parts.
     """
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
@@ -266,7 +265,6 @@ def add_run(
 
 
 def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Iterable[Hook]) -> InputGradients:
-    """The gradients averaged over runs, each with one of the hooks."""
     gradients = InputGradients(model, prompts.attention_mask)
     for hook in hooks:
         add_run(gradients, model, prompts, metric, [hook])
@@ -282,11 +280,9 @@ def _between(name: str, start: Tensor, end: Tensor, points: list[float]) -> Iter
 def _products(
     model: Model, difference: SourceOutputs, gradients: InputGradients
 ) -> Float[Tensor, "batch source destination"]:
-    """Dot products of differences and gradients, summed over positions and d_model.
-
-    A tensor [batch, pos, source, d_model] would be too large, so what sources add is made for a piece of the batch at a
-    time, and multiplied there with the gradients of one layer's destinations after the other's.
-    """
+    """Dot products of differences and gradients, summed over positions and d_model."""
+    # A tensor [batch, pos, source, d_model] would be too large: what sources add is made for a piece of the batch at a
+    # time, and multiplied there with the gradients of one layer's destinations after the other's.
     sizes, parallel = gradients.sizes, is_parallel(model)
     batch, places, width = difference.embed.shape
     n_sources = 1 + sizes.n_layers * (sizes.n_heads + 1)
@@ -300,10 +296,7 @@ def _products(
 
 
 def _pieces(batch: int, places: int, size: int) -> Iterable[tuple[slice, slice]]:
-    """Several prompts with all of their positions; where one prompt is too large, a part of its positions.
-
-    `size` is the bytes that one position of one prompt needs.
-    """
+    """Several prompts, or a part of one's positions, that fit; `size`: the bytes of one position of one prompt."""
     n_rows, n_places = max(1, _TEMPORARY // (size * places)), max(1, _TEMPORARY // size)
     for row in range(0, batch, n_rows):
         for place in range(0, places, n_places):

@@ -65,8 +65,6 @@ def edge_patching(
 
 @dataclass(frozen=True, eq=False)
 class _Base:
-    """The run that is patched, and what every source would change in it."""
-
     model: Model
     prompts: Prompts
     run: Run

@@ -59,7 +59,6 @@ def integrated_gradients(
     Cost: 2F + steps * (F + B) per batch. Memory: as `attribution_patching`, and the gradients once more.
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
-    ValueError without corrupted prompts and for fewer than one step.
     """
     points = midpoints(steps)
     explained, differences = [], []
@@ -106,8 +105,7 @@ def integrated_gradients_of_activations(
     Cost: 2F + steps * (F + B) for each hook point, of the layers from there on: more than `integrated_gradients` by
     the number of hook points. Memory: one hook point's gradient, and the residual stream of every layer.
 
-    The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes. ValueError
-    without corrupted prompts and for fewer than one step.
+    The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes.
     """
     points = midpoints(steps)
 
@@ -129,7 +127,6 @@ def integrated_gradients_of_activations(
 def _measured(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    """The metric of a plain run, and the values at the hook points."""
     with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model), prompts)
     return values, activations
@@ -170,5 +167,4 @@ def _slope_at(
 
 
 def _entering(name: str) -> str:
-    """Where the residual stream enters the hook point's layer."""
     return f"blocks.{layer_of(name)}.hook_resid_pre"

@@ -68,7 +68,6 @@ def activation_patching(
     layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
 
     Vig et al. 2020, https://arxiv.org/abs/2004.12265; Zhang & Nanda 2023, https://arxiv.org/abs/2309.16042.
-    ValueError without corrupted prompts where the replacement or the direction needs them.
     """
 
     def positions(batch: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -214,7 +213,6 @@ def _with_unit(
     unit: Int[Tensor, "row"] | None,
     where: Bool[Tensor, "row pos"],
 ) -> Tensor:
-    """`value` with the source's activation of one unit (None: all) in each row, at some tokens."""
     if unit is None:
         return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
     copies = torch.arange(len(row), device=row.device)
@@ -320,10 +318,7 @@ class SetEffects(Mapping[str, float], Saved):
         return pd.DataFrame(columns, index=pd.Index(list(self.sets), name="set"))
 
     def minus(self, other: str) -> "SetEffects":
-        """Every effect minus that of one set, prompt by prompt: its interval says whether they differ.
-
-        ValueError for a set that is not there.
-        """
+        """Every effect minus that of one set, prompt by prompt: its interval says whether they differ."""
         if other not in self.sets:
             raise ValueError(f"expected one of the sets {', '.join(self.sets)}, got {other!r}.")
         difference = self.per_prompt - self.per_prompt[:, [list(self.sets).index(other)]]

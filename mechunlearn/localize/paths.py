@@ -152,7 +152,6 @@ def _rows(
 def _patched_logits(
     model: Model, base: Run, sent: Changes, entry: Entry, through_mlps: bool
 ) -> Float[Tensor, "row answer d_vocab"]:
-    """Logits of the base run with the receivers' inputs changed."""
     if isinstance(entry, int):
         residual = arriving_residuals(model, base, sent, [entry], through_mlps=through_mlps)[entry]
         return continued(model, base, sent.rows, entry, residual=residual)
@@ -171,8 +170,6 @@ def _patched_logits(
 
 
 def _unit_hook(name: str, value: Tensor, units: list[int | None]) -> Hook:
-    """A hook that puts `value` there in these units only (None: in all)."""
-
     def put(own: Tensor, hook: object) -> Tensor:
         if None in units:
             return value

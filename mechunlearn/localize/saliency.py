@@ -152,7 +152,6 @@ def _per_prompt(
 def _mean_gradients(
     model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Slot], batch_size: int
 ) -> dict[Key, Tensor]:
-    """The gradient of the loss averaged over prompts."""
     check_batch_size(batch_size)
     total: dict[Key, Tensor] = {}
     for batch in prompts.to(device_of(model)).batches(batch_size):
@@ -190,14 +189,12 @@ def _gradients(model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Sl
 
 
 def _unit_sums(slot: Slot, values: Tensor) -> Float[Tensor, "unit"]:
-    """Values, shaped like the slot's parameter, summed over each head or neuron."""
     return slot.view(values).double().sum((1, 2)).cpu()
 
 
 def _summed(
     sums: Mapping[Key, Float[Tensor, "unit"]], components: Iterable[Component], sizes: ModelShape
 ) -> Float[Tensor, "component"]:
-    """Sums over the units that each component covers."""
     columns = []
     for component in components:
         parts = [sums[component.layer, matrix][units].sum() for matrix, units in sizes.units_of(component).items()]

@@ -93,7 +93,6 @@ def causal_tracing(
 def _noise(
     model: Model, prompts: Prompts, noise: float, draws: int, seed: int, batch_size: int
 ) -> Float[Tensor, "draw token d_model"]:
-    """The noise vector of the i-th token of a subject in each draw."""
     # The noise is measured in standard deviations of the embeddings that it is added to.
     entries = []
     for batch in prompts.batches(batch_size):

@@ -108,7 +108,6 @@ def _outside(
 
 
 def _random_parts(circuit: Any, count: int, seed: int) -> list[Any]:
-    """Random subsets of the circuit, each member in one with probability 1/2."""
     generator = Random(f"incompleteness {seed}")
     members = list(circuit)
     return [circuit & {member for member in members if generator.random() < 0.5} for _ in range(count)]

@@ -149,7 +149,6 @@ def _values(
 def _replacing_hook(
     name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]
 ) -> Hook:
-    """A hook that puts `source` at those tokens, in the units chosen for each row."""
     where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
     return name, partial(_put, source=source, where=where)
 

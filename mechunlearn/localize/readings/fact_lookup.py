@@ -132,8 +132,7 @@ def fact_lookup_by_paths(
       lies within 20 % of the cut, half-way between the last head chosen and the next: other prompts may choose others.
 
     Cost: 4F + 2F for the metric's ends, for each head the MLPs above it, for each MLP the layers from the receivers on.
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError without corrupted prompts, if these do not lower the
-    metric, and if no MLP is below the receivers because extraction heads are in layer 0.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError if corrupt prompts do not lower the metric.
     """
     sizes = shape(model)
     check("denoising", batch_size, metric=metric, receivers=receivers)
@@ -174,7 +173,6 @@ def fact_lookup_by_paths(
 def _without_attention(
     model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
 ) -> list[Hook]:
-    """Hooks that replace the attention outputs of these layers by their mean over the text."""
     names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
     with preserved(model):
         return constant(mean_activations(model, text, names, batch_size=batch_size).items())
@@ -193,7 +191,6 @@ def _share(scores: ComponentScores, gap: float) -> ComponentScores:
 
 
 def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> float:
-    """Mean of the metric on clean prompts minus that on corrupt ones."""
     clean = prompts.to(device_of(model))
     means = []
     with preserved(model), torch.no_grad():
@@ -407,7 +404,6 @@ def paper_fact_lookup(model: Model, name: str, *, task: str = "sports") -> Compo
     """The MLPs that the paper edits as "fact lookup" in `"gemma-7b"`, `"gemma-2-9b"` or `"llama-3-8b"`.
 
     `task`: `"sports"` (default) or a slice of CounterFact facts, such as `"counterfact 0:64"`; see `PAPER_LAYERS`.
-    ValueError for other names, and for a model of another shape than the one that the layers were read off.
     """
     if name not in PAPER_LAYERS:
         raise ValueError(
