@@ -8,19 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.components import Components, ComponentScores, heads_and_mlps
-from mechunlearn.localize.sites import (
-    Direction,
-    Places,
-    activations_at,
-    component_effects,
-    effect_columns,
-    effects_at,
-    gradients,
-    graph_start,
-    metric_and_activations,
-    scores_of,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction, Places
 from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model, shape
 from mechunlearn.model.hooks import attended_again, attention_calls, layer_of
@@ -71,11 +60,11 @@ def atp_star(
         run = _run(model, patched, other, metric, list(places), n_layers, qk_fix=qk_fix)
         if grad_drop:
             return _mean_over_dropped(run, places, n_layers)
-        return effect_columns(_estimates(run, run.slopes), places)
+        return sites.effect_columns(_estimates(run, run.slopes), places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "qk_fix": qk_fix, "grad_drop": grad_drop, "batch_size": batch_size}
-    return scores_of(atp_star, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(atp_star, chosen, per_prompt, model, metric, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,21 +91,23 @@ def _run(
     linear = [name for name in names if name not in queries + keys]
     inside = [_beside(name, part) for name in queries + keys for part in ("z", "v")]
     residuals = [_residual_after(layer, n_layers) for layer in range(n_layers)]
-    source = activations_at(model, other, names)
+    source = sites.activations_at(model, other, names)
     with attention_calls(model, {layer_of(name) for name in queries + keys}) as calls:
-        values, base = metric_and_activations(model, patched, metric, [*linear, *inside, *residuals], [graph_start()])
-    slopes = gradients(values, base, metric, keep_graph=True)
+        values, base = sites.metric_and_activations(
+            model, patched, metric, [*linear, *inside, *residuals], [sites.graph_start()]
+        )
+    slopes = sites.gradients(values, base, metric, keep_graph=True)
     changes = {name: (name, source[name] - base[name].detach()) for name in linear}
     for name in queries:
         # A query moves its own row of the pattern only: with all of them changed at once, each z has its own's effect.
-        z, other_query = _beside(name, "z"), value_hook(name, source[name])
+        z, other_query = _beside(name, "z"), sites.value_hook(name, source[name])
         after = attended_again(model, calls[layer_of(name)], [other_query], [z])[z]
         changes[name] = z, after - base[z].detach()
     key_scores = {}
     for name in keys:
         # A key moves one column of every row. All columns of the scores are computed at once; `_key_effects` puts them
         # into the softmax one at a time.
-        scores, other_key = _beside(name, "attn_scores"), value_hook(name, source[name])
+        scores, other_key = _beside(name, "attn_scores"), sites.value_hook(name, source[name])
         call = calls[layer_of(name)]
         before, after = (attended_again(model, call, hooks, [scores])[scores] for hooks in ([], [other_key]))
         key_scores[name] = before, after, base[_beside(name, "v")].detach()
@@ -129,7 +120,7 @@ def _mean_over_dropped(run: _Run, places: Places, n_layers: int) -> Float[Tensor
     # each of them. A component's own layer, dropped, leaves it no gradient at all.
     layer_by_column = {column: layer_of(name) for name, units in places.items() for column in units}
     below = torch.tensor([layer_by_column[column] for column in range(len(layer_by_column))], device=run.real.device)
-    total = below * effect_columns(_estimates(run, run.slopes), places).abs()
+    total = below * sites.effect_columns(_estimates(run, run.slopes), places).abs()
     for dropped in range(1, n_layers):
         lower = {name: units for name, units in places.items() if layer_of(name) < dropped}
         names = [name for name in run.values if layer_of(name) < dropped and "hook_resid" not in name]
@@ -140,14 +131,14 @@ def _mean_over_dropped(run: _Run, places: Places, n_layers: int) -> Float[Tensor
             into = run.values[_residual_after(dropped - 1, n_layers)]
             results = torch.autograd.grad(into, [run.values[name] for name in names], above, retain_graph=True)
             slopes = dict(zip(names, results, strict=True))
-            total += effect_columns(_estimates(run, slopes), lower, len(below)).abs()
+            total += sites.effect_columns(_estimates(run, slopes), lower, len(below)).abs()
     return total / (n_layers - 1)
 
 
 def _estimates(run: _Run, slopes: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch _"]]:
     """Hook point of components -> estimate for each unit, where there is a gradient."""
     estimates = {
-        name: effects_at(change, slopes[shown], run.real)
+        name: sites.effects_at(change, slopes[shown], run.real)
         for name, (shown, change) in run.changes.items()
         if shown in slopes
     }

@@ -10,15 +10,8 @@ from torch import Tensor
 from mechunlearn.components import Edge, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import edge_mask
 from mechunlearn.identity import name_of
-from mechunlearn.localize.sites import (
-    Direction,
-    activations_at,
-    graph_start,
-    metric_and_activations,
-    midpoints,
-    run_pairs,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction
 from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.edge_runs import InputGradients
@@ -112,7 +105,7 @@ def edge_integrated_gradients(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806. ValueError also for fewer than one step.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
@@ -152,13 +145,13 @@ def edge_integrated_gradients_of_activations(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
     layers = range(model.cfg.n_layers)
     names = [_EMBEDDING, *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out"))]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
         difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
-        here, there = activations_at(model, patched, names), activations_at(model, other, names)
+        here, there = sites.activations_at(model, patched, names), sites.activations_at(model, other, names)
         for name in names:
             between = _between(name, here[name], there[name], points)
             yield difference, _gradients_over(model, patched, metric, between)
@@ -226,7 +219,7 @@ def edge_scores(
     sizes, chosen = shape(model), edges_of(model, edges)
     if batch_size is None:
         batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
-    batches = run_pairs(model, prompts, metric, direction, batch_size)
+    batches = sites.run_pairs(model, prompts, metric, direction, batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):
         for patched, other in batches:
@@ -253,7 +246,7 @@ def add_run(
 ) -> SourceOutputs:
     """Add the gradients of a run with these hooks, and give what its sources write. Cost: 1F + 1B."""
     with recording_outputs(model) as outputs, recording_inputs(model) as inputs:
-        values, _ = metric_and_activations(model, prompts, metric, [], [*hooks, graph_start()])
+        values, _ = sites.metric_and_activations(model, prompts, metric, [], [*hooks, sites.graph_start()])
     slopes = torch.autograd.grad(values.sum(), inputs[0].tensors(), allow_unused=True)
     if slopes[-1] is None:
         raise ValueError(
@@ -274,7 +267,7 @@ def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Itera
 def _between(name: str, start: Tensor, end: Tensor, points: list[float]) -> Iterator[Hook]:
     """For each point, a hook that puts there the value at that share of the way from start to end."""
     for point in points:
-        yield value_hook(name, torch.lerp(start, end, point))
+        yield sites.value_hook(name, torch.lerp(start, end, point))
 
 
 def _products(

@@ -7,19 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import Components, ComponentScores, heads_and_mlps
-from mechunlearn.localize.sites import (
-    Direction,
-    Places,
-    activations_at,
-    component_effects,
-    effect_columns,
-    effects_at,
-    gradients,
-    metric_and_activations,
-    midpoints,
-    scores_of,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction, Places
 from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, recording
 from mechunlearn.model.hooks import layer_of
@@ -60,7 +49,7 @@ def integrated_gradients(
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
     explained, differences = [], []
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
@@ -68,16 +57,16 @@ def integrated_gradients(
         after, source = _measured(model, other, metric, [*places, _EMBEDDING])
         slopes = _slopes_between(model, patched, metric, places, base[_EMBEDDING], source[_EMBEDDING], points)
         real = patched.attention_mask
-        by_name = {name: effects_at(source[name] - base[name], slopes[name], real) for name in base}
+        by_name = {name: sites.effects_at(source[name] - base[name], slopes[name], real) for name in base}
         # The embedding is all that differs at first: its own score, complete, is the whole change of the metric.
         explained.append(by_name[_EMBEDDING].sum(1))
         differences.append(after - before)
-        return effect_columns(by_name, places)
+        return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
     settings |= {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
-    return scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
 
 
 def integrated_gradients_of_activations(
@@ -107,20 +96,20 @@ def integrated_gradients_of_activations(
 
     The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
-        base = activations_at(model, patched, [*places, *(_entering(name) for name in places)])
-        source = activations_at(model, other, places)
+        base = sites.activations_at(model, patched, [*places, *(_entering(name) for name in places)])
+        source = sites.activations_at(model, other, places)
         by_name = {}
         for name in places:
             slope = _slope_at(model, patched, metric, name, base, source[name], points)
-            by_name[name] = effects_at(source[name] - base[name], slope, patched.attention_mask)
-        return effect_columns(by_name, places)
+            by_name[name] = sites.effects_at(source[name] - base[name], slope, patched.attention_mask)
+        return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
-    return scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
 
 
 @torch.no_grad()
@@ -145,8 +134,10 @@ def _slopes_between(
     means: dict[str, Tensor] = {}
     for point in points:
         entering = torch.lerp(start, end, point).requires_grad_(True)
-        values, base = metric_and_activations(model, prompts, metric, names, [value_hook(_EMBEDDING, entering)])
-        for name, slope in gradients(values, base | {_EMBEDDING: entering}, metric).items():
+        values, base = sites.metric_and_activations(
+            model, prompts, metric, names, [sites.value_hook(_EMBEDDING, entering)]
+        )
+        for name, slope in sites.gradients(values, base | {_EMBEDDING: entering}, metric).items():
             # Summed up one point at a time, in float32 at least: no more than two sets of gradients are in memory.
             share = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(points)
             means[name] = means[name] + share if name in means else share
@@ -161,8 +152,8 @@ def _slope_at(
     for point in points:
         between = torch.lerp(base[name], end, point).requires_grad_(True)
         with running_from(model, layer_of(name), base[_entering(name)]):
-            values, _ = metric_and_activations(model, prompts, metric, [], [value_hook(name, between)])
-        total += gradients(values, {name: between}, metric)[name]
+            values, _ = sites.metric_and_activations(model, prompts, metric, [], [sites.value_hook(name, between)])
+        total += sites.gradients(values, {name: between}, metric)[name]
     return total / len(points)
 
 

@@ -295,8 +295,7 @@ class CausalTrace(Saved):
     def scores(self, kind: str = "MLP", *, role: str = "last of the subject") -> ComponentScores:
         """The effects at one role as scores of that kind's layers, for `.top()`.
 
-        A score is that of the window around its layer. ValueError for the residual stream, which is no component, for a
-        kind that was not traced, and where a prompt has no token of that role.
+        A score is that of the window around its layer. ValueError where a prompt has no token of that role.
         """
         if kind not in self.kinds or kind == "residual" or role not in ROLES:
             raise ValueError(
@@ -327,10 +326,7 @@ class CausalTrace(Saved):
         return frame.query("prompts > 0")
 
     def plot(self, kind: str | None = None) -> "Figure":
-        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind.
-
-        ValueError for a kind that was not traced.
-        """
+        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind."""
         kind = self._traced(kind)
         values = self.by_role[:, self.kinds.index(kind)].nanmean(0)
         present = [role for role in range(len(ROLES)) if not bool(values[:, role].isnan().all())]
@@ -341,7 +337,7 @@ class CausalTrace(Saved):
     def plot_prompt(self, prompt: int, kind: str | None = None) -> "Figure":
         """The heat map of one prompt, token x layer; tokens by their number in the prompt, from 0, and their role.
 
-        By default of the first traced kind. ValueError for a kind that was not traced and a prompt that is not there.
+        By default of the first traced kind.
         """
         kind = self._traced(kind)
         if not 0 <= prompt < len(self.clean):
