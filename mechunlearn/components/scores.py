@@ -154,19 +154,11 @@ class ComponentScores(Mapping[Component, float], Saved):
         """One row per component: layer, part, index, matrix, score, weights; highest size first."""
         import pandas as pd
 
-        rows = [
-            {
-                "component": str(c),
-                "layer": c.layer,
-                "part": c.part,
-                "index": c.index,
-                "matrix": c.matrix,
-                "score": value,
-                "weights": self.shape.n_parameters([c]),
-            }
-            for c, value in self.items()
-        ]
-        frame = pd.DataFrame(rows).set_index("component").astype({"index": "Int64"})
+        names = ["component", "layer", "part", "index", "matrix", "score", "weights"]
+        weights = [self.shape.n_parameters([c]) for c in self.components]
+        scored = zip(self.components, self.tensor.tolist(), weights, strict=True)
+        rows = [(str(c), c.layer, c.part, c.index, c.matrix, score, count) for c, score, count in scored]
+        frame = pd.DataFrame(rows, columns=names).set_index("component").astype({"index": "Int64"})
         return frame.sort_values("score", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> "Figure":

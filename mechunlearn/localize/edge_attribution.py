@@ -284,7 +284,8 @@ def _products(
         sources = contributions(model, difference.at(rows, positions))
         for columns, count, readers in _readers(gradients, sizes, rows, positions, parallel):
             # A destination reads the first `count` sources, those below it. Later ones are left at zero.
-            scores[rows, :count, columns] += _dot(sources[:count], readers)
+            below, read = sources[:count].flatten(2).transpose(0, 1), readers.flatten(2).permute(1, 2, 0)
+            scores[rows, :count, columns] += torch.bmm(below, read)
     return scores
 
 
@@ -308,9 +309,3 @@ def _readers(
         mlp = max(columns) + 1
         yield torch.tensor([mlp]), counts[mlp], gradients.at_mlp(layer, rows, places)
     yield torch.tensor([len(counts) - 1]), counts[-1], gradients.at_logits(rows, places)
-
-
-def _dot(
-    sources: Float[Tensor, "source batch pos d_model"], readers: Float[Tensor, "destination batch pos d_model"]
-) -> Float[Tensor, "batch source destination"]:
-    return torch.bmm(sources.flatten(2).transpose(0, 1), readers.flatten(2).permute(1, 2, 0))

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.arguments import chosen_components
@@ -131,22 +131,14 @@ def _effects(
                 # Into the final norm there is no attention left to run: the answers' positions are enough.
                 base, other = at_answers(base), at_answers(other)
             values = []
-            for rows, members in _rows(len(batch), senders, batch_size, batch.tokens.device):
+            # Every set of senders with every prompt, a pass at a time.
+            for numbers in torch.arange(len(batch) * len(senders), device=batch.tokens.device).split(batch_size):
+                rows, members = numbers % len(batch), [senders[i] for i in (numbers // len(batch)).tolist()]
                 sent = sender_changes(model, base, other, members, rows)
                 logits = _patched_logits(model, base, sent, entry, through_mlps)
                 values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
             effects.append(torch.cat(values).view(len(senders), len(batch)).T)
     return torch.cat(effects).cpu()
-
-
-def _rows(
-    n_prompts: int, senders: Sequence[set[Component]], size: int, device: torch.device
-) -> Iterable[tuple[Int[Tensor, "row"], list[set[Component]]]]:
-    """Every set of senders with every prompt, at most `size` at once."""
-    total = n_prompts * len(senders)
-    for start in range(0, total, size):
-        numbers = torch.arange(start, min(start + size, total), device=device)
-        yield numbers % n_prompts, [senders[i] for i in (numbers // n_prompts).tolist()]
 
 
 def _patched_logits(

@@ -128,11 +128,12 @@ def _batch_trace(
             for layer, logits in _restored_layers(model, noisy, clean, rows, tokens, kind, window):
                 values = checked(metric, logits, copies.rows(rows)).double()
                 effects[rows, place, layer, tokens] = values - corrupt[rows]
+    masks = torch.stack(list(roles(prompts).values()), -1)
     return {
         "clean": checked(metric, clean.logits, prompts).double(),
         "corrupt": corrupt.view(-1, draws).mean(1),
         "effects": _left_aligned(effects.unflatten(0, (-1, draws)).mean(1), prompts),
-        "roles": _left_aligned(_roles(prompts), prompts),
+        "roles": _left_aligned(torch.where(masks.any(-1), masks.int().argmax(-1), -1), prompts),
     }
 
 
@@ -219,11 +220,6 @@ def _restored_window(
     residual[copies, token] += clean.values[name][prompt, token] - noisy.values[name][row, token]
     hooks = [*(restoring_hook(layer) for layer in layers[1:]), *hooks]
     return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)
-
-
-def _roles(prompts: Prompts) -> Int[Tensor, "prompt pos"]:
-    masks = torch.stack(list(roles(prompts).values()), -1)
-    return torch.where(masks.any(-1), masks.int().argmax(-1), -1)
 
 
 def _left_aligned(values: Tensor, prompts: Prompts) -> Tensor:

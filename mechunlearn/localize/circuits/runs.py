@@ -92,8 +92,9 @@ class _Places:
         self._chosen: dict[str, Tensor] = {}
         for name, units in places_of(components, sizes).items():
             members = {column: torch.tensor([components[column] in chosen for chosen in removed]) for column in units}
-            self._chosen[name] = _whole(members) if None in units.values() else _by_unit(members, units)
-        self._chosen = {name: chosen.to(device) for name, chosen in self._chosen.items()}
+            is_whole = None in units.values()
+            chosen = torch.stack(list(members.values())).any(0) if is_whole else _by_unit(members, units)
+            self._chosen[name] = chosen.to(device)
 
     @property
     def names(self) -> list[str]:
@@ -105,10 +106,6 @@ class _Places:
         for name, chosen in self._chosen.items():
             if bool(chosen[circuits].any()):
                 yield name, chosen[circuits]
-
-
-def _whole(members: Mapping[int, Bool[Tensor, "circuit"]]) -> Bool[Tensor, "circuit"]:
-    return torch.stack(list(members.values())).any(0)
 
 
 def _by_unit(
