@@ -215,10 +215,7 @@ class EdgeScores(Mapping[Edge, float], Saved):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeMask(Set[Edge], Saved):
-    """A set of edges: `|`, `&`, `-`, `^`, `in`, `len`, iteration in model order.
-
-    Two of them are equal when they select the same edges of the same shape.
-    """
+    """A set of edges: `|`, `&`, `-`, `^`, `in`, `len`, iteration in model order; equal for the same edges and shape."""
 
     edges: frozenset[Edge]
     """What is selected."""

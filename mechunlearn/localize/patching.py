@@ -95,9 +95,8 @@ def activation_patching_by_position(
 ) -> PositionScores:
     """`activation_patching` of each component at each group of tokens alone.
 
-    `positions` divides each prompt's tokens into named groups, the same names for all prompts: `roles` (default)
-    by where they stand to the subject. All tokens of a group are patched together.
-    Cost: as `activation_patching`, for every component and group.
+    `positions` divides each prompt's tokens into named groups, the same for all prompts: `roles` (default) by where
+    they stand to the subject. A group is patched together. Cost: as `activation_patching`, for every component and group.
     """
     sizes = shape(model)
     chosen = chosen_components(components, sizes)

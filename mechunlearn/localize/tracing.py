@@ -331,10 +331,7 @@ class CausalTrace(Saved):
         return self._heat_map(values[:, present], [ROLES[role] for role in present], title)
 
     def plot_prompt(self, prompt: int, kind: str | None = None) -> "Figure":
-        """The heat map of one prompt, token x layer; tokens by their number in the prompt, from 0, and their role.
-
-        By default of the first traced kind.
-        """
+        """The heat map of one prompt, token x layer (tokens by number and role); default: the first traced kind."""
         kind = self._traced(kind)
         if not 0 <= prompt < len(self.clean):
             raise ValueError(f"expected the number of a prompt in 0..{len(self.clean) - 1}, got {prompt}.")

@@ -205,10 +205,7 @@ def measured_faithfulness(
     metric: str,
     settings: Mapping[str, Any],
 ) -> Faithfulness:
-    """The faithfulness of circuits, each run alone and taken out of the model.
-
-    `values_without` gives the metric of the whole model, and of the model with each of these sets replaced.
-    """
+    """The faithfulness of circuits; `values_without`: the metric of the whole model, and of that without each set."""
     names = tuple(name for name, circuits in curves.items() for _ in circuits)
     circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
     inside = [members_of(circuit) for circuit in circuits]

@@ -59,10 +59,7 @@ def edge_circuit_values(
     replacement: Replacement,
     batch_size: int,
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
-    """The metric of the whole model, and of the model with each of these sets of edges replaced.
-
-    Cost: 2F, and a forward for each set.
-    """
+    """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
     sizes = shape(model)
     masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
     whole, values = [], []
