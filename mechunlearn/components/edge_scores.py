@@ -144,11 +144,8 @@ class EdgeScores(Mapping[Edge, float], Saved):
 
         For edge attribution over all edges, this is the node's own attribution.
         """
-        rows = [
-            row
-            for row, source in enumerate(sources(self.shape))
-            if isinstance(source, Component) and bool(self.scored[row].any())
-        ]
+        scored = self.scored.any(1).tolist()
+        rows = [row for row, source in enumerate(sources(self.shape)) if source != "embed" and scored[row]]
         if not rows:
             raise ValueError("expected an edge from a head or an MLP, got edges from the embedding only: score others.")
         chosen = tuple(end for end in (sources(self.shape)[row] for row in rows) if isinstance(end, Component))

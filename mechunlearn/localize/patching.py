@@ -96,7 +96,7 @@ def activation_patching_by_position(
     """`activation_patching` of each component at each group of tokens alone.
 
     `positions` divides each prompt's tokens into named groups, the same for all prompts: `roles` (default) by where
-    they stand to the subject. A group is patched together. Cost: as `activation_patching`, for every component and group.
+    they stand to the subject. A group is patched together. Cost: `activation_patching` of every component and group.
     """
     sizes = shape(model)
     chosen = chosen_components(components, sizes)

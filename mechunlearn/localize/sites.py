@@ -90,7 +90,7 @@ def activations_at(model: Model, prompts: Prompts, names: Iterable[str]) -> dict
 def metric_and_activations(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str], hooks: Iterable[Hook]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    """The metric, and the values at `names` to differentiate it by. Weights are frozen: a hook has to start the graph."""
+    """The metric, and the values at `names` to differentiate it by. Weights are frozen: a hook starts the graph."""
     with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model, hooks=list(hooks)), prompts)
     if not values.requires_grad:

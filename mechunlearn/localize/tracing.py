@@ -78,16 +78,10 @@ def causal_tracing(
             pieces.append(_batch_trace(model, batch, metric, vectors, window, kinds, batch_size))
     width = max(piece["effects"].shape[-1] for piece in pieces)
     settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
-    return CausalTrace(
-        torch.cat([piece["clean"] for piece in pieces]).cpu(),
-        torch.cat([piece["corrupt"] for piece in pieces]).cpu(),
-        torch.cat([_widened(piece["effects"], width) for piece in pieces]).cpu(),
-        torch.cat([_widened(piece["roles"], width) for piece in pieces]).cpu(),
-        kinds,
-        sizes,
-        name_of(metric),
-        settings,
-    )
+    clean, corrupt = (torch.cat([piece[name] for piece in pieces]).cpu() for name in ("clean", "corrupt"))
+    by_token = [[_widened(piece[name], width) for piece in pieces] for name in ("effects", "roles")]
+    effects, roles_ = (torch.cat(values).cpu() for values in by_token)
+    return CausalTrace(clean, corrupt, effects, roles_, kinds, sizes, name_of(metric), settings)
 
 
 def _noise(
