@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -39,6 +39,19 @@ def save(value: Any, path: str | Path, *, text: bool = False) -> None:
 def load(cls: type[T], path: str | Path) -> T:
     """What `save` wrote; `ValueError` if the file is damaged, of another class or of another format."""
     return cls(**read(path, cls.__name__, cls))
+
+
+class Saved:
+    """Gives a dataclass its file: `value.save(path)`, and `Class.load(path)`."""
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model to one file with a checksum: safetensors, or JSON without tensors."""
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return load(cls, path)
 
 
 def write(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:

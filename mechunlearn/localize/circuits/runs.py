@@ -59,10 +59,7 @@ def edge_circuit_values(
     replacement: Replacement,
     batch_size: int,
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
-    """The metric of the whole model, and of the model with each of these sets of edges replaced.
-
-    Cost: 2F, and a forward for each set.
-    """
+    """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
     sizes = shape(model)
     masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
     whole, values = [], []
@@ -92,8 +89,9 @@ class _Places:
         self._chosen: dict[str, Tensor] = {}
         for name, units in places_of(components, sizes).items():
             members = {column: torch.tensor([components[column] in chosen for chosen in removed]) for column in units}
-            self._chosen[name] = _whole(members) if None in units.values() else _by_unit(members, units)
-        self._chosen = {name: chosen.to(device) for name, chosen in self._chosen.items()}
+            is_whole = None in units.values()
+            chosen = torch.stack(list(members.values())).any(0) if is_whole else _by_unit(members, units)
+            self._chosen[name] = chosen.to(device)
 
     @property
     def names(self) -> list[str]:
@@ -105,10 +103,6 @@ class _Places:
         for name, chosen in self._chosen.items():
             if bool(chosen[circuits].any()):
                 yield name, chosen[circuits]
-
-
-def _whole(members: Mapping[int, Bool[Tensor, "circuit"]]) -> Bool[Tensor, "circuit"]:
-    return torch.stack(list(members.values())).any(0)
 
 
 def _by_unit(
@@ -149,7 +143,6 @@ def _values(
 def _replacing_hook(
     name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]
 ) -> Hook:
-    """A hook that puts `source` at those tokens, in the units chosen for each row."""
     where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
     return name, partial(_put, source=source, where=where)
 
