@@ -83,13 +83,13 @@ def from_text(line: bytes, kind: str, *classes: type, path: str | Path) -> dict[
 
 
 def packed(value: Any, tensors: dict[str, Tensor] | None = None) -> Any:
-    """The value in JSON values, from which `unpacked` makes it again, exactly.
+    """The value as JSON values; `unpacked` is the exact inverse.
 
     It may consist of None, numbers, strings, lists, tuples, frozensets, mappings, tensors, dataclasses of all these,
-    and labels: dataclasses with a method `parse`, which is the inverse of `str`. What JSON has no word for is
-    `{"$what it is": content}`. Tensors are put into `tensors`, under the names of the fields that they are in; without
-    it they become bytes in place. TypeError for anything else, and for a dataclass that no type hint of the dataclass
-    around it names, because it would not be known on reading.
+    and labels: dataclasses with a method `parse`, which is the inverse of `str`. A value that JSON cannot express is
+    `{"$type": content}`. Tensors are put into `tensors`, under the names of their fields; without `tensors` they become
+    bytes in place. TypeError for any other value, and for a dataclass that no type hint of the dataclass around it
+    names, because a reader could not know it.
     """
     return _packed(value, "", tensors, None)
 
@@ -122,7 +122,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor] | None, known: Map
 
 
 def _sequence(value: Any, name: str, tensors: dict[str, Tensor] | None, known: Mapping[str, type] | None) -> Any:
-    """Labels of one class are written as strings; members of a set in an order of their own."""
+    """Labels of one class are written as strings; members of a set in sorted order."""
     classes = {type(member) for member in value}
     label = next((cls for cls in classes if _is_label(cls)), None) if len(classes) == 1 else None
     ordered = value if not isinstance(value, frozenset) else sorted(value, key=repr if label is None else None)

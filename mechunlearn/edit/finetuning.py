@@ -118,7 +118,7 @@ class TrainingRun:
     original: dict[str, Tensor]
     """Matrix label -> the weights before."""
     fingerprint: str
-    """Of the model before."""
+    """That of the model before the training."""
     provenance: Mapping[str, Any]
     history: tuple[Row, ...]
 

@@ -41,7 +41,7 @@ class InjectOptions(TypedDict, total=False):
     ]
     steps: Annotated[int, 40, "The search for a move m takes at most this many steps of Adam."]
     learning_rate: Annotated[
-        float, 0.5, "Of that search, in units of the model's activations: another model may need another one."
+        float, 0.5, "The search takes steps of this size in the model's activations: other models may need another."
     ]
     kl_coefficient: Annotated[
         float, 0.0625, 'The loss of m has KL(before || now) of what follows "{subject} is a", multiplied by this.'
