@@ -28,11 +28,7 @@ def quick(task: Task) -> "Plan":
     return Plan(
         clean=_clean(task),
         asked={**_formats(task), "generated": generated},
-        latent={
-            "probes": partial(binary_probes, splits=2),
-            "logit lens": lens_extraction,
-            "patching": patching_audit,
-        },
+        latent={"probes": partial(binary_probes, splits=2), "logit lens": lens_extraction, "patching": patching_audit},
         attacks={
             "relearning": partial(relearn, learning_rates=(1e-3,), steps=32),
             "relearning, LoRA": partial(

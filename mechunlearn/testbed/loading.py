@@ -44,9 +44,7 @@ def hooked(model: Any, vocabulary: Any) -> Any:
     """A `HookedTransformer` with the model's weights, unprocessed; raises ImportError on TransformerLens 4."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
-        from transformer_lens.pretrained.weight_conversions import (  # type: ignore  # not in TransformerLens 4
-            convert_llama_weights,
-        )
+        from transformer_lens.pretrained.weight_conversions import convert_llama_weights  # type: ignore  # not in TransformerLens 4
     except ImportError as error:
         raise ImportError(
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"

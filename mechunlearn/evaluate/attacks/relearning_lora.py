@@ -93,13 +93,7 @@ relearn_halves = partial(relearn_lora, at=(0, 10, 20))
 """The relearning of Guo et al. 2025 (https://arxiv.org/abs/2410.12949): one half for 20 iterations at rank 512."""
 
 relearn_two_facts = partial(
-    relearn_lora,
-    examples=2,
-    rank=64,
-    learning_rates=(1e-4,),
-    steps=10,
-    relearn_coefficient=0.2,
-    at=range(11),
+    relearn_lora, examples=2, rank=64, learning_rates=(1e-4,), steps=10, relearn_coefficient=0.2, at=range(11)
 )
 """That of its workshop version: two facts for 10 iterations at rank 64."""
 
