@@ -35,10 +35,9 @@ def simnpo(
 
         -(2 / beta) log sigmoid(beta (-log p(answer) / length - margin))
 
-    At margin 0: (2 / beta) log 2 at p = 1 (0.3081 by default), 0 as p nears 0. Its slope in the mean log p is
-    1 at p = 1, and 1/6 where the geometric mean of the tokens' p is 0.59, by default: it stops early. With a `margin`
-    (nats per token) the slope is 1 where the mean -log p is `margin`, and fades beyond. The paper's gamma is
-    beta * margin.
+    At margin 0: (2 / beta) log 2 at p = 1 (0.3081 by default), 0 as p nears 0. Its slope in the mean log p is 1 at p =
+    1, and 1/6 where the geometric mean of the tokens' p is 0.59, by default: it stops early. With a `margin` (nats per
+    token) the slope is 1 where the mean -log p is `margin`, and fades beyond. The paper's gamma is beta * margin.
 
     Example: p = 1/9 over 2 tokens, beta 1: mean log p = -log 3, sigmoid(log 3) = 3/4, loss 2 log(4/3) = 0.5754.
     Fan et al. 2024, https://arxiv.org/abs/2410.07163. The defaults are those of open-unlearning; the authors' own beta

@@ -58,10 +58,9 @@ def relearn_lora(
     unembedding, AdamW without weight decay, cosine schedule, no clipping. Dropout acts on the adapters' inputs alone.
     `examples`: train on this many of the forgotten facts only.
 
-    The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves`
-    and `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass
-    for example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each
-    batch.
+    The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves` and
+    `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass for
+    example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each batch.
 
     ImportError without PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be
     exported (`relearn` takes one), for more examples than there are, and as for `relearn`.
