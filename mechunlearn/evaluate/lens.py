@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.model import Model, device_of, preserved, shape
 from mechunlearn.model.running import unembedded
 from mechunlearn.probing import residuals_at
@@ -69,7 +69,7 @@ def lens_extraction(
     k tokens of each of a few chosen layers. ValueError for a format or layers that do not exist, and for a budget
     outside 1..vocabulary.
     """
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     chosen = _checked_layers(model, budget, rankings, layers, batch_size)
     ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
     budgets = [*(2**power for power in range(budget.bit_length()) if 2**power < budget), budget]

@@ -9,8 +9,8 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate.asking import Original, required
-from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.identity import name_of
 from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
@@ -57,7 +57,7 @@ def patching_audit(
     check_batch_size(batch_size)
     original = required(original, patching_audit)
     check_functions(where=where)
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     carried = _states(model, tested, where, batch_size)
     with original() as knowing:
         ignorant = _ignorant_states(knowing, never_knew, task, tested, where, batch_size)

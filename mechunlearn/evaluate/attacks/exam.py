@@ -105,7 +105,7 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
     ValueError for prompts without names and for too few facts to split.
     """
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     if not (task.forget.names and tested.names):
         raise ValueError("expected prompts with names, to tell facts apart, got none: build them with subjects=....")
     names = sorted(set(tested.names))
@@ -114,16 +114,11 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     trained = [i for i, name in enumerate(task.forget.names) if name not in kept]
     if not trained:
         raise ValueError(
-            f"expected at least two forgotten facts, one to attack with and one to test, got {len(names)}: "
-            f"take a task that forgets more."
+            f"expected at least two forgotten facts, one to attack with and one to test, got {len(names)}: take a task "
+            f"that forgets more."
         )
     rows = [i for i, name in enumerate(tested.names) if name in kept]
     return task.forget.rows(torch.tensor(trained)), tested.rows(torch.tensor(rows))
-
-
-def formatted(task: Task, format: str | None) -> Prompts:
-    """The forgotten facts of the test split in a format; ValueError if the task has no such format."""
-    return side_of(task, format=format)
 
 
 def check_apart(trained: Prompts, tested: Prompts) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mechunlearn.evaluate.attacks.exam import Asked, check_apart, formatted, halves, made_up, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, made_up, worst_case
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, check_model, device_of
 from mechunlearn.tasks.building import answer_texts, build
@@ -84,16 +85,17 @@ def demonstrations_for(
     model: Model, task: Task, trained: Prompts, tested: Prompts, *, format: str | None, balanced: bool
 ) -> list[Demonstration]:
     """The facts of the attack's half in the words of the format, and facts to retain if all of it has one answer."""
-    first = format is None or format == next(iter(task.formats))
-    same = [row for row, name in enumerate(formatted(task, format).names) if name in set(trained.names)]
+    first, asked = format is None or format == next(iter(task.formats)), side_of(task, format=format)
+    same = [row for row, name in enumerate(asked.names) if name in set(trained.names)]
     if same:
-        demonstrations = demonstrations_of(model, formatted(task, format)[same], tested)
+        demonstrations = demonstrations_of(model, asked[same], tested)
     elif first:
         demonstrations = demonstrations_of(model, trained, tested)
     else:
         demonstrations = _reworded(model, trained, tested)
     if balanced and len({shown.answer for shown in demonstrations}) == 1:
-        demonstrations += demonstrations_of(model, task.retain if first else task.formats[str(format)].retain, tested)
+        retained = task.retain if first else side_of(task, format=format, side="retain")
+        demonstrations += demonstrations_of(model, retained, tested)
     return demonstrations
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
 from mechunlearn.evaluate.attacks.relearning import (
-    AttackOptions,
+    MixOptions,
     QuestionOptions,
-    TextOptions,
     check_rates,
     measured_at,
     relearning_terms,
@@ -33,7 +32,7 @@ from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
 
 
-class LoraOptions(AttackOptions, TextOptions, QuestionOptions, total=False):
+class LoraOptions(MixOptions, QuestionOptions, total=False):
     """The options that `relearn_lora` shares with the other attacks that relearn."""
 
 
@@ -68,14 +67,7 @@ def relearn_lora(
     adapted, seed, steps = _peft(rank, alpha, dropout), options["seed"], options["steps"]
     trained, tested = halves(task, format=options["format"], seed=seed)
     trained = some_of(trained, examples, seed=seed)
-    terms = relearning_terms(
-        model,
-        task,
-        trained,
-        tested,
-        coefficients=(relearn_coefficient, options["retain_coefficient"], options["text_coefficient"]),
-        batch_sizes=(options["batch_size"], options["batch_size"], options["text_batch_size"]),
-    )
+    terms = relearning_terms(model, task, trained, tested, options, coefficient=relearn_coefficient)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
     points, micro_batch_size = measured_at(steps, options["at"]), options["micro_batch_size"]
     runs: dict[str, list[Scores]] = {str(step): [] for step in points}

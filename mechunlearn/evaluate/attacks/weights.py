@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.evaluate.attacks.exam import Asked, formatted, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, worst_case
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.task import Task
@@ -38,7 +39,7 @@ def noised(
     if draws < 1 or min(scales, default=0.0) < 0:
         raise ValueError(f"expected scales of 0 or more and at least one draw, got {tuple(scales)} and {draws} draws.")
     entries = every_entry(model) if mask is None else select(model, mask)
-    asked = Asked.of(model, task, formatted(task, format), metric=metric, seed=seed)
+    asked = Asked.of(model, task, side_of(task, format=format), metric=metric, seed=seed)
     runs = {"0": [asked.scores_of(model)]}
     for scale in sorted({*scales} - {0.0}):
         scores = []
@@ -82,7 +83,7 @@ def quantized(
     the made-up names. Cost: (1 + roundings) F; memory: the matrices once more. ValueError for a model that is quantised
     already.
     """
-    prompts, entries = formatted(task, format), every_entry(model)
+    prompts, entries = side_of(task, format=format), every_entry(model)
     asked = Asked.of(model, task, prompts, metric=metric, seed=seed)
     as_it_is = str(entries[0].slot.parameter.dtype).removeprefix("torch.")
     runs = {as_it_is: [asked.scores_of(model)]}
