@@ -201,7 +201,6 @@ def _seed(edit: Edit) -> dict[str, Any]:
 
 
 def _check_editor(editor: Editor, model: Model, task: Task, edit: Edit, options: Mapping[str, Any]) -> None:
-    """ValueError if it cannot be called like this."""
     try:
         inspect.signature(editor).bind(model, task, edit.mask, **options)
     except (TypeError, ValueError) as problem:

@@ -95,7 +95,6 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _loaded(name: str | Mapping[str, Any]) -> Any:
-    """The harness's tasks of this name or content."""
     # To index the harness's own tasks takes seconds, so this is done only where one is asked for by name.
     named = not (Path(name).suffix in (".yaml", ".yml") if isinstance(name, str) else "dataset_path" in name)
     tasks = _tasks(named)

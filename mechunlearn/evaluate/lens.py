@@ -93,7 +93,6 @@ def _result(
 def _checked_layers(
     model: Model, budget: int, rankings: Rankings, layers: Iterable[int] | None, batch_size: int
 ) -> list[int]:
-    """The layers to read, in order; ValueError for what does not fit."""
     check_batch_size(batch_size)
     check_functions(rankings=rankings)
     count, last = model.cfg.d_vocab, shape(model).n_layers

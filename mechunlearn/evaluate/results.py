@@ -104,6 +104,7 @@ def pooled(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return first
     same = all((r.names, len(r.per_example)) == (first.names, len(first.per_example)) for r in results)
+    controls = [r.control for r in results if r.control is not None]
     return Result(
         _merged([r.per_example for r in results], same),
         first.sense,
@@ -111,7 +112,7 @@ def pooled(results: Sequence[Result]) -> Result:
         first.unit,
         first.names if same else tuple(name for r in results for name in r.names),
         _merged_curve([r.curve for r in results if r.curve is not None], same, len(results)),
-        _merged_control([r.control for r in results if r.control is not None], len(results)),
+        None if len(controls) < len(results) else pooled(controls),
     )
 
 
@@ -126,10 +127,6 @@ def _merged_curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | No
     first = curves[0]
     averaged = same and len({curve.per_prompt.shape for curve in curves}) == 1
     return Curve(first.points, _merged([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
-
-
-def _merged_control(controls: Sequence[Result], count: int) -> Result | None:
-    return pooled(controls) if len(controls) == count else None
 
 
 def interval_over_seeds(

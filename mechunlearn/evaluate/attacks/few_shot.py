@@ -163,7 +163,6 @@ def _line(text: str, name: str) -> int:
 
 
 def _answers(model: Model, prompts: Prompts) -> list[str]:
-    """The answers as text."""
     _check_texts(prompts)
     return answer_texts(model, prompts)
 

@@ -126,7 +126,7 @@ class Grid:
             "model": self.fingerprint,
             "task": {"name": self.task.name, "digest": self.task_digest},
             "seeds": list(self.seeds),
-            "metrics": {name: _full_name(test) for name, test in self.metrics.items()},
+            "metrics": {n: f"{name_in_full(f).rpartition('.')[0]}.{described(f)}" for n, f in self.metrics.items()},
             "rows": {row.name: row.about() for row in self.rows},
             "versions": _versions(),
         }
@@ -220,10 +220,6 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(
             f"expected different whole numbers as seeds, at least one, got {tuple(seeds)}: pass seeds=(0,)."
         )
-
-
-def _full_name(test: Test) -> str:
-    return f"{name_in_full(test).rpartition('.')[0]}.{described(test)}"
 
 
 def _versions() -> dict[str, str]:

@@ -93,7 +93,6 @@ def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: Look) 
 
 
 def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str], column: int) -> None:
-    """A line across the bars of each test, and its entry in the legend."""
     chances: dict[str, float] = numbers["chance"].astype(float).groupby(level="test").first().to_dict()
     line = {"width": 1.5, "color": "black"}
     figure.add_scatter(
@@ -179,7 +178,6 @@ def _control(cell: Cell) -> Cell | None:
 
 
 def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
-    """Titles and ranges of a panel's axes in the unit of the curves, and the line of chance."""
     cells = [cell for (_, name), shown_curves in grouped.items() if name == test for cell in shown_curves]
     shown_curves = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
     points = _in_order(dict.fromkeys(point for curve in shown_curves for point in curve.points))

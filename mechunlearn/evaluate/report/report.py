@@ -147,10 +147,7 @@ class Report:
         return self._lines(tests, layers=True, title="By layer")
 
     def plot_sizes(self, *, forgetting: Sequence[str] | None = None, damage: Sequence[str] | None = None) -> "Figure":
-        """The knowledge left and the damage done, over the number of edited weights.
-
-        `forgetting`, `damage`: as for `plot_pareto`.
-        """
+        """The knowledge left and the damage done (as for `plot_pareto`), over the number of edited weights."""
         chosen = self._tests(forgetting, damage)
         check_tests(self.cells, chosen[0], "forgetting")
         return sizes(self.cells, self.weights, *chosen, title="Size of the edit")
@@ -178,7 +175,6 @@ class Report:
     def _tests(
         self, forgetting: Sequence[str] | None, damage: Sequence[str] | None
     ) -> tuple[Sequence[str], Sequence[str]]:
-        """The tests of forgetting and of damage, by default all that the report has."""
         for role, tests in {"forgetting": forgetting, "damage": damage}.items():
             if tests is not None:
                 check_tests(self.cells, tests, role)
