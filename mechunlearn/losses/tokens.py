@@ -172,7 +172,8 @@ def rmu(residual: Float[Tensor, "token d_model"], *, scale: float = 6.5, seed: i
     Example: d_model 1, so u = 1, whatever the seed; h = 2.5: (2.5 - 6.5)^2 = 16. Li et al. 2024,
     https://arxiv.org/abs/2403.03218.
     """
-    aim = scale * _direction(residual.shape[-1], seed).to(residual.device)
+    drawn = torch.rand(residual.shape[-1], generator=torch.Generator().manual_seed(seed))
+    aim = scale * (drawn / drawn.norm()).to(residual.device)
     return (at_least_float32(residual) - aim).square().mean(-1)
 
 
@@ -192,8 +193,3 @@ def representation_matching(
 def at_least_float32(value: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _direction(d_model: int, seed: int) -> Float[Tensor, "d_model"]:
-    drawn = torch.rand(d_model, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm()

@@ -53,7 +53,8 @@ def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256:
     """The rows of the source with all their columns; ValueError unless each athlete comes once, with a known sport."""
     if source is None and sha256 is not None:
         raise ValueError("expected a source with its SHA-256, got no source: the authors' file has its own.")
-    if source is None and _has_shipped_vocabulary(model):
+    # True of the shipped model, its twin, and models made from them by editing or training.
+    if source is None and model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary():
         return [row for row in facts.athletes() if row["sport"] in SPORTS]
     frame = _table(source, sha256)
     if {"athlete", "sport"} - set(frame.columns):
@@ -150,11 +151,6 @@ def _table(source: "str | Path | DataFrame | None", sha256: str | None) -> "Data
     if sha256 is not None:
         raise ValueError("expected a SHA-256 only for a file or an address, got one for a table: leave it out.")
     return source
-
-
-def _has_shipped_vocabulary(model: Model) -> bool:
-    """True for the shipped model, its twin, and models made from them by editing or training."""
-    return model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary()
 
 
 def content_of(source: str | Path, sha256: str | None = None) -> bytes:

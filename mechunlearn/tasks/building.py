@@ -76,10 +76,8 @@ def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Pro
 
 def answer_texts(model: Model, prompts: Prompts) -> list[str]:
     """The answers as text, each as it continues its prompt, with the space before it if there is one."""
-    texts = []
-    for tokens, real, place, answer in zip(
-        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
-    ):
+    texts, columns = [], (prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers)
+    for tokens, real, place, answer in zip(*columns, strict=True):
         before = tokens[: int(place) + 1][real[: int(place) + 1]]
         texts.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
     return texts

@@ -1,7 +1,7 @@
 """Splits: a task in parts, a validation split, and which facts a builder trains on and tests."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -26,14 +26,11 @@ def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
     facts = _facts(task.forget)
     if not 1 <= k <= len(facts):
         raise ValueError(f"k must lie in 1..{len(facts)} (the number of facts to forget), got {k}.")
-    names = list(facts)
-    ends = [len(names) * (part + 1) // k for part in range(k)]
-    starts = [0, *ends[:-1]]
-    parts = []
-    for place, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
-        chosen = names[0 if rehearse else start : end]
-        part = _forgetting_only(task, chosen)
-        parts.append(replace(part, name=f"{task.name}, part {place} of {k}"))
+    names, parts = list(facts), []
+    for part in range(k):
+        start, end = len(names) * part // k, len(names) * (part + 1) // k
+        chosen = _forgetting_only(task, names[0 if rehearse else start : end])
+        parts.append(replace(chosen, name=f"{task.name}, part {part + 1} of {k}"))
     return parts
 
 
@@ -104,7 +101,11 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         knowledge=None,
         splits=_splits(trained, chosen["forget"], retained, chosen["retain"]),
     )
-    formats = {name: _format_without(format, chosen) for name, format in task.formats.items()}
+    formats = {}
+    for name, format in task.formats.items():
+        forgotten, kept = (_without(getattr(format, side), facts) for side, facts in chosen.items())
+        injected = None if format.injected is None else _without(format.injected, chosen["forget"])
+        formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
     first = next(iter(formats.values()))
     splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
@@ -178,13 +179,6 @@ def _prompts_about(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[
 def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
     rows = [row for row, name in enumerate(prompts.names) if name not in facts]
     return prompts if len(rows) == len(prompts) else prompts[rows]
-
-
-def _format_without(format: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
-    """The format without the chosen facts of each side."""
-    injected = None if format.injected is None else _without(format.injected, chosen["forget"])
-    forget, retain = _without(format.forget, chosen["forget"]), _without(format.retain, chosen["retain"])
-    return replace(format, forget=forget, retain=retain, injected=injected)
 
 
 def _forgetting_only(task: Task, facts: Sequence[str]) -> Task:

@@ -43,12 +43,13 @@ def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> 
             f"and MLPs, or take another truth."
         )
     weights = [truth.shape.n_parameters([component]) for component in ranked.components]
+    mask = scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters)
     return Agreement(
         float(roc_auc_score(true, sizes)),
         float(roc_auc_score(true, sizes, sample_weight=weights)),
         _precision(sizes, true),
         sum(true) / len(true),
-        _covered_share(scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters), truth),
+        _n_shared(mask, truth) / truth.n_parameters,
     )
 
 
@@ -85,12 +86,7 @@ def _indicator(mask: ComponentMask) -> ComponentScores:
     return ComponentScores.of({member: float(is_covered(member, mask)) for member in members}, mask.shape)
 
 
-def _covered_share(mask: ComponentMask, truth: ComponentMask) -> float:
-    return _n_shared(mask, truth) / truth.n_parameters
-
-
 def _n_shared(a: ComponentMask, b: ComponentMask) -> int:
-    """Number of weights in both."""
     return a.n_parameters + b.n_parameters - a.shape.n_parameters({*a, *b})
 
 

@@ -81,7 +81,7 @@ def plant(
 def _checked(model: Model, planting: "Planting", run: TrainingRun) -> Edit:
     """The edit with what was measured; ValueError if the facts are not known with it."""
     with run.edit.applied(model):
-        after = planting.measured(model)
+        after = _measured(model, planting.formats)
     steps = len(run.history)
     planting.check(after, run.mask, steps=steps)
     planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
@@ -134,10 +134,6 @@ class Planting:
     def count(self) -> int:
         first = next(iter(self.formats.values())).forget
         return len(set(first.names)) or len(first)
-
-    def measured(self, model: Model) -> Accuracies:
-        """The accuracies of the model as it is."""
-        return _measured(model, self.formats)
 
     def is_done(self, model: Model) -> bool:
         """Whether the facts are planted in each format and the others are kept."""
