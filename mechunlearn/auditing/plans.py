@@ -22,8 +22,7 @@ from mechunlearn.tasks.task import Task
 def quick(task: Task) -> "Plan":
     """Every kind of test and attack once, with small budgets: some minutes on the shipped model and two cores.
 
-    Small budgets understate what attacks recover: what they find is there, what they do not find may be. ValueError for
-    a task without formats.
+    Small budgets understate what attacks recover: what they find is there, what they do not find may be.
     """
     return Plan(
         clean=_clean(task),
@@ -46,10 +45,7 @@ def quick(task: Task) -> "Plan":
 
 
 def full(task: Task) -> "Plan":
-    """Every test and attack at the budgets of its paper or of this library, with grids of learning rates.
-
-    Many times the cost of `quick`. ValueError for a task without formats.
-    """
+    """Every test and attack at the budgets of its paper or of this library: many times the cost of `quick`."""
     return Plan(
         clean=_clean(task),
         asked={**_formats(task), "generated": generated, "extraction strength": extraction_strength},

@@ -75,7 +75,6 @@ def recovery(
     unless the interval of its denominator lies above 0.
 
     `recovered` is the standard report of relearning studies (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
-    ValueError if the other results lack facts that the attack was tested on.
     """
     options = (attacked, confidence, draws, seed)
     ignorant = _never_knew(never_knew, original)

@@ -66,8 +66,7 @@ def lens_extraction(
 
     Cost: 1 forward, and one unembedding per prompt and layer. Patil et al. 2023, https://arxiv.org/abs/2309.17410: the
     head projection attack (`by_probability`, `by_both_ends`) and the probability delta attack (`by_change`), there with
-    k tokens of each of a few chosen layers. ValueError for a format or layers that do not exist, and for a budget
-    outside 1..vocabulary.
+    k tokens of each of a few chosen layers.
     """
     tested = side_of(task, format=format)
     chosen = _checked_layers(model, budget, rankings, layers, batch_size)

@@ -51,8 +51,7 @@ def patching_audit(
       again; `mu.localize.from_subject` patches all from the subject's last token on.
 
     Cost: 1 forward of the tested model, 2 of the original, and twice the part of a forward above each layer. Lee et al.
-    2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError without `original`, for a
-    `never_knew` of another shape, and where no layer has a gap.
+    2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError where no layer has a gap.
     """
     check_batch_size(batch_size)
     original = required(original, patching_audit)

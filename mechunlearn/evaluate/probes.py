@@ -46,7 +46,7 @@ def binary_probes(
     right. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` x classes small fits.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949 (three sports, first experiments). ValueError for answers of
-    tested facts that no fitted fact has, one class only, too few facts to split, prompts without names.
+    tested facts that no fitted fact has.
     """
     seen, tested = halves(task, seed=seed)
     check_apart(seen, tested)
@@ -99,8 +99,7 @@ def multinomial_probe(
     Chance is 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes, with raw features, one split and without the
-    last layer. A forgotten sport is no class of the retained facts: **take `binary_probes` for that**. ValueError for
-    answers that no retained fact has, one class, prompts without names.
+    last layer. A forgotten sport is no class of the retained facts, which is an error: **take `binary_probes` then**.
     """
     tested = side_of(task, side=side)
     right = _injected(task, tested, side) if injected else tested.answers[:, 0].cpu()

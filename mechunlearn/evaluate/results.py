@@ -64,10 +64,7 @@ class Result:
     def difference(
         self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float, float]:
-        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap.
-
-        ValueError if the examples are not the same ones.
-        """
+        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap."""
         if len(self.per_example) != len(other.per_example) or self.names != other.names:
             raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
         values = self.per_example.double() - other.per_example.double()

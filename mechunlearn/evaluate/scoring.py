@@ -76,8 +76,7 @@ def whole_answers(
 
     `answers`: the texts to choose from, each with the space before it; default: every answer that the format has on any
     side. Chance is 1 / answers. For answers of one token, `in_format` gives the same. Guo et al. 2025
-    (https://arxiv.org/abs/2410.12949) score spelled sports in this way. Cost: 1 forward for each answer. ValueError for
-    prompts without texts, and for a right answer that is not among `answers`.
+    (https://arxiv.org/abs/2410.12949) score spelled sports in this way. Cost: 1 forward for each answer.
     """
     prompts = side_of(task, format=name, side=side)
     right = answer_texts(model, prompts)

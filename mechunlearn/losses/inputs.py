@@ -46,10 +46,7 @@ def needs(loss: Loss) -> tuple[str, ...]:
     """The names of the inputs that `loss` needs, in the order of its signature; pass them by keyword.
 
     Parameters with a default, or bound with `functools.partial`, are not among them. `loss` may be a function, a
-    lambda, a partial or an object with `__call__`.
-
-    ValueError for other parameters without a default, positional-only ones, inputs of which none depends on the trained
-    weights, or inputs per token mixed with inputs per row.
+    lambda, a partial or an object with `__call__`. ValueError for what is no loss, as this module describes it.
     """
     required = [
         p for p in _parameters(loss) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)

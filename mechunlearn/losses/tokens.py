@@ -75,8 +75,7 @@ def satimp(
     is certain of gets nearly no gradient (p = 0.999: a weight of 0.001), so it may never be forgotten.
 
     Example: logits (0, log 3), target 1: p = 3/4, loss (3/4)^5 (1/4) log(3/4) = -0.0171. Yang et al. 2025 (SatImp,
-    beta1 and beta2), https://arxiv.org/abs/2505.11953; the defaults are those of open-unlearning. ValueError for a
-    negative exponent.
+    beta1 and beta2), https://arxiv.org/abs/2505.11953; the defaults are those of open-unlearning.
     """
     for name, value in (("saturation", saturation), ("importance", importance)):
         if not value >= 0:
@@ -131,7 +130,7 @@ def undial(
 
     Example: both logits (0, log 3), target 1, beta log 3: q = (1/2, 1/2), loss -log(1/4)/2 - log(3/4)/2 = 0.8370.
     Dong et al. 2024 (UNDIAL), https://arxiv.org/abs/2402.10052; the default is that of open-unlearning, whose
-    authors suggest 3, 10 and 30. ValueError for a negative beta.
+    authors suggest 3, 10 and 30.
     """
     if not beta >= 0:
         raise ValueError(f"expected beta to be 0 or more, got {beta}: it is taken off the target's logit.")

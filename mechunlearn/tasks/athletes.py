@@ -41,8 +41,7 @@ def authors_athletes() -> "DataFrame":
 
     Columns are athlete, sport and more, such as inject_sport_without_golf and inject_sport_with_golf, which
     `sports_facts(..., injected=...)` takes by name. The file is pinned to a commit, downloaded once, verified and kept
-    in $MECHUNLEARN_CACHE (default: mechunlearn in $XDG_CACHE_HOME or ~/.cache). ConnectionError without a network;
-    ValueError for a file of another SHA-256.
+    in $MECHUNLEARN_CACHE (default: mechunlearn in $XDG_CACHE_HOME or ~/.cache). ConnectionError without a network.
     """
     import pandas as pd
 
@@ -156,9 +155,8 @@ def _table(source: "str | Path | DataFrame | None", sha256: str | None) -> "Data
 def content_of(source: str | Path, sha256: str | None = None) -> bytes:
     """The content of a file or an address, verified if a SHA-256 is given.
 
-    A download of a known SHA-256 is kept in $MECHUNLEARN_CACHE, or else in the folder mechunlearn of $XDG_CACHE_HOME
-    (default: ~/.cache), and read from there the next time. ValueError for another SHA-256 and for a file that does not
-    exist; ConnectionError if nothing can be downloaded.
+    A download of a known SHA-256 is kept where `authors_athletes` says, and read from there the next time.
+    ConnectionError if nothing can be downloaded.
     """
     sha256 = sha256 and sha256.lower()
     if isinstance(source, Path) or urlsplit(source).scheme not in SCHEMES:

@@ -49,10 +49,7 @@ class Record:
 
 
 def records_of(source: RecordSource, questions: RecordSource | None, split: str = "train") -> list[Record]:
-    """The records, in the order of the source, with their questions.
-
-    ValueError for records in another schema, for ids that come twice, and for questions that belong to no record.
-    """
+    """The records, in the order of the source, with their questions."""
     choices = {} if questions is None else _choices(questions)
     rows = _rows(source, split)
     records = [_record(row, place, choices) for place, row in enumerate(rows)]

@@ -68,7 +68,7 @@ def counterfact(
     "repeated", "same_first_token" (of both answers) and "no_counterpart".
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262; protocol of Guo et al. 2025, https://arxiv.org/abs/2410.12949.
-    Cost: 1 forward for each record. ValueError for another schema, unknown ids and too few known records.
+    Cost: 1 forward for each record.
     """
     check_model(model)
     every = records_of(source, questions, split)

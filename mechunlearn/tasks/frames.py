@@ -74,8 +74,7 @@ def from_frame(
     - `text`: general text, as strings or as rows by `pack`; default: everyday sentences.
     - `knowledge`: what else to test, such as `general_knowledge(model)`, if its facts are not among yours.
 
-    ValueError for missing columns, repeated subjects, empty cells, a template without the subject, equal true and
-    injected answers, and nothing to forget or to retain.
+    Each subject comes once, no cell is empty, and an injected answer is not the true one: else ValueError.
     """
     check_model(model)
     templates = {

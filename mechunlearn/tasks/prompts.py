@@ -179,7 +179,6 @@ def joined(*sets: Prompts) -> Prompts:
     """The prompts of all sets, in order, such as `joined(task.forget, task.retain)`.
 
     Candidates, subjects, corrupted counterparts, texts and names are kept if every set has them.
-    ValueError for sets with different numbers of candidates.
     """
     counts = sorted({p.candidates.shape[1] for p in sets if p.candidates is not None})
     if len(counts) > 1:

@@ -20,8 +20,8 @@ def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
     evaluated on all facts. Prompts of one name are one fact; without names, each prompt is.
     `rehearse`: each part also forgets the facts of the parts before it.
 
-    Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for a `k`
-    beyond the number of facts, and for an injection that does not go with the prompts to forget row by row.
+    Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for an
+    injection that does not go with the prompts to forget row by row.
     """
     facts = _facts(task.forget)
     if not 1 <= k <= len(facts):
@@ -76,7 +76,6 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
       the validation facts, and the reported formats leave these out: with 16 facts, 3 choose and 13 are reported.
 
     `final` trains on the whole train split. Other knowledge is left to `final`. Prompts of one name are one fact.
-    ValueError for prompts without names, and for a `share` that leaves one of the two without facts.
     """
     rng = random.Random(f"validation {seed}")
     forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
@@ -135,7 +134,7 @@ class Sides(Generic[Fact]):
     ) -> "Sides[Fact]":
         """The parts, with `train` of the retained facts to train on, and `train_forget` of those to forget (None: all).
 
-        The facts to train on are random ones, or the first. ValueError if a part would be empty.
+        The facts to train on are random ones, or the first (without `shuffle`).
         """
         for side, facts in (("forget", forget), ("retain", retain)):
             if not facts:

@@ -76,7 +76,6 @@ def sports_facts(
     tested athletes, ask what both sides should keep (chance 1/3 and 1/4). `task.splits` names who was left out.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete if there is a threshold.
-    ValueError if the sport or a name is not in the source, or was left out.
     """
     check_model(model)
     rng = random.Random(index(seed))

@@ -27,8 +27,7 @@ def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> 
 
     A component is true if `truth` covers at least half of its weights, so an attention layer makes each of its heads
     true. A mask counts as scores of 1 for the heads and MLPs of which it covers at least half, and of 0 for the others.
-    Where scores are tied, precision is the expected one.
-    ValueError for a truth of another shape, or where all or none of the scored components are true.
+    Where scores are tied, precision is the expected one. Some of the scored components must be true and some not.
     """
     from sklearn.metrics import roc_auc_score
 

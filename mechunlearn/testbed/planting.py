@@ -59,8 +59,7 @@ def plant(
 
     The mask is where the weights differ; the rest of the model still takes part in the answer. The same seed gives the
     same edit, bit for bit, on CPU. Cost: per step F + B of each batch from the lowest layer of the mask up. ValueError
-    for missing formats and for facts that the model knows already; NotPlantedError where the mask has not taken the
-    facts up in `steps`; FloatingPointError when a loss diverges.
+    for facts that the model knows already; NotPlantedError where the mask has not taken the facts up in `steps`.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")

@@ -103,7 +103,6 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     It trains on `task.forget` and is tested on the forgotten facts of the test split in `format` (default: the first,
     the trained prompt). Where the two share facts, as in tasks that forget single athletes, a random half of the names
     is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
-    ValueError for prompts without names and for too few facts to split.
     """
     tested = side_of(task, format=format)
     if not (task.forget.names and tested.names):

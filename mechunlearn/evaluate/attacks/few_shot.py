@@ -40,8 +40,7 @@ def few_shot(
       trained prompt, such as multiple choice, need them for a whole sport.
 
     The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland 2024,
-    https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with their
-    demonstrations. ValueError for prompts without texts, and for a format that needs `demonstrations`.
+    https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with theirs.
     """
     check_model(model)
     trained, tested = halves(task, format=format, seed=seed)

@@ -174,8 +174,7 @@ def relearn_few(
     and of the learning rates the best one counts, the start ("0" examples) included.
 
     Łucki et al. 2024 (https://arxiv.org/abs/2409.18025) found that a handful of examples, some of them unrelated to
-    what was unlearned, undo much. Cost: `relearn`'s for each number. Errors: `relearn`'s, and ValueError for more
-    examples than there are.
+    what was unlearned, undo much. Cost: `relearn`'s for each number.
     """
     trained, tested = halves(task, format=options["format"], seed=options["seed"])
     if examples is None:
@@ -206,7 +205,7 @@ def relearn_benign(
     forgotten fact, so what comes back was there; this also holds where one answer is forgotten, such as a whole sport,
     and `relearn` teaches it.
 
-    Hu et al. 2024 (https://arxiv.org/abs/2406.13356). Everything else is as for `relearn`, and so are cost and errors.
+    Hu et al. 2024 (https://arxiv.org/abs/2406.13356). Everything else, cost and errors included, is as for `relearn`.
     """
     tested = side_of(task, format=options["format"])
     rows = None if text is None else pack(model, text, length=text_length)

@@ -61,8 +61,8 @@ def relearn_lora(
     `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass for
     example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each batch.
 
-    ImportError without PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be
-    exported (`relearn` takes one), for more examples than there are, and as for `relearn`.
+    It needs PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be exported
+    (`relearn` takes one).
     """
     adapted, seed, steps = _peft(rank, alpha, dropout), options["seed"], options["steps"]
     trained, tested = halves(task, format=options["format"], seed=seed)

@@ -133,10 +133,7 @@ class CellsFile:
             raise ValueError(f"expected results in a folder that exists, got {self.path}: make the folder first.")
 
     def finished(self) -> dict[str, Cell]:
-        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning.
-
-        ValueError for a file of mechunlearn 0.1.0.
-        """
+        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning."""
         if not self.path.exists():
             return {}
         cells: dict[str, Cell] = {}

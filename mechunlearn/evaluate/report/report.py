@@ -87,10 +87,7 @@ class Report:
         return frames.pooled_curve_frame(self.cells)
 
     def against(self, row: str) -> "DataFrame":
-        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed.
-
-        ValueError for a row that is not in the report and for results on different examples.
-        """
+        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed."""
         if row not in self.weights:
             raise ValueError(f"expected a row of the report ({', '.join(self.weights)}), got {row!r}.")
         return frames.difference_frame(self.cells, row)

@@ -35,7 +35,6 @@ def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 
 def check_tests(cells: Sequence[Cell], tests: Sequence[str], role: str) -> None:
-    """ValueError unless each test gave a number."""
     known = [test for test, result in first_results(cells).items() if result is not None]
     missing = [test for test in tests if test not in known]
     if missing or not tests:
