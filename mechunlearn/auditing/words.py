@@ -37,17 +37,14 @@ def markdown(report: Report, findings: Sequence[Finding], kinds: Mapping[str, st
 
 
 def _what_finds_it(defined: Sequence[Finding], floor: str) -> str:
-    more = sorted((finding for finding in defined if _finds_more(finding)), key=lambda finding: -finding.left.value)
+    # Clearly more than is there to find; of an attack also more than before it.
+    more = [f for f in defined if f.left.low > 0 and (f.recovery is None or f.recovery.recovered.low > 0)]
+    more.sort(key=lambda finding: -finding.left.value)
     if not more:
         return f"None of {len(defined)} tests and attacks finds more than in {floor}. Others might."
     shown = "; ".join(f"{finding.test}, {finding.left}" for finding in more[:5])
     rest = f"; and {len(more) - 5} more" if len(more) > 5 else ""
     return f"{len(more)} of {len(defined)} tests and attacks find more than in {floor}: {shown}{rest}."
-
-
-def _finds_more(finding: Finding) -> bool:
-    """Clearly more than is there to find; of an attack also more than before it."""
-    return finding.left.low > 0 and (finding.recovery is None or finding.recovery.recovered.low > 0)
 
 
 def _largest_drop(report: Report, damage: Sequence[str]) -> str:

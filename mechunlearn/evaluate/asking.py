@@ -72,12 +72,13 @@ def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probabilit
 
 def text_loss(model: Model, task: Task) -> Result:
     """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary)."""
-
-    def per_token(logits, prompts: Prompts):
-        return -answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
-
     result = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
-    return Result(result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
+    return Result(-result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
+
+
+def per_token(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
+    """Log probability of the answer per token, in nats."""
+    return answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
 
 def text_kl(model: Model, task: Task, *, original: Original | None = None, batch_size: int = 16) -> Result:

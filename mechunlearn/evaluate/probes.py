@@ -157,7 +157,11 @@ def _best_layer(
     """`labels`: the class of each fitted prompt, then of each tested one; `remedy`: the advice for a class unseen."""
     check_model(model)
     wanted, count = labels.cpu().numpy(), len(fitted)
-    _check_options(fitted, tested, at, splits, penalty, batch_size)
+    check_batch_size(batch_size)
+    check_functions(at=at)
+    check_apart(fitted, tested)
+    if splits < 1 or penalty <= 0:
+        raise ValueError(f"expected at least one split and a positive penalty, got splits={splits}, penalty={penalty}.")
     _check_classes(wanted[:count], wanted[count:], tested.names, remedy)
     states = np.concatenate([states_at(model, p, at, batch_size=batch_size) for p in (fitted, tested)], 1)
     tokens = np.concatenate([subject_tokens(p, at) for p in (fitted, tested)])
@@ -181,14 +185,6 @@ def _result(
         curves[1].per_prompt[:, best], f"{sense}, random labels", chance, "share", names=names, curve=curves[1]
     )
     return Result.strongest(curves[0], sense, names=names, control=nothing)
-
-
-def _check_options(fitted: Prompts, tested: Prompts, at: Where, splits: int, penalty: float, batch_size: int) -> None:
-    check_batch_size(batch_size)
-    check_functions(at=at)
-    check_apart(fitted, tested)
-    if splits < 1 or penalty <= 0:
-        raise ValueError(f"expected at least one split and a positive penalty, got splits={splits}, penalty={penalty}.")
 
 
 def _check_classes(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import TrainingRun, training_run
+from mechunlearn.edit.finetuning import training_run
 from mechunlearn.evaluate.attacks.exam import made_up
 from mechunlearn.evaluate.scoring import measure
 from mechunlearn.losses import cross_entropy, kl_to_original
@@ -74,16 +74,11 @@ def plant(
         until=lambda row: (int(row["step"]) + 1) % every == 0 and planting.is_done(model),
     )
     about = {"editor": "plant", "formats": list(formats), "known": known, "kept": kept}
-    return _checked(model, planting, training_run(model, task, mask, terms, options, about=about))
-
-
-def _checked(model: Model, planting: "Planting", run: TrainingRun) -> Edit:
-    """The edit with what was measured; ValueError if the facts are not known with it."""
+    run = training_run(model, task, mask, terms, options, about=about)
     with run.edit.applied(model):
         after = _measured(model, planting.formats)
-    steps = len(run.history)
-    planting.check(after, run.mask, steps=steps)
-    planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
+    planting.check(after, run.mask, steps=len(run.history))
+    planted = {"facts": planting.count, "steps": len(run.history), "before": planting.before, "after": after}
     return replace(run.edit, provenance={**run.provenance, "planted": planted})
 
 

@@ -56,10 +56,9 @@ class Asked:
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:
-    """The result of an attack at its strongest: the best run at each point of its budget, and the best point.
+    """The best run (by its mean on the facts) at each point of the budget, and the best point; `runs`: by point.
 
-    `runs`: point -> the scores of each run that got there; the best has the highest mean on the facts. The control has
-    the scores of the same runs about nobody.
+    The control has the scores of the same runs about nobody.
     """
     best = {point: max(tries, key=lambda scores: float(scores[0].mean())) for point, tries in runs.items() if tries}
     stacked = torch.stack(list(best.values()), -1)
@@ -74,11 +73,8 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
-    """The same questions and answers about made-up names; None for prompts without subjects.
-
-    Each token of a name is replaced by the one at the same place in a random name of either set, so that made-up names
-    have the parts and the lengths of real ones.
-    """
+    """The same questions about made-up names, with the parts and lengths of real ones; None without subjects."""
+    # Each token of a name is replaced by the one at the same place in a random name of either set.
     if prompts.subject is None or others.subject is None:
         return None
     generator = torch.Generator().manual_seed(seed)

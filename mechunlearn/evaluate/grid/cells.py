@@ -40,10 +40,7 @@ class Cell:
 
 
 def tested(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
-    """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt.
-
-    Random numbers that the test takes from the global generators depend on the seed alone, not on what ran before.
-    """
+    """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt."""
     extras = {"seed": cell.seed, "original": original}
     started, changed = perf_counter(), []
     try:

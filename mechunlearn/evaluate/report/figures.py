@@ -41,10 +41,7 @@ _THICK = 13
 
 
 def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
-    """Panel -> test -> its name there, of the tests whose unit is a share and that gave a number.
-
-    "forget, X" and "retain, X" are the bar X of the panels "forget" and "retain"; the others are in the panel "other".
-    """
+    """Panel -> test -> its bar, of tests that gave a share: "forget, X" is X of "forget", the rest is in "other"."""
     panels: dict[str, dict[str, str]] = {"forget": {}, "retain": {}, "other": {}}
     for test, result in first_results(cells).items():
         if result is not None and result.unit == "share":

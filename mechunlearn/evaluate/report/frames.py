@@ -102,10 +102,7 @@ def difference_frame(cells: Iterable[Cell], reference: str) -> "DataFrame":
 
 
 def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, float]:
-    """The keys difference, low and high; empty where no seed gave both results.
-
-    Results of one seed are paired; a single result, as of a test without randomness, is paired with all of the other.
-    """
+    """The keys difference, low and high, of results of one seed; a single result is paired with all of the other."""
     paired = _pairs(cells, reference)
     if not paired:
         return {}

@@ -43,10 +43,7 @@ class Report:
 
     @property
     def table(self) -> "DataFrame":
-        """Rows: the original, then the edits and controls. Columns: the tests, and the number of edited weights.
-
-        NaN where a test failed (`errors` says why) or was not run.
-        """
+        """A row for each model, a column for each test and for the number of edited weights; NaN: failed or not run."""
         import pandas as pd
 
         values = {key: frames.value_over_seeds(cells) for key, cells in frames.by_row_and_test(self.cells).items()}

@@ -91,11 +91,7 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
 
 
 def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> dict[str, tuple[Point, Point]]:
-    """Row -> damage and knowledge left; rows of which a test failed are absent.
-
-    Damage is relative to the row "original", on the same examples: of a share by how much it fell, of anything else,
-    such as a loss, by how much it rose. Knowledge left is the mean over the tests of forgetting.
-    """
+    """Row -> damage (the drop of a share or rise of a loss from the original) and knowledge left, if no test failed."""
     grouped = by_row_and_test(cells)
     points = {}
     for row in dict.fromkeys(cell.row for cell in cells):
