@@ -76,6 +76,9 @@ class Loaded:
             models[self.key] = model
         return models[self.key]
 
+    def clean(self) -> Any:
+        return taken_back(self.model(), self.fingerprint)
+
     def forget(self) -> None:
         _kept.__dict__.get("models", {}).pop(self.key, None)
 
@@ -88,10 +91,7 @@ def _work(subject: Loaded, original: Loaded, parcel: Any, test: Test, cell: Cell
     model, (task, edit) = subject.model(), unpacked(parcel, Task, Edit)
     try:
         with nullcontext() if edit is None else edit.applied(model):
-            kept = Snapshot.of(model)
-            return packed(
-                tested(model, task, test, cell, lambda: taken_back(original.model(), original.fingerprint), kept)
-            )
+            return packed(tested(model, task, test, cell, original.clean, Snapshot.of(model)))
     except BaseException:  # what a test did to it could not be put back
         subject.forget()
         raise
