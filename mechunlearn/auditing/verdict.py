@@ -97,10 +97,7 @@ class Audit:
 
     @property
     def table(self) -> "DataFrame":
-        """A row for each model, a column for each test and attack: `clean`, ..., and the worst case.
-
-        `worst case` is the largest fraction left under any of them, `by` which of them that is.
-        """
+        """A row for each model; columns: tests and attacks, the largest fraction left (`worst case`), `by` which."""
         return table(self.findings)
 
     def to_frame(self) -> "DataFrame":
@@ -168,10 +165,7 @@ def random_rows(count: int) -> list[str]:
 def random_controls(
     model: Model, task: Task, edit: Edit | Sequence[Edit], editor: Editor | None, *, count: int
 ) -> tuple[dict[str, Edit | tuple[Edit, ...]], str]:
-    """Row -> the edit made again on a random mask, and what the audit has to say about these rows, if anything.
-
-    Of several edits (one for each seed) each row has as many, each with its edit's seed and on a mask of its own.
-    """
+    """Row -> the edit (or each, with its seed) made again on a random mask, and what the audit says about them."""
     if editor is None or count == 0:
         return {}, NO_EDITOR if editor is None else "random=0 was passed"
     edits, notes = _several(edit), list[str]()

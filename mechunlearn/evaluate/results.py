@@ -158,10 +158,7 @@ def resampled_means(
     draws: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "draw number"]:
-    """The mean over results of their means over examples, for each draw of facts and seeds.
-
-    `values`, `facts` and `seeds` have one entry for each result: its numbers, what each example is about, and its seed.
-    """
+    """The mean over results of their means over examples (`values`, by fact), for each draw of facts and seeds."""
     place = {name: i for i, name in enumerate(dict.fromkeys(name for names in facts for name in names))}
     order = {number: i for i, number in enumerate(dict.fromkeys(seeds))}
     # Facts and seeds are drawn once for all results: a fact that two of them share comes equally often in both.

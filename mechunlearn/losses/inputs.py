@@ -12,11 +12,8 @@ For each prompt's whole answer:
     alternative_log_probability  [row]   the same of the answer preferred instead: the injected one, or "I don't know"
     length                       [row]   its number of tokens; in a loss per token one for each: that of its own answer
 
-`original_logits`, `original_residual`, `original_log_probability` and `original_alternative_log_probability` are
-those of the unedited model, without gradient.
-
-A loss takes some of these, each without a default. Every other parameter has a default, or is bound with
-`functools.partial`.
+Those that begin with `original_` (`original_logits`, ...) are of the unedited model, without gradient. A loss takes
+some of these, each without a default. Every other parameter has a default, or is bound with `functools.partial`.
 """
 
 from collections.abc import Callable

@@ -153,11 +153,7 @@ def _table(source: "str | Path | DataFrame | None", sha256: str | None) -> "Data
 
 
 def content_of(source: str | Path, sha256: str | None = None) -> bytes:
-    """The content of a file or an address, verified if a SHA-256 is given.
-
-    A download of a known SHA-256 is kept where `authors_athletes` says, and read from there the next time.
-    ConnectionError if nothing can be downloaded.
-    """
+    """The content of a file or an address, verified if a SHA-256 is given; such a download is kept."""
     sha256 = sha256 and sha256.lower()
     if isinstance(source, Path) or urlsplit(source).scheme not in SCHEMES:
         if not Path(source).is_file():

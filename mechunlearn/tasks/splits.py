@@ -132,10 +132,7 @@ class Sides(Generic[Fact]):
         rng: random.Random,
         shuffle: bool = True,
     ) -> "Sides[Fact]":
-        """The parts, with `train` of the retained facts to train on, and `train_forget` of those to forget (None: all).
-
-        The facts to train on are random ones, or the first (without `shuffle`).
-        """
+        """The parts: `train` of the retained facts are trained on, `train_forget` of those to forget (None: all)."""
         for side, facts in (("forget", forget), ("retain", retain)):
             if not facts:
                 raise ValueError(f"expected facts to {side}, got none: choose fewer or other facts to forget.")

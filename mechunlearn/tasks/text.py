@@ -61,7 +61,7 @@ def pack(
     """The texts packed to `rows` rows of equal length (default: all), from row `skip` on; see `rows_of`.
 
     Calls with `rows=100` and `skip` 0, 100, 200, ... give the rows of one long call, if the texts begin anew each time.
-    What is skipped is read and tokenized again. ValueError if the texts fill fewer rows (or none).
+    What is skipped is read and tokenized again.
     """
     stop = None if rows is None else skip + rows
     packed = list(islice(rows_of(model, texts, length=length), skip, stop))

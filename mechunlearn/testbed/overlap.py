@@ -56,8 +56,8 @@ def within(scores: ComponentScores, parameters: int) -> ComponentMask:
     """The components that score highest (by size) within a budget of weights, without those that would exceed it.
 
     `scores.top(parameters=...)` ends at the first component that exceeds the budget. This function goes on to smaller
-    ones of lower rank, so that localizations by heads and by MLPs have about as many weights. Ties go to the component
-    that comes first in the model. ValueError if nothing fits.
+    ones of lower rank, so that localizations by heads and by MLPs have about as many weights. Of equals the first in
+    the model comes first.
     """
     ranks = {component: (-abs(value), component) for component, value in scores.items()}
     chosen: list[Component] = []

@@ -56,10 +56,7 @@ class Asked:
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:
-    """The best run (by its mean on the facts) at each point of the budget, and the best point; `runs`: by point.
-
-    The control has the scores of the same runs about nobody.
-    """
+    """The best run (by its mean on the facts) at each point, and the best point; as control the same about nobody."""
     best = {point: max(tries, key=lambda scores: float(scores[0].mean())) for point, tries in runs.items() if tries}
     stacked = torch.stack(list(best.values()), -1)
     meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)

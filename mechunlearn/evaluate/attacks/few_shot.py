@@ -99,7 +99,6 @@ def demonstrations_for(
 
 
 def demonstrations_of(model: Model, prompts: Prompts, tested: Prompts) -> list[Demonstration]:
-    """The prompts as demonstrations. ValueError if one is about a fact that is tested."""
     check_apart(prompts, tested)
     answers = zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True)
     return [Demonstration(text[_line(text, name) :], answer) for answer, text, name in answers]

@@ -118,10 +118,7 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CellsFile:
-    """A line of JSON for each cell, with its SHA-256, written as they come, so that what was interrupted can go on.
-
-    Cells of other identities may be in it; they stay and are not used.
-    """
+    """A line of JSON for each cell, with its SHA-256, written as they come; cells of other identities stay unused."""
 
     path: Path
 
