@@ -183,9 +183,8 @@ def random_controls(
     rows = {name: tuple(_checked(editor, *pair) for pair in zip(edits, row, strict=True)) for name, row in made.items()}
     differences = dict(d for row in rows.values() for pair in zip(edits, row, strict=True) for d in _differences(*pair))
     if differences:
-        notes.append(
-            f"the control is another edit than the audited one: it differs in {'; '.join(differences.values())}"
-        )
+        named = "; ".join(differences.values())
+        notes.append(f"the control is another edit than the audited one: it differs in {named}")
     return {name: row[0] if isinstance(edit, Edit) else row for name, row in rows.items()}, ". ".join(notes)
 
 
@@ -234,7 +233,6 @@ def _settings(provenance: Mapping[str, Any], *inside: str) -> dict[str, str]:
         path = (*inside, str(name))
         if name in FOLLOWING or path[-2:] == ("covariance", "shrinkage"):
             continue
-        settings |= (
-            _settings(value, *path) if isinstance(value, Mapping) else {".".join(path): json.dumps(value, default=str)}
-        )
+        nested = isinstance(value, Mapping)
+        settings |= _settings(value, *path) if nested else {".".join(path): json.dumps(value, default=str)}
     return settings

@@ -15,12 +15,11 @@ def verdict(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str
     unclear = [finding for finding in own if isnan(finding.left.value)]
     floor = "a model that never knew" if any(finding.row == NEVER_KNEW for finding in findings) else "chance"
     clean = next(finding.left for finding in own if finding.test == CLEAN)
+    silent = "; ".join(f"{finding.test} ({finding.left.reason})" for finding in unclear)
     sentences = [
         f"Asked as trained, {clean} of the knowledge is left (0: as in {floor}; 1: as in the original).",
         _what_finds_it(defined, floor),
-        f"No answer from {'; '.join(f'{finding.test} ({finding.left.reason})' for finding in unclear)}."
-        if unclear
-        else "",
+        f"No answer from {silent}." if silent else "",
         _largest_drop(report, [name for name, kind in kinds.items() if kind == "damage"]),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -68,9 +67,8 @@ def _values(findings: Sequence[Finding], rows: Sequence[str]) -> str:
     for finding in findings:
         if finding.row == "original":
             numbers = [_value(by_place[row, finding.test]) for row in rows]
-            lines.append(
-                [finding.test, finding.kind, *numbers, "" if finding.chance is None else f"{finding.chance:.3f}"]
-            )
+            chance = "" if finding.chance is None else f"{finding.chance:.3f}"
+            lines.append([finding.test, finding.kind, *numbers, chance])
     worst = [worst_case(findings, row) for row in rows]
     largest = ["undefined" if finding is None else f"{finding.left.value:.2f}, {finding.test}" for finding in worst]
     return _grid([*lines, [f"**{WORST}** (fraction left)", "", *largest, ""]])

@@ -77,9 +77,8 @@ def lens_extraction(
     right = _result(hits[:, 0], budgets, sense, chance, tested.names)
     if tested.candidates is None:
         return right
-    return replace(
-        right, control=_result(hits[:, 1:].mean(1), budgets, f"{sense}, wrong candidates", chance, tested.names)
-    )
+    wrong = _result(hits[:, 1:].mean(1), budgets, f"{sense}, wrong candidates", chance, tested.names)
+    return replace(right, control=wrong)
 
 
 def _result(

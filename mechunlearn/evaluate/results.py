@@ -138,15 +138,14 @@ def interval_over_seeds(
     """
     if len(results) == 1:
         return results[0].interval(confidence=confidence, draws=draws, seed=seed)
-    means = resampled_means(
-        [r.per_example[:, None] for r in results], [facts_of(r) for r in results], seeds, draws=draws, seed=seed
-    )
+    values, facts = [r.per_example[:, None] for r in results], [facts_of(r) for r in results]
+    means = resampled_means(values, facts, seeds, draws=draws, seed=seed)
     low, high = (float(end[0]) for end in ends(means, confidence))
     if not all(bool(((r.per_example == 0) | (r.per_example == 1)).all()) for r in results):
         return low, high
     # Where every draw is equal, as at an accuracy of 1, the bootstrap has no width.
-    facts = {fact for r in results for fact in facts_of(r)}
-    least = wilson(sum(r.value for r in results) / len(results), len(facts), confidence)
+    n_facts = len({fact for of_result in facts for fact in of_result})
+    least = wilson(sum(r.value for r in results) / len(results), n_facts, confidence)
     return min(low, least[0]), max(high, least[1])
 
 

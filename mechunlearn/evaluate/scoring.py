@@ -60,11 +60,8 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
             logits = batch.logits(model)
             for batches, metric in zip(values, metrics, strict=True):
                 batches.append(checked(metric, logits, batch).float().cpu())
-    original_order = order.argsort()
-    return tuple(
-        result_of(torch.cat(batches)[original_order], metric, prompts)
-        for batches, metric in zip(values, metrics, strict=True)
-    )
+    pairs, original_order = zip(values, metrics, strict=True), order.argsort()
+    return tuple(result_of(torch.cat(batches)[original_order], metric, prompts) for batches, metric in pairs)
 
 
 def whole_answers(

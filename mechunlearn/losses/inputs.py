@@ -45,9 +45,8 @@ def needs(loss: Loss) -> tuple[str, ...]:
     Parameters with a default, or bound with `functools.partial`, are not among them. `loss` may be a function, a
     lambda, a partial or an object with `__call__`. ValueError for what is no loss, as this module describes it.
     """
-    required = [
-        p for p in _parameters(loss) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    required = [p for p in _parameters(loss) if p.default is p.empty]
+    required = [p for p in required if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = tuple(parameter.name for parameter in required)
     _check_known(loss, names)
     if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in required):

@@ -110,9 +110,8 @@ def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[
     if len(differences) == 1:
         return dict(zip(("difference", "low", "high"), differences[0], strict=True))
     values = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
-    low, high = ends(
-        resampled_means(values, [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]), 0.95
-    )
+    facts, seeds = [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]
+    low, high = ends(resampled_means(values, facts, seeds), 0.95)
     mean = sum(difference for difference, *_ in differences) / len(differences)
     return {"difference": mean, "low": float(low), "high": float(high)}
 

@@ -172,10 +172,8 @@ class Report:
         for role, tests in {"forgetting": forgetting, "damage": damage}.items():
             if tests is not None:
                 check_tests(self.cells, tests, role)
-        return (
-            forget_tests(self.cells) if forgetting is None else forgetting,
-            damage_tests(self.cells) if damage is None else damage,
-        )
+        forgetting = forget_tests(self.cells) if forgetting is None else forgetting
+        return forgetting, damage_tests(self.cells) if damage is None else damage
 
     def __repr__(self) -> str:
         return self.to_markdown()

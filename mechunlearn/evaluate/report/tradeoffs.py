@@ -136,19 +136,12 @@ def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
 
 
 def _add_point(figure: "Figure", row: str, look: Look, x: Point, y: Point, place: int | None = None) -> None:
-    figure.add_scatter(
-        x=[x.value],
-        y=[y.value],
-        name=shown(row),
-        legendgroup=row,
-        showlegend=is_new(figure, row),
-        mode="markers",
-        marker={"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}},
-        error_x=_whisker(x, look),
-        error_y=_whisker(y, look),
-        hovertemplate="%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>",
-        **({} if place is None else {"row": place, "col": 1}),
-    )
+    marker = {"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}}
+    named = {"name": shown(row), "legendgroup": row, "showlegend": is_new(figure, row)}
+    text = "%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>"
+    point = {"x": [x.value], "y": [y.value], "error_x": _whisker(x, look), "error_y": _whisker(y, look)}
+    where = {} if place is None else {"row": place, "col": 1}
+    figure.add_scatter(**point, **named, mode="markers", marker=marker, hovertemplate=text, **where)
 
 
 def _size_axis(counts: Sequence[int]) -> dict[str, Any]:
