@@ -1,5 +1,6 @@
 """Intervals of means over examples, by bootstrap."""
 
+import operator
 from statistics import NormalDist
 
 import torch
@@ -88,7 +89,7 @@ _AT_ONCE = 1000
 def _drawn(n: int, size: int, draws: int, seed: int) -> Int[Tensor, "draw size"]:
     if draws < 1:
         raise ValueError(f"expected at least one draw for an interval, got {draws}: use a thousand or more.")
-    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(operator.index(seed)))
 
 
 def _counts(drawn: Int[Tensor, "draw size"], n: int) -> Float[Tensor, "draw example"]:

@@ -1,5 +1,6 @@
 """Learned weight masks: which localized weights, set to zero, take the knowledge away?"""
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -306,7 +307,7 @@ class _Shrinking:
             self.tensor.grad = torch.zeros_like(self.tensor)
         rows = max(1, _AT_ONCE // self.original[0].numel())
         weights = self._own(self.entries.slot.parameter.detach())
-        parts = zip(*(t.split(rows) for t in (weights, self.tensor.grad, self.original)), strict=True)
+        parts = zip(*(t.split(operator.index(rows)) for t in (weights, self.tensor.grad, self.original)), strict=True)
         total = 0.0
         for weight, gradient, original in parts:
             value = weight.detach().requires_grad_(True)

@@ -1,5 +1,6 @@
 """Can the answer be read off hidden layers by the model's own unembedding, with a few guesses?"""
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeAlias
@@ -73,7 +74,7 @@ def lens_extraction(
     tested = formatted(task, format)
     chosen = _checked(model, budget, rankings, layers, batch_size)
     ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
-    budgets = [*(2**power for power in range(budget.bit_length()) if 2**power < budget), budget]
+    budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
     hits = (ranks[..., None] < torch.tensor(budgets)).double()
     sense, chance = f"answer among {budget} tokens of the logit lens", budget / model.cfg.d_vocab
     right = _result(hits[:, 0], budgets, sense, chance, tested.names)
@@ -116,7 +117,7 @@ def _ranks(
     wanted = prompts.answers[:, :1] if prompts.candidates is None else prompts.candidates
     found = []
     with preserved(model), torch.no_grad():
-        for rows in torch.arange(len(prompts)).split(batch_size):
+        for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
             read = [unembedded(model, points.to(device_of(model))) for points in states[:, rows]]
             scores = rankings(torch.stack([logits.float().log_softmax(-1) for logits in read], 1))
             found.append(_places(_interleaved(scores, budget), wanted[rows].to(scores.device)).cpu())

@@ -1,5 +1,6 @@
 """Which layers of the tested model still carry the knowledge, as far as the original can tell?"""
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -126,7 +127,7 @@ def _drops(
     """How much less likely the answer becomes, in nats per token, with the states of each source at each point."""
     found, given = [], prompts.to(device_of(knowing))
     with preserved(knowing):
-        for rows in torch.arange(len(given)).split(batch_size):
+        for rows in torch.arange(len(given)).split(operator.index(batch_size)):
             batch = given.rows(rows)
             run = base_run(knowing, batch.tokens, batch.attention_mask, batch.positions)
             own = _per_token(run.logits, batch)

@@ -1,5 +1,7 @@
 """Random localizations, all MLPs and everything: the controls beside every claim."""
 
+import operator
+
 import torch
 
 from mechunlearn.arguments import chosen_components
@@ -16,7 +18,7 @@ def random(
     """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
-    values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(operator.index(seed)), dtype=torch.float64)
     return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
 
 

@@ -1,5 +1,6 @@
 """Activation patching: what changes when components' outputs are replaced, measured by running the model."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ def _batch_effects(
     for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
         columns = torch.tensor(list(units), device=where.device)
         index = _every(len(units), where.shape[1], len(prompts), device=where.device)
-        for column, group, row in (part.unbind(1) for part in index.split(rows)):
+        for column, group, row in (part.unbind(1) for part in index.split(operator.index(rows))):
             unit = _units(units, column)
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()

@@ -188,7 +188,9 @@ def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
         raise ValueError(
             f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
         )
-    return index(receivers) if isinstance(receivers, Integral) else chosen_components(receivers, sizes, "receivers")
+    return (
+        index(receivers) if isinstance(receivers, int | Integral) else chosen_components(receivers, sizes, "receivers")
+    )
 
 
 def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:

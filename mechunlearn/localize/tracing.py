@@ -1,5 +1,6 @@
 """Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def _noise(
         embedded = embeddings(model, batch.tokens, batch.attention_mask)
         entries.append(embedded[subject(batch)].flatten().double())
     std = float(torch.cat(entries).std(correction=0))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     d_model = shape(model).d_model
     tokens = [torch.randn(draws, d_model, generator=generator) for _ in range(int(subject(prompts).sum(1).max()))]
     return (noise * std * torch.stack(tokens, 1)).to(prompts.tokens.device)
@@ -123,7 +124,7 @@ def _traced(
     row, token = _sites(copies)
     effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
     for place, kind in enumerate(kinds):
-        for part in torch.arange(len(row), device=row.device).split(batch_size):
+        for part in torch.arange(len(row), device=row.device).split(operator.index(batch_size)):
             for layer, logits in _restored(model, noisy, clean, row[part], token[part], kind, window):
                 values = checked(metric, logits, copies.rows(row[part])).double()
                 effects[row[part], place, layer, token[part]] = values - corrupt[row[part]]

@@ -1,5 +1,7 @@
 """Losses of the residual stream: lead it astray on what is to be forgotten, hold it on what is kept."""
 
+import operator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,5 +41,5 @@ def representation_matching(
 
 
 def _direction(d_model: int, seed: int) -> Float[Tensor, "d_model"]:
-    drawn = torch.rand(d_model, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.rand(d_model, generator=torch.Generator().manual_seed(operator.index(seed)))
     return drawn / drawn.norm()

@@ -74,12 +74,12 @@ def chosen(
     left_out: Mapping[str, Sequence[str]],
 ) -> list[Athlete]:
     """The athletes to forget; `left_out`: reason -> names, for the error about a name that is not among the people."""
-    if seed is not None and not isinstance(forget, Integral):
+    if seed is not None and not isinstance(forget, int | Integral):
         raise ValueError(f"expected a number of athletes with forget_seed, got forget={forget!r}: leave the seed out.")
-    if isinstance(forget, Integral):
+    if isinstance(forget, int | Integral):
+        forget = index(forget)
         if not 0 < forget < len(people):
             raise ValueError(f"forget must lie in 1..{len(people) - 1} (athletes of the source), got {forget}.")
-        forget = index(forget)
         return list(people[:forget]) if seed is None else random.Random(f"forget {seed}").sample(people, forget)
     if isinstance(forget, str):
         found = [person for person in people if person[1] == forget]

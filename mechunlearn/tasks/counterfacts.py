@@ -142,13 +142,14 @@ def _known(model: Model, records: "Records", threshold: float | None) -> list[Re
 
 
 def _chosen(known: Sequence[Record], every: Sequence[Record], forget: int | Sequence[int]) -> list[Record]:
-    if isinstance(forget, Integral):
+    if isinstance(forget, int | Integral):
+        forget = index(forget)
         if not 0 < forget < len(known):
             raise ValueError(
                 f"expected more than {max(forget, 1)} records that this model knows, got {len(known)} of {len(every)}: "
                 f"forget fewer, give more records, or pass another threshold (0: no filter)."
             )
-        return list(known[: index(forget)])
+        return list(known[:forget])
     forget, by_case = [*forget], {record.case: record for record in known}
     missing = [case for case in forget if case not in by_case]
     if missing or not forget:

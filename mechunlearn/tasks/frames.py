@@ -178,10 +178,11 @@ def chosen(
                 f"pass its name, a list of subjects ([{forget!r}]), or a number."
             )
         return _marked(facts, frame[forget].tolist())
-    if isinstance(forget, Integral):
+    if isinstance(forget, int | Integral):
+        forget = index(forget)
         if not 0 < forget < len(facts):
             raise ValueError(f"forget must lie in 1..{len(facts) - 1} (rows of the frame), got {forget}.")
-        return list(facts[: index(forget)])
+        return list(facts[:forget])
     given = list(forget)
     if all(isinstance(each, str) for each in given):
         return _named(facts, [str(each) for each in given])
@@ -256,7 +257,7 @@ class Asking:
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
         given, others = _given(fact), self._others(fact)
         count = len(given) + len(others)
-        if isinstance(self.candidates, Integral):
+        if isinstance(self.candidates, int | Integral):
             count = index(self.candidates)
         else:
             given, others = [*given, *others], []
@@ -288,7 +289,7 @@ class Asking:
 
     def _others(self, fact: Fact) -> list[str]:
         """Answers apart from the fact's own, in the given order or in a random one."""
-        if isinstance(self.candidates, Integral):
+        if isinstance(self.candidates, int | Integral):
             answers = {other.answer for other in self.facts}
             return drawn(answers, without=_given(fact), seed=f"options {fact.subject} {self.seed}")
         given = [each.strip() for each in self.candidates]

@@ -1,5 +1,6 @@
 """What an MLP usually reads: the second moment of its keys over text, which closed-form editors keep clear of."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def key_covariance(
 
 def _batches(rows: Tensor, prompts: Prompts | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and mask."""
-    for batch in rows.split(size):
+    for batch in rows.split(operator.index(size)):
         yield batch, torch.ones_like(batch, dtype=torch.bool)
     for batch in prompts.batches(size) if prompts is not None else ():
         yield batch.tokens, batch.attention_mask

@@ -1,6 +1,7 @@
 """One test of one row with one seed: the cell, and how its test is run; what goes wrong stays in the cell."""
 
 import inspect
+import operator
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -104,7 +105,7 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators start from the seed; after, they go on as if nothing had been drawn."""
     python, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(operator.index(seed))
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -1,5 +1,6 @@
 """Faithfulness: does a circuit of components, or of edges, alone do what the model does?"""
 
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -262,7 +263,7 @@ def edge_circuit_values(
             other = contributions(model, written_as(model, replaced(replacement, model, batch, own)))
             found = whole[-1].new_zeros(len(batch), len(masks))
             every = torch.cartesian_prod(*(torch.arange(n, device=found.device) for n in (len(masks), len(batch))))
-            for circuit, row in (part.unbind(1) for part in every.split(batch_size)):
+            for circuit, row in (part.unbind(1) for part in every.split(operator.index(batch_size))):
                 copies = batch.rows(row)
                 inputs = copies.tokens, copies.attention_mask, copies.positions
                 logits = circuits.logits(*inputs, other[:, row], masks[circuit])

@@ -1,5 +1,6 @@
 """A model reduced to circuits: everything that is replaced, replaced at once; many circuits share a batch."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 
@@ -97,7 +98,7 @@ def _values(
     values = run.logits.new_zeros(len(prompts), len(places.lowest), dtype=torch.float64)
     late_first = places.lowest.argsort(descending=True, stable=True).to(values.device)
     pairs = torch.cartesian_prod(late_first, torch.arange(len(prompts), device=values.device))
-    for circuits, row in (part.unbind(1) for part in pairs.split(rows)):
+    for circuits, row in (part.unbind(1) for part in pairs.split(operator.index(rows))):
         hooks = [_putting(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
         layer = int(places.lowest[circuits.cpu()].min())
         inside = any(name.startswith(f"blocks.{layer}.attn.") for name, _ in hooks)
