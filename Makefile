@@ -1,6 +1,6 @@
-# make demo: unlearn basketball from the shipped model.   make test: the whole test suite.
-# Both install into .venv first. Without a GPU, torch comes from its CPU index, since PyPI's brings CUDA;
-# TORCH_INDEX= (empty) turns that off.
+# make demo: unlearn basketball from the shipped model.   make test: the test suite.   make nightly: all that there is.
+# They install into .venv first. Without a GPU, torch comes from its CPU index, since PyPI's brings CUDA, if that index
+# answers within five seconds; TORCH_INDEX= (empty) does not ask.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,17 +10,27 @@ WORKERS ?= 2
 TORCH_INDEX ?= $(shell command -v nvidia-smi > /dev/null || echo https://download.pytorch.org/whl/cpu)
 # Each worker computes on one thread: more would wait for each other.
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PIP = $(VENV)/bin/python -m pip install --quiet -c $(CONSTRAINTS)
+# Quiet twice: errors alone, and not a warning for each package of each index that is not there.
+PIP = $(VENV)/bin/python -m pip install --quiet --quiet -c $(CONSTRAINTS)
+# Workers keep what they compiled, or each would compile all of it again.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal
+# The timer is for a name server that does not answer, of which urlopen's own limit knows nothing.
+ANSWERS = import os, sys, threading, urllib.request as web; timer = threading.Timer(5, os._exit, [1]); \
+	timer.daemon = True; timer.start(); web.urlopen(sys.argv[1] + "/torch/", timeout=5)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check documents results benchmarks clean
+.PHONY: demo test nightly check documents results benchmarks clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py
 
 # -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
-	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST)
+
+# The tests that take long and depend on little, and all others on every architecture in every class.
+nightly: $(VENV)/installed
+	EVERY_CASE=1 $(PYTEST) -m 'not documents'
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -30,7 +40,7 @@ check: $(VENV)/installed-dev
 
 # Every code block of README.md and docs/, the notebooks, and the site itself.
 documents: $(VENV)/installed-dev
-	$(ONE_THREAD) $(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m documents
+	$(PYTEST) -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # docs/results.md from nothing, in two hours on two cores (it says what it took). Killed, it goes on from out/results.
@@ -58,7 +68,11 @@ clean:
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch
+	@index=$(TORCH_INDEX); \
+	if [ -n "$$index" ] && ! $(VENV)/bin/python -c '$(ANSWERS)' $$index 2> /dev/null; then \
+		echo "$$index does not answer: torch comes from the package index, which may bring CUDA."; index=; \
+	fi; \
+	$(PIP) $${index:+--extra-index-url $$index} torch
 	$(PIP) $(PACKAGE) ".[test]"
 	touch $@
 

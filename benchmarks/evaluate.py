@@ -17,6 +17,7 @@ import torch
 import mechunlearn as mu
 from mechunlearn.auditing import Plan
 
+editor = partial(mu.edit.finetune, progress=False)
 BARS = {"all formats": 5.0, "quick audit": 180.0}
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(2)
     model = mu.testbed.load()
     task = mu.tasks.sports_facts(model, forget="basketball")
-    edit = mu.edit.finetune(model, task, mu.ComponentMask.of(["L0MLP"], mu.shape(model)), progress=False)
+    edit = editor(model, task, mu.ComponentMask.of(["L0MLP"], mu.shape(model)))
     _formats(model, task, edit)
     _audit("quick audit", mu.auditing.quick, model, task, edit)
     if "--full" in sys.argv:
@@ -46,7 +47,7 @@ def _formats(model: mu.model.Model, task: mu.Task, edit: mu.Edit) -> None:
 def _audit(name: str, budget: Callable[[mu.Task], Plan], model: mu.model.Model, task: mu.Task, edit: mu.Edit) -> None:
     never = mu.testbed.load(without="basketball")
     started = time.perf_counter()
-    found = mu.audit(model, task, edit, budget=budget, never_knew=never)
+    found = mu.audit(model, task, edit, editor=editor, budget=budget, never_knew=never)
     took, frame = time.perf_counter() - started, found.report.to_frame()
     control = float(frame.loc[frame["row"] == "random", "seconds"].sum())
     _say(name, took, f"with the random control, whose tests take {control:.1f} s of it, and whose edit is made here")

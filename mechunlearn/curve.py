@@ -1,4 +1,4 @@
-"""A quantity along layers, steps or another axis, one value per prompt: what lenses, probes and attacks return."""
+"""Curves of a quantity over layers, steps or another axis, with one value per prompt at each point."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,17 +22,19 @@ class Curve:
     """One value per prompt at each point; the curve is their mean."""
 
     points: tuple[str, ...]
-    """Where: of layers, "3" is the residual stream that enters layer 3, and the last number the final one."""
+    """The points' names: of layers, "3" is the residual stream that enters layer 3, the last number the final one."""
     per_prompt: Float[Tensor, "prompt point"]
+    """Each prompt's own value."""
     unit: str
-    """What is measured, such as "accuracy"."""
+    """The quantity, such as "accuracy"."""
     chance: float | None = None
-    """What guessing would give."""
+    """The value that guessing would give."""
     axis: str = LAYERS
-    """What the points are, such as "steps"."""
+    """The axis that the points lie on, such as "steps"."""
 
     @property
     def mean(self) -> Float[Tensor, "point"]:
+        """Means over prompts."""
         return self.per_prompt.mean(0)
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
@@ -53,7 +55,7 @@ class Curve:
 
 
 def lines(curves: Mapping[str, Curve], *, title: str = "") -> "Figure":
-    """One line per curve, all of one unit, with bands of 95 % and chance dotted."""
+    """One line per curve, all of one unit, with bands of 95 % intervals and dotted lines at chance."""
     import plotly.graph_objects as go
     from plotly.colors import qualitative
 

@@ -1,7 +1,8 @@
-"""Which function, option or value is this? Digests that are the same in another process."""
+"""Which function, option or value is this? Names for readers, and digests that are the same in another process."""
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
@@ -14,6 +15,36 @@ import torch
 from torch import Tensor
 
 
+def name_of(function: Callable[..., object]) -> str:
+    """The function's name, through `functools.partial`."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def name_in_full(function: Callable[..., Any]) -> str:
+    """Module and name, through `functools.partial`."""
+    inner = function.func if isinstance(function, partial) else function
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+
+
+def described(function: Callable[..., object]) -> str:
+    """The function's name with the plain options bound to it by `functools.partial`, for readers.
+
+    It does not tell apart functions of one name, such as lambdas, nor tensors that are bound: `identified` does.
+    """
+    bound: dict[str, object] = getattr(function, "keywords", {})
+    options = {key: _option(value) for key, value in bound.items()}
+    shown = ", ".join(f"{key}={value}" for key, value in options.items() if value)
+    return name_of(function).lstrip("_") + (f"({shown})" if shown else "")
+
+
+def identified(value: Any) -> Any:
+    """Numbers and strings as they are; of anything else a description and its digest, by which two are told apart."""
+    if value is None or isinstance(value, int | float | str):
+        return value
+    return f"{_option(value) or type(value).__name__} {digest(value)}"
+
+
 def digest(value: Any) -> str:
     """16 hex digits of a value: of a function its code and what is bound to it, of a dataclass its fields, of a
     tensor its numbers.
@@ -24,10 +55,18 @@ def digest(value: Any) -> str:
     return hashlib.sha256(_told(value, ()).encode()).hexdigest()[:16]
 
 
-def name_in_full(function: Callable[..., Any]) -> str:
-    """Module and name, through `functools.partial`."""
-    inner = function.func if isinstance(function, partial) else function
-    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+def key_of(identity: Mapping[str, Any]) -> str:
+    """32 hex digits of JSON values, whatever their order: the name under which a result is kept."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _option(value: object) -> str:
+    """Nothing for what cannot be shown in a few words."""
+    if value is None or isinstance(value, int | float | str | bool):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return str(tuple(value)) if all(isinstance(each, int | float | str | bool) for each in value) else ""
+    return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 
 def _told(value: Any, above: tuple[int, ...]) -> str:
@@ -60,7 +99,7 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
-        return _function(inspect.unwrap(value))
+        return _function(inspect.unwrap(value, stop=lambda f: "__signature__" in vars(f)))  # it holds defaults
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_varnames, value.co_consts]
     if is_dataclass(value) and not isinstance(value, type):

@@ -5,13 +5,13 @@
 """
 
 from collections.abc import Callable
-from numbers import Real
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.identity import name_of
 from mechunlearn.tasks.prompts import Prompts
 
 __all__ = [
@@ -92,32 +92,6 @@ def checked(metric: Metric, logits: Float[Tensor, "batch answer d_vocab"], promp
             f"check the metric and the model's dtype."
         )
     return values
-
-
-def name_of(function: Callable[..., object]) -> str:
-    """The function's name, through `functools.partial`."""
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
-def described(function: Callable[..., object]) -> str:
-    """The function's name with the plain options bound to it by `functools.partial`: what tells two runs apart.
-
-    Functions of one name, such as lambdas, are not told apart, nor are tensors that are bound.
-    """
-    bound: dict[str, object] = getattr(function, "keywords", {})
-    options = {key: _option(value) for key, value in bound.items()}
-    shown = ", ".join(f"{key}={value}" for key, value in options.items() if value)
-    return name_of(function).lstrip("_") + (f"({shown})" if shown else "")
-
-
-def _option(value: object) -> str:
-    """Nothing for what cannot be shown in a few words."""
-    if value is None or isinstance(value, Real | str):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return str(tuple(value)) if all(isinstance(each, Real | str) for each in value) else ""
-    return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 
 def _candidate_logits(

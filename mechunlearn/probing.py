@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, base_run, device_of, preserved
 from mechunlearn.tasks.positions import Where, subject_last
 from mechunlearn.tasks.prompts import Prompts
@@ -16,13 +16,12 @@ from mechunlearn.tasks.prompts import Prompts
 def states_at(
     model: Model, prompts: Prompts, at: Where, *, hooks: Sequence[Hook] = (), batch_size: int = 64
 ) -> Float[np.ndarray, "point prompt d_model"]:
-    """At one token of each prompt, in double precision; ValueError if `at` gives another number of tokens."""
+    """The residual stream at one token of each prompt, in double precision; ValueError unless `at` gives one token."""
 
     def places(batch: Prompts) -> Int[Tensor, "batch _"]:
         return place_of(batch, at)[:, None]
 
-    found = residuals_at(model, prompts, places, hooks=hooks, batch_size=batch_size)
-    return found[:, :, 0].double().numpy()
+    return residuals_at(model, prompts, places, hooks=hooks, batch_size=batch_size)[:, :, 0].double().numpy()
 
 
 def residuals_at(
@@ -33,7 +32,7 @@ def residuals_at(
     hooks: Sequence[Hook] = (),
     batch_size: int = 64,
 ) -> Float[Tensor, "point prompt place d_model"]:
-    """What enters each layer and, last, the final norm, at the places of each batch. On the CPU. Cost: 1 forward."""
+    """The inputs of each layer and, last, of the final norm, at the places of each batch; on the CPU. Cost: 1F."""
     rows = []
     with preserved(model):
         for batch in prompts.to(device_of(model)).batches(batch_size):
@@ -45,7 +44,7 @@ def residuals_at(
 
 
 def place_of(prompts: Prompts, at: Where) -> Int[Tensor, "batch"]:
-    """The column of the one token meant."""
+    """The column of the one token that `at` gives; ValueError for another number of tokens."""
     where = at(prompts) & prompts.attention_mask
     wrong = (where.sum(1) != 1).nonzero()[:, 0].tolist()
     if wrong:
@@ -64,8 +63,8 @@ def guesses(
 ) -> Shaped[np.ndarray, "prompt"]:
     """Labels that a probe fitted on the rows `fit` gives all rows.
 
-    Features are standardised by the fitted rows; multinomial cross-entropy plus penalty / 2 times the squared
-    weights, by L-BFGS. With one label only, everything gets that.
+    Features are standardised by the fitted rows; L-BFGS minimises multinomial cross-entropy plus penalty / 2 times the
+    squared weights. If the fitted rows have one label only, all rows get it.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -75,12 +74,12 @@ def guesses(
     if len(np.unique(labels[fit])) < 2:
         return np.full(len(labels), labels[fit][0])
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000))
-    with threadpool_limits(1):  # several wait for each other longer than such small products take
+    with threadpool_limits(1):  # for products this small, threads wait for each other longer than they compute
         return probe.fit(features[fit], labels[fit]).predict(features)
 
 
 def subject_tokens(prompts: Prompts, at: Where) -> Int[np.ndarray, "prompt"]:
-    """The token that decides the label of the control task: the subject's last, or without subjects that at `at`."""
+    """The token that decides the control task's label: the subject's last, or without subjects the one at `at`."""
     places = place_of(prompts, at if prompts.subject is None else subject_last)
     return prompts.tokens.gather(1, places[:, None])[:, 0].cpu().numpy()
 
@@ -88,6 +87,6 @@ def subject_tokens(prompts: Prompts, at: Where) -> Int[np.ndarray, "prompt"]:
 def labels_by_token(
     tokens: Int[np.ndarray, "prompt"], labels: Shaped[np.ndarray, "prompt"], rng: np.random.Generator
 ) -> Shaped[np.ndarray, "prompt"]:
-    """A random label for each token, drawn as often as labels occur: to be solved only by remembering tokens."""
-    kinds, which = np.unique(tokens, return_inverse=True)
-    return np.sort(labels)[rng.integers(len(labels), size=len(kinds))][which]
+    """A random label for each different token, with the labels' frequencies: learnable only by remembering tokens."""
+    different, index = np.unique(tokens, return_inverse=True)
+    return np.sort(labels)[rng.integers(len(labels), size=len(different))][index]

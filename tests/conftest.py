@@ -25,29 +25,27 @@ HAS_HOOKED = int(version("transformer_lens").split(".")[0]) < 4
 CASES = [(kind, name) for name in tiny.ARCHITECTURES for kind in (("bridge", "hooked") if HAS_HOOKED else ("bridge",))]
 
 
-FULLY_BRIDGED = ("gpt2", "gemma2")
+TWO = ("gpt2", "gemma2")
 """The most different two: a fused, plain, sequential model, and grouped heads, gates, norms after the blocks."""
+EVERY_CASE = bool(os.environ.get("EVERY_CASE"))
+"""All seven everywhere, and on TransformerLens 3 all tests: what `make nightly` runs."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On TransformerLens 3 leave out what TransformerLens 4 tests as well, unless EVERY_CASE=1.
+    """On TransformerLens 3 leave out what does not depend on its version, unless EVERY_CASE=1.
 
-    These are tests marked `once` and, but for tests/model and tests/testbed, those of the shipped model, which is one
-    bridge, and bridges of five architectures.
+    What does are tests/model, the contracts, and the tests marked `classes`.
     """
-    if not HAS_HOOKED or os.environ.get("EVERY_CASE"):
+    if not HAS_HOOKED or EVERY_CASE:
         return
-    left_out = [item for item in items if _is_spared(item)]
-    items[:] = [item for item in items if not _is_spared(item)]
+    left_out = [item for item in items if not _is_about_classes(item)]
+    items[:] = [item for item in items if _is_about_classes(item)]
     config.hook.pytest_deselected(items=left_out)
 
 
-def _is_spared(item: pytest.Item) -> bool:
-    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-    spared = any(isinstance(p, tuple) and p[:1] == ("bridge",) and p[1] not in FULLY_BRIDGED for p in parameters)
-    spared |= "shipped" in getattr(item, "fixturenames", ())
-    about_models = any(folder in item.path.as_posix() for folder in ("tests/model", "tests/testbed"))
-    return item.get_closest_marker("once") is not None or (spared and not about_models)
+def _is_about_classes(item: pytest.Item) -> bool:
+    in_place = item.path.parent.name == "model" or item.path.name in ("test_contract.py", "test_documents.py")
+    return in_place or item.get_closest_marker("classes") is not None
 
 
 @cache
@@ -57,14 +55,30 @@ def shared(kind: str, architecture: str) -> Any:
     return tiny.hooked(architecture) if kind == "hooked" else tiny.bridge(architecture)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[1]}-{case[0]}")
+def _name(case: tuple[str, str]) -> str:
+    return f"{case[1]}-{case[0]}"
+
+
+@pytest.fixture(params=[case for case in CASES if EVERY_CASE or case[1] in TWO], ids=_name)
 def model(request: pytest.FixtureRequest) -> Any:
-    """Each of the seven architectures in each class that this TransformerLens has."""
+    """Each of two architectures in each class that this TransformerLens has; in tests/model, `every_model`."""
     return shared(*request.param)
 
 
-@pytest.fixture(params=tiny.ARCHITECTURES)
+@pytest.fixture(params=CASES, ids=_name)
+def every_model(request: pytest.FixtureRequest) -> Any:
+    """Each of the seven architectures in each class: for tests/model and the contracts."""
+    return shared(*request.param)
+
+
+@pytest.fixture(params=tiny.ARCHITECTURES if EVERY_CASE else TWO)
 def architecture(request: pytest.FixtureRequest) -> str:
+    """The name of each of two architectures; in tests/model, of all seven."""
+    return request.param
+
+
+@pytest.fixture(params=tiny.ARCHITECTURES)
+def every_architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 

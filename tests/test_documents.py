@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,51 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 pytestmark = pytest.mark.documents
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[subprocess.Popen[str]]:
+    """A process of which each page is run in a fork."""
+    command = [sys.executable, str(Path(__file__).parent / "warm.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def run(warm: subprocess.Popen[str], code: str, name: str, folder: Path) -> tuple[int, str]:
+    """The exit status of the code and what it printed."""
+    output = folder.parent / f"{folder.name}.txt"
+    asked = {"code": code, "name": name, "folder": str(folder), "output": str(output)}
+    assert warm.stdin is not None
+    assert warm.stdout is not None
+    print(json.dumps(asked), file=warm.stdin, flush=True)
+    return int(warm.stdout.readline()), output.read_text()
+
+
+def code_of(page: Path) -> str:
+    """The page with all but its code blanked, so that an error names the page's own line and shows it."""
+    text = page.read_text()
+    code = ["\n"] * (text.count("\n") + 1)
+    for block in BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        for place, line in enumerate(block[1].splitlines(keepends=True), first):
+            code[place] = line
+    return "".join(code)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path):
-    code = "\n".join(BLOCK.findall(page.read_text()))
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, warm: subprocess.Popen[str]):
+    status, output = run(warm, code_of(page), str(page), tmp_path)
+    assert status == 0, output[-3000:]
+
+
+def test_a_page_that_fails_says_where_and_leaves_the_next_one_alone(tmp_path: Path, warm: subprocess.Popen[str]):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n```python\nimport mechunlearn as mu\nmu.kept = 1\n```\n\n```python\n1 / 0\n```\n")
+    status, output = run(warm, code_of(page), str(page), tmp_path)
+    assert status == 1
+    assert f'File "{page}", line 9' in output
+    assert "    1 / 0\n" in output
+    assert "ZeroDivisionError" in output
+    code = "import os, mechunlearn as mu; print(os.getcwd()); assert not hasattr(mu, 'kept')"
+    assert run(warm, code, "next", tmp_path) == (0, f"{tmp_path}\n")
 
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)

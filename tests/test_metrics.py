@@ -1,5 +1,4 @@
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn import metrics
+from mechunlearn.identity import name_of
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 
 ALL = (
@@ -82,7 +82,7 @@ def test_a_tie_among_candidates_is_wrong() -> None:
     assert not metrics.is_top_of_candidates(torch.zeros(2, 1, 4), ONE_TOKEN).any()
 
 
-@pytest.mark.parametrize("metric", ALL, ids=metrics.name_of)
+@pytest.mark.parametrize("metric", ALL, ids=name_of)
 @pytest.mark.parametrize("garbage", [1e4, -1e4, float("nan"), float("inf")])
 def test_logits_at_filled_places_never_matter(metric: metrics.Metric, garbage: float) -> None:
     spoiled = TWO.clone()
@@ -90,21 +90,21 @@ def test_logits_at_filled_places_never_matter(metric: metrics.Metric, garbage: f
     assert torch.equal(metric(spoiled, TWO_TOKENS), metric(TWO, TWO_TOKENS))
 
 
-@pytest.mark.parametrize("metric", ALL, ids=metrics.name_of)
+@pytest.mark.parametrize("metric", ALL, ids=name_of)
 def test_more_filling_changes_nothing(metric: metrics.Metric) -> None:
     wider = prompts([[1, 3, IGNORED], [0, IGNORED, IGNORED]], [[1, 0], [0, 2]])
     logits = torch.cat([TWO, torch.full((2, 1, 4), 7.0)], 1)
     assert torch.equal(metric(logits, wider), metric(TWO, TWO_TOKENS))
 
 
-@pytest.mark.parametrize("metric", ALL, ids=metrics.name_of)
+@pytest.mark.parametrize("metric", ALL, ids=name_of)
 def test_real_answer_tokens_do_matter(metric: metrics.Metric) -> None:
     spoiled = TWO.clone()
     spoiled[1, 0] = torch.tensor([-9.0, 0.0, 2.0, 4.0])
     assert metric(spoiled, TWO_TOKENS)[1] != metric(TWO, TWO_TOKENS)[1]
 
 
-@pytest.mark.parametrize("metric", [*ALL, metrics.logit_difference], ids=metrics.name_of)
+@pytest.mark.parametrize("metric", [*ALL, metrics.logit_difference], ids=name_of)
 def test_each_row_is_scored_by_itself(metric: metrics.Metric) -> None:
     both = metric(ONE, ONE_TOKEN)
     assert [metric(ONE[i : i + 1], ONE_TOKEN[[i]])[0] for i in range(2)] == list(both)
@@ -162,11 +162,3 @@ def test_a_metric_that_averages_is_refused(wrong: Any, got: str) -> None:
         ValueError, match=rf"expected averaged to give one value per prompt, shape \(2,\), got {got}: do not"
     ):
         metrics.checked(averaged, ONE, ONE_TOKEN)
-
-
-def test_a_function_is_named_through_partial_and_as_an_object() -> None:
-    class Mine:
-        def __call__(self) -> None: ...
-
-    assert metrics.name_of(partial(metrics.answer_probability)) == "answer_probability"
-    assert metrics.name_of(Mine()) == "Mine"

@@ -21,7 +21,7 @@ ORIGINAL, EDIT, NEVER_KNEW = "original", "edit", "never knew"
 """Names of rows."""
 
 BySeed: TypeAlias = dict[int, Result]
-Found: TypeAlias = Mapping[tuple[str, str], BySeed]
+Results: TypeAlias = Mapping[tuple[str, str], BySeed]
 """Row and test -> seed -> result."""
 
 
@@ -51,21 +51,21 @@ def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
     An attack with a curve, and a control that has one too, counts by how much more it finds than its control, at the
     budget at which that is most: an attack that makes a model give the answer to any question finds nothing.
     """
-    grouped = {key: each for key, each in by_row_and_test(cells).items() if kinds[key[1]] != "damage"}
-    found = {key: {c.seed: c.result for c in each if c.result is not None} for key, each in grouped.items()}
-    never = NEVER_KNEW if any(row == NEVER_KNEW for row, _ in found) else None
+    grouped = {key: some for key, some in by_row_and_test(cells).items() if kinds[key[1]] != "damage"}
+    results = {key: {c.seed: c.result for c in some if c.result is not None} for key, some in grouped.items()}
+    never = NEVER_KNEW if any(row == NEVER_KNEW for row, _ in results) else None
     return tuple(
         Finding(
             row,
             test,
             kinds[test],
-            _value(each),
-            _of_control(found[row, test]) if kinds[test] == "attack" else None,
-            *_meaning(found, test),
-            _left(found, row, test, never, is_attack=kinds[test] == "attack"),
-            _recovery(found, row, test, never) if kinds[test] == "attack" else None,
+            _value(some),
+            _control_value(results[row, test]) if kinds[test] == "attack" else None,
+            *_chance_and_sense(results, test),
+            _left(results, row, test, never, is_attack=kinds[test] == "attack"),
+            _recovery(results, row, test, never) if kinds[test] == "attack" else None,
         )
-        for (row, test), each in grouped.items()
+        for (row, test), some in grouped.items()
     )
 
 
@@ -75,48 +75,52 @@ def _value(cells: list[Cell]) -> Fraction:
     return Fraction(value_over_seeds(cells), *interval_of(cells))
 
 
-def _of_control(results: BySeed) -> float | None:
+def _control_value(results: BySeed) -> float | None:
     values = [result.control.value for result in results.values() if result.control is not None]
     return sum(values) / len(values) if values else None
 
 
-def _meaning(found: Found, test: str) -> tuple[float | None, str]:
-    first = next((result for (_, name), some in found.items() if name == test for result in some.values()), None)
+def _chance_and_sense(results: Results, test: str) -> tuple[float | None, str]:
+    first = next((result for (_, name), some in results.items() if name == test for result in some.values()), None)
     return (None, "") if first is None else (first.chance, first.sense)
 
 
-def _left(found: Found, row: str, test: str, never_knew: str | None, *, is_attack: bool) -> Fraction:
+def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_attack: bool) -> Fraction:
     rows = [row, ORIGINAL, *([] if never_knew is None else [never_knew])]
-    failed = [name for name in dict.fromkeys(rows) if not found[name, test]]
+    failed = [name for name in dict.fromkeys(rows) if not results[name, test]]
     if failed:
         return _none(f"failed on {', '.join(failed)}")
-    own, original, *never = (found[name, test] for name in rows)
+    own, original, *never = (results[name, test] for name in rows)
     if is_attack and _have_controls(own, original, *never):
-        own, original, *never = (_most(results) for results in (own, original, *never))
+        own, original, *never = (_strongest(some) for some in (own, original, *never))
     return left_fraction(own, original, never_knew=never[0] if never else None)
 
 
-def _recovery(found: Found, row: str, test: str, never_knew: str | None) -> Recovery | None:
-    attacked, original = found[row, test], found[ORIGINAL, test]
-    taught = None if never_knew is None else found[never_knew, test]
+def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> Recovery | None:
+    attacked, original = results[row, test], results[ORIGINAL, test]
+    taught = None if never_knew is None else results[never_knew, test]
     ran = [attacked, original, *([] if taught is None else [taught])]
     if all(ran) and _have_controls(*ran):
-        never = None if taught is None else _start(taught)
-        most = None if taught is None else _most(taught)
-        return _of(_most(attacked), _start(attacked), _start(original), never, most)
-    unlearned, original = found[row, CLEAN], found[ORIGINAL, CLEAN]
+        # A curve begins before the attack, and counts beyond its control: no other test is needed.
+        never, after = (None, None) if taught is None else (_before(taught), _strongest(taught))
+        return _with_reason(_strongest(attacked), _before(attacked), _before(original), never, after)
+    # Otherwise the clean test says what was known before, if it measures the same.
+    unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
     if not attacked or not unlearned or not original or not _alike(attacked, unlearned):
         return None
-    never = None if never_knew is None else found[never_knew, CLEAN]
-    return None if never == {} else _of(attacked, unlearned, original, never, taught)
+    never = None if never_knew is None else results[never_knew, CLEAN]
+    return None if never == {} else _with_reason(attacked, unlearned, original, never, taught)
 
 
-def _of(attacked: BySeed, unlearned: BySeed, original: BySeed, never: BySeed | None, taught: BySeed | None) -> Recovery:
-    found = recovery(attacked, unlearned, original, never_knew=never, attacked_never_knew=taught or None)
+def _with_reason(
+    attacked: BySeed, unlearned: BySeed, original: BySeed, never: BySeed | None, taught: BySeed | None
+) -> Recovery:
+    """The recovery, which says so where the attack failed on the model that never knew."""
+    fractions = recovery(attacked, unlearned, original, never_knew=never, attacked_never_knew=taught or None)
     if taught != {}:
-        return found
+        return fractions
     reason = _none("failed on never knew")
-    return replace(found, taught=reason, net=reason)
+    return replace(fractions, taught=reason, net=reason)
 
 
 def _have_controls(*rows: BySeed) -> bool:
@@ -124,12 +128,12 @@ def _have_controls(*rows: BySeed) -> bool:
     return all(_difference(result) is not None for results in rows for result in results.values())
 
 
-def _most(results: BySeed) -> BySeed:
+def _strongest(results: BySeed) -> BySeed:
     """By how much more is found than in the control, at the budget at which that is most."""
     return {seed: _at(result, int(_less_control(result).mean(0).argmax())) for seed, result in results.items()}
 
 
-def _start(results: BySeed) -> BySeed:
+def _before(results: BySeed) -> BySeed:
     """The same before the attack, which is the first point."""
     return {seed: _at(result, 0) for seed, result in results.items()}
 
@@ -165,39 +169,40 @@ def _none(reason: str) -> Fraction:
 WORST = "worst case"
 
 
-def table(found: Sequence[Finding]) -> "DataFrame":
+def table(findings: Sequence[Finding]) -> "DataFrame":
     """A row for each model: its number under every test, the largest fraction left, and by which."""
     import pandas as pd
 
     rows: dict[str, dict[str, Any]] = {}
-    for each in found:
-        rows.setdefault(each.row, {})[each.test] = each.value.value
+    for finding in findings:
+        rows.setdefault(finding.row, {})[finding.test] = finding.value.value
     for row, values in rows.items():
-        worst = worst_case(found, row)
+        worst = worst_case(findings, row)
         values |= {WORST: nan, "by": ""} if worst is None else {WORST: worst.left.value, "by": worst.test}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def tidy(found: Iterable[Finding]) -> "DataFrame":
+def tidy(findings: Iterable[Finding]) -> "DataFrame":
     """A row for each model and test."""
     import pandas as pd
 
     rows = []
-    for each in found:
-        fractions = {"value": each.value, "left": each.left} | ({} if each.recovery is None else vars(each.recovery))
-        start = {"row": each.row, "test": each.test, "kind": each.kind, "chance": each.chance, "sense": each.sense}
-        rows.append(start | {"nobody": each.nobody} | _columns(fractions))
+    for finding in findings:
+        fractions = {"value": finding.value, "left": finding.left}
+        fractions |= {} if finding.recovery is None else vars(finding.recovery)
+        start = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
+        rows.append(start | _columns(fractions))
     return pd.DataFrame(rows)
 
 
-def worst_case(found: Iterable[Finding], row: str) -> Finding | None:
+def worst_case(findings: Iterable[Finding], row: str) -> Finding | None:
     """The test or attack that leaves the largest fraction; None if no fraction is defined."""
-    defined = [each for each in found if each.row == row and not isnan(each.left.value)]
-    return max(defined, key=lambda each: each.left.value, default=None)
+    defined = [finding for finding in findings if finding.row == row and not isnan(finding.left.value)]
+    return max(defined, key=lambda finding: finding.left.value, default=None)
 
 
 def _columns(fractions: Mapping[str, Fraction]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, each in fractions.items():
-        found |= {name: each.value, f"{name} low": each.low, f"{name} high": each.high, f"{name} reason": each.reason}
-    return found
+    columns: dict[str, Any] = {}
+    for name, one in fractions.items():
+        columns |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
+    return columns

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from mechunlearn.evaluate.asking import Test, format_test, in_format, knowledge, text_loss
+from mechunlearn.evaluate.asking import Test, format_test, in_format, knowledge, text_kl, text_loss
 from mechunlearn.evaluate.attacks.directions import direction_ablation, principal_difference
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.attacks.few_shot import few_shot
@@ -16,7 +16,6 @@ from mechunlearn.evaluate.generation import extraction_strength, generated
 from mechunlearn.evaluate.lens import by_both_ends, by_change, lens_extraction
 from mechunlearn.evaluate.patching import patching_audit
 from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
-from mechunlearn.evaluate.side_effects import text_kl
 from mechunlearn.tasks.task import Task
 
 
@@ -92,14 +91,14 @@ def _clean(task: Task) -> Test:
 
 def _formats(task: Task) -> dict[str, Test]:
     """The other ways to ask for what is forgotten."""
-    names = [name for name, found in task.formats.items() if not found.kept]
+    names = [name for name, format in task.formats.items() if not format.kept]
     return {name: format_test(task, name, "forget") for name in names[1:]}
 
 
 def _damage(task: Task) -> Mapping[str, Test]:
     """What is to be kept, in every format."""
     tests: dict[str, Test] = {f"retain, {name}": format_test(task, name, "retain") for name in task.formats}
-    kept = [name for name, found in task.formats.items() if found.kept]
+    kept = [name for name, format in task.formats.items() if format.kept]
     tests |= {f"forget, {name} (keep)": format_test(task, name, "forget") for name in kept}
     known: dict[str, Test] = {} if task.knowledge is None else {"other knowledge": knowledge}
     return {**tests, **known, "text loss": text_loss, "text KL": text_kl}
@@ -145,5 +144,5 @@ class Plan:
     @property
     def tests(self) -> dict[str, Test]:
         """Every column and its test, as `compare` takes them."""
-        found = {CLEAN: self.clean, **self.asked, **self.latent, **self.attacks, **self.damage}
-        return {name: found[name] for name in self.kinds}
+        tests = {CLEAN: self.clean, **self.asked, **self.latent, **self.attacks, **self.damage}
+        return {name: tests[name] for name in self.kinds}

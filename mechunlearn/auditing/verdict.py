@@ -1,21 +1,24 @@
 """Is it really gone? Every test and attack on one edit, beside the same edit elsewhere and a model that never knew."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mechunlearn.auditing import words
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, table, tidy
 from mechunlearn.auditing.plans import Plan, quick
-from mechunlearn.components import matched
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.report.report import Report
+from mechunlearn.identity import name_of
+from mechunlearn.localize.controls import random_like
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
-from mechunlearn.weights import Edit
+from mechunlearn.weights import Edit, Editor, checked_edit
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,6 +29,7 @@ def audit(
     task: Task,
     edit: Edit | Sequence[Edit],
     *,
+    editor: Editor | None = None,
     budget: Callable[[Task], Plan] = quick,
     never_knew: Model | Callable[[], Model] | None = None,
     random: int = 1,
@@ -36,25 +40,31 @@ def audit(
     load: Callable[[], Model] | None = None,
     progress: bool = True,
 ) -> "Audit":
-    """Every test and attack of a budget on the original, the edit and its controls; the model is left as it was.
+    """Run every test and attack of a budget on the original, the edit and its controls; the model is left as it was.
 
-    `budget`: `mu.auditing.quick`, `mu.auditing.full`, or a function of your own from the task to a `Plan`.
-    `never_knew`: a model that never knew what is forgotten, such as `mu.testbed.load(without="basketball")`. It tells
-    attacks that recover from attacks that teach. Without one, chance stands in and the audit says so.
-    `random`: on how many random masks of as many weights the edit is made again, by the same editor with the same
-    options (a search of its own they do not get), to say whether the place matters. It takes an edit that an editor
-    just made: one that was loaded or made by hand cannot be repeated, and the audit says so. `others`: more edits.
-    `edit`, `seeds`, `results`, `executor`, `load`: as for `compare`, which runs everything. A test that fails has that
-    in its cells, and the others go on.
+        mu.audit(model, task, edit, editor=partial(mu.edit.finetune, steps=25), never_knew=twin)
 
-    Cost: the edit once more for each random mask (also where `results` has its cells), and that of `compare` with the
-    columns of the budget. ValueError, before anything runs, for an edit of other weights, or one of `others` with the
-    name of another row.
+    - `edit`: one edit, just made or loaded, or a sequence with one for each of `seeds`.
+    - `editor`: the function that made it, with its options. It is called again as `editor(model, task, mask)` on random
+      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. Without it
+      the audit says that this control is missing. Where a control differs from the edit in more of its provenance than
+      the seed, the audit says that it is another edit, and in what it differs.
+    - `random`: the number of random masks.
+    - `budget`: `mu.auditing.quick`, `mu.auditing.full`, or a function of your own from the task to a `Plan`.
+    - `never_knew`: a model that never knew the facts, such as `mu.testbed.load(without="basketball")`. It tells attacks
+      that recover from attacks that teach. Without it chance stands in.
+    - `others`: more edits, by row.
+    - `seeds`, `results`, `executor`, `load`: as for `compare`, which runs everything.
+
+    A test that fails has the error in its cells, and the others go on. Cost: one more edit for each random mask (also
+    where `results` has its cells), and that of `compare`. ValueError, before any test runs, for an edit of other
+    weights, one of `others` with the name of another row, and an editor that cannot be called so, gives no `Edit`, or
+    edits the place of the edit again.
     """
-    plan = budget(task)
-    others = dict(others or {})
-    _check(model, edit, others, random)
-    controls, reason = elsewhere(model, task, edit, count=random)
+    plan, others = budget(task), dict(others or {})
+    names = random_rows(random)
+    _check(model, edit, others, names if editor is not None else [])
+    controls, note = random_controls(model, task, edit, editor, count=random)
     report = compare(
         model,
         task,
@@ -67,20 +77,8 @@ def audit(
         load=load,
         progress=progress,
     )
-    return Audit(report, plan.kinds, reason)
-
-
-def _check(model: Model, edit: Edit | Sequence[Edit], others: Mapping[str, object], random: int) -> None:
-    """Before an edit is repeated; `compare` checks the rest."""
-    taken = sorted({EDIT, NEVER_KNEW, *random_rows(random)} & set(others))
-    if taken:
-        raise ValueError(
-            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
-            + (", or pass random=0." if taken[0] in random_rows(random) else ".")
-        )
-    for each in (edit,) if isinstance(edit, Edit) else edit:
-        if isinstance(each, Edit):
-            each.check(model)
+    noted = {**report.provenance, RANDOM: note} if note else report.provenance
+    return Audit(replace(report, provenance=noted), plan.kinds)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,8 +89,6 @@ class Audit:
     """Every cell, side effects included."""
     kinds: Mapping[str, str]
     """Column -> clean, asked, latent, attack or damage."""
-    no_random: str = ""
-    """Why the edit was not repeated at random places."""
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
@@ -116,9 +112,14 @@ class Audit:
         """What was found in the edited model, and what it lost besides, in some sentences."""
         return words.verdict(self.report, self.findings, self.kinds)
 
+    @property
+    def random_note(self) -> str:
+        """Why there is no edit at random places, or in what it differs from the audited edit; empty if all is well."""
+        return str(self.report.provenance.get(RANDOM, ""))
+
     def to_markdown(self) -> str:
         """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
-        return words.markdown(self.report, self.findings, self.kinds, self.no_random)
+        return words.markdown(self.report, self.findings, self.kinds, self.random_note)
 
     def __repr__(self) -> str:
         return self.to_markdown()
@@ -127,29 +128,34 @@ class Audit:
         return self.to_markdown()
 
 
-def elsewhere(
-    model: Model, task: Task, edit: Edit | Sequence[Edit], *, count: int
-) -> tuple[dict[str, Edit | tuple[Edit, ...]], str]:
-    """`count` rows of edits made like `edit` on random masks; and why there are none, if there are none.
+def _check(model: Model, edit: Edit | Sequence[Edit], others: Collection[str], random: Sequence[str]) -> None:
+    """Before an edit is made again; `compare` checks the rest."""
+    taken = sorted({EDIT, NEVER_KNEW, *random} & set(others))
+    if taken:
+        raise ValueError(
+            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
+            + (", or pass random=0." if taken[0] in random else ".")
+        )
+    for one in _several(edit):
+        if not isinstance(one, Edit):
+            raise ValueError(
+                f"expected an edit (or a sequence of them, one per seed), got {type(one).__name__}: pass what an "
+                f"editor gives."
+            )
+        one.check(model)
 
-    Of several edits (one for each seed) each row has as many, all on masks of their own.
-    """
-    several = (edit,) if isinstance(edit, Edit) else tuple(edit)
-    if count == 0:
-        return {}, "random=0 was passed"
-    if any(not isinstance(each, Edit) or each.editor is None for each in several):
-        return {}, "how to repeat it is not known: loaded, combined, learned as a mask, made by hand, or from a stream"
-    other = [each.provenance.get("task") for each in several if each.provenance.get("task", task.name) != task.name]
-    if other:
-        return {}, f"the edit was made on another task, {other[0]}"
-    rows = {}
-    try:
-        for row, name in enumerate(random_rows(count)):
-            made = tuple(_made(model, task, each, row * len(several) + i) for i, each in enumerate(several))
-            rows[name] = made[0] if isinstance(edit, Edit) else made
-    except Exception as problem:  # memory may do elsewhere what it did not do here
-        return rows, f"{type(problem).__name__}: {problem}"
-    return rows, ""
+
+def _several(edit: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
+    return (edit,) if isinstance(edit, Edit) else tuple(edit)
+
+
+RANDOM = "random places"
+"""In the provenance of the report: what the audit has to say about the control at random places."""
+
+NO_EDITOR = (
+    "no editor was given: pass editor=..., the function that made the edit, with its options, such as "
+    "functools.partial(mu.edit.finetune, steps=25)"
+)
 
 
 def random_rows(count: int) -> list[str]:
@@ -159,6 +165,83 @@ def random_rows(count: int) -> list[str]:
     return ["random"] if count == 1 else [f"random {row + 1}" for row in range(count)]
 
 
-def _made(model: Model, task: Task, edit: Edit, seed: int) -> Edit:
-    assert edit.editor is not None
-    return edit.editor(model, task, matched(edit.mask, seed))
+def random_controls(
+    model: Model, task: Task, edit: Edit | Sequence[Edit], editor: Editor | None, *, count: int
+) -> tuple[dict[str, Edit | tuple[Edit, ...]], str]:
+    """Row -> the edit made again on a random mask, and what the audit has to say about these rows, if anything.
+
+    Of several edits (one for each seed) each row has as many, each with its edit's seed and on a mask of its own.
+    """
+    if editor is None or count == 0:
+        return {}, NO_EDITOR if editor is None else "random=0 was passed"
+    edits, notes = _several(edit), list[str]()
+    options = [{} if isinstance(edit, Edit) else _seed(one) for one in edits]
+    _check_editor(editor, model, task, edits[0], options[0])
+    made: dict[str, list[Any]] = {}
+    try:
+        for row, name in enumerate(random_rows(count)):
+            masks = (random_like(one.mask, model, row * len(edits) + number) for number, one in enumerate(edits))
+            made[name] = [editor(model, task, mask, **seed) for mask, seed in zip(masks, options, strict=True)]
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError) as problem:
+        # Elsewhere it may fail where here it did not: memory, divergence, no other place of this size. Errors of other
+        # types are those of an editor that is wrong anywhere.
+        notes.append(f"{type(problem).__name__}: {problem}")
+    rows = {name: tuple(_checked(editor, *pair) for pair in zip(edits, row, strict=True)) for name, row in made.items()}
+    differences = dict(d for row in rows.values() for pair in zip(edits, row, strict=True) for d in _differences(*pair))
+    if differences:
+        notes.append(
+            f"the control is another edit than the audited one: it differs in {'; '.join(differences.values())}"
+        )
+    return {name: row[0] if isinstance(edit, Edit) else row for name, row in rows.items()}, ". ".join(notes)
+
+
+def _seed(edit: Edit) -> dict[str, Any]:
+    """As an option of an editor, if the edit has one."""
+    return {name: value for name, value in edit.provenance.items() if name == "seed"}
+
+
+def _check_editor(editor: Editor, model: Model, task: Task, edit: Edit, options: Mapping[str, Any]) -> None:
+    """ValueError if it cannot be called like this."""
+    try:
+        inspect.signature(editor).bind(model, task, edit.mask, **options)
+    except (TypeError, ValueError) as problem:
+        call = ", ".join(["model", "task", "mask", *(f"{name}={value}" for name, value in options.items())])
+        raise ValueError(
+            f"expected an editor that can be called as editor({call}), got {name_of(editor)} ({problem}): pass the "
+            f"function that made the edit, with its options bound by functools.partial."
+        ) from problem
+
+
+def _checked(editor: Editor, edit: Edit, control: object) -> Edit:
+    control = checked_edit(control, editor)
+    if control.mask == edit.mask:
+        raise ValueError(
+            f"expected an editor that edits the mask that it is given, got {name_of(editor)}, which edits the place of "
+            f"the edit again: let it pass its third argument on."
+        )
+    return control
+
+
+def _differences(edit: Edit, control: Edit) -> list[tuple[str, str]]:
+    """Settings in which they differ: name, and both values in words."""
+    own, other = _settings(edit.provenance), _settings(control.provenance)
+    by_seed = {"prefixes"} if _seed(edit) != _seed(control) else set[str]()
+    names = [name for name in {**own, **other} if own.get(name) != other.get(name) and name not in by_seed]
+    return [(name, f"{name} ({other.get(name, 'none')}; the edit: {own.get(name, 'none')})") for name in names]
+
+
+FOLLOWING = {"seed", "search", "explained", "selected", "removed", "planted"}
+"""Of a provenance: the seed, how the options were chosen, and numbers that an editor finds, which differ elsewhere."""
+
+
+def _settings(provenance: Mapping[str, Any], *inside: str) -> dict[str, str]:
+    """Dotted name -> value as JSON, since a loaded edit has lists where a fresh one has tuples."""
+    settings = {}
+    for name, value in provenance.items():
+        path = (*inside, str(name))
+        if name in FOLLOWING or path[-2:] == ("covariance", "shrinkage"):
+            continue
+        settings |= (
+            _settings(value, *path) if isinstance(value, Mapping) else {".".join(path): json.dumps(value, default=str)}
+        )
+    return settings

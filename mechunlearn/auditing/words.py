@@ -8,44 +8,46 @@ from mechunlearn.auditing.plans import CLEAN
 from mechunlearn.evaluate.report.report import Report
 
 
-def verdict(report: Report, found: Sequence[Finding], kinds: Mapping[str, str]) -> str:
+def verdict(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str]) -> str:
     """What was found in the edited model, and what it lost besides, in some sentences."""
-    own = [each for each in found if each.row == EDIT]
-    defined = [each for each in own if not isnan(each.left.value)]
-    unclear = [each for each in own if isnan(each.left.value)]
-    floor = "a model that never knew" if any(each.row == NEVER_KNEW for each in found) else "chance"
-    clean = next(each.left for each in own if each.test == CLEAN)
+    own = [finding for finding in findings if finding.row == EDIT]
+    defined = [finding for finding in own if not isnan(finding.left.value)]
+    unclear = [finding for finding in own if isnan(finding.left.value)]
+    floor = "a model that never knew" if any(finding.row == NEVER_KNEW for finding in findings) else "chance"
+    clean = next(finding.left for finding in own if finding.test == CLEAN)
     sentences = [
         f"Asked as trained, {clean} of the knowledge is left (0: as in {floor}; 1: as in the original).",
         _what_finds_it(defined, floor),
-        f"No answer from {'; '.join(f'{each.test} ({each.left.reason})' for each in unclear)}." if unclear else "",
+        f"No answer from {'; '.join(f'{finding.test} ({finding.left.reason})' for finding in unclear)}."
+        if unclear
+        else "",
         _largest_drop(report, [name for name, kind in kinds.items() if kind == "damage"]),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def markdown(report: Report, found: Sequence[Finding], kinds: Mapping[str, str], no_random: str = "") -> str:
+def markdown(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str], random_note: str = "") -> str:
     """Verdict, what each test found in each model, what is left and recovered, side effects, and what it all means."""
     rows = list(report.weights)
     damage = [name for name, kind in kinds.items() if kind == "damage"]
-    parts = [verdict(report, found, kinds), _values(found, rows)]
-    parts += [_fractions(found, row) for row in rows if row not in ("original", NEVER_KNEW)]
+    parts = [verdict(report, findings, kinds), _values(findings, rows)]
+    parts += [_fractions(findings, row) for row in rows if row not in ("original", NEVER_KNEW)]
     parts += [_damage(report, damage)] if damage else []
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(report, found, no_random))])
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(report, findings, random_note))])
 
 
 def _what_finds_it(defined: Sequence[Finding], floor: str) -> str:
-    more = sorted((each for each in defined if _finds_more(each)), key=lambda each: -each.left.value)
+    more = sorted((finding for finding in defined if _finds_more(finding)), key=lambda finding: -finding.left.value)
     if not more:
         return f"None of {len(defined)} tests and attacks finds more than in {floor}. Others might."
-    shown = "; ".join(f"{each.test}, {each.left}" for each in more[:5])
+    shown = "; ".join(f"{finding.test}, {finding.left}" for finding in more[:5])
     rest = f"; and {len(more) - 5} more" if len(more) > 5 else ""
     return f"{len(more)} of {len(defined)} tests and attacks find more than in {floor}: {shown}{rest}."
 
 
-def _finds_more(each: Finding) -> bool:
+def _finds_more(finding: Finding) -> bool:
     """Clearly more than is there to find; of an attack also more than before it."""
-    return each.left.low > 0 and (each.recovery is None or each.recovery.recovered.low > 0)
+    return finding.left.low > 0 and (finding.recovery is None or finding.recovery.recovered.low > 0)
 
 
 def _largest_drop(report: Report, damage: Sequence[str]) -> str:
@@ -63,25 +65,27 @@ def _largest_drop(report: Report, damage: Sequence[str]) -> str:
     return f"Of {len(drops)} numbers that should stay, {name!r} falls most: {before:.3f} to {after:.3f}."
 
 
-def _values(found: Sequence[Finding], rows: Sequence[str]) -> str:
-    by_place = {(each.row, each.test): each for each in found}
+def _values(findings: Sequence[Finding], rows: Sequence[str]) -> str:
+    by_place = {(finding.row, finding.test): finding for finding in findings}
     lines = [["found by", "kind", *rows, "chance"]]
-    for each in found:
-        if each.row == "original":
-            numbers = [_found(by_place[row, each.test]) for row in rows]
-            lines.append([each.test, each.kind, *numbers, "" if each.chance is None else f"{each.chance:.3f}"])
-    worst = [worst_case(found, row) for row in rows]
-    largest = ["undefined" if each is None else f"{each.left.value:.2f}, {each.test}" for each in worst]
+    for finding in findings:
+        if finding.row == "original":
+            numbers = [_value(by_place[row, finding.test]) for row in rows]
+            lines.append(
+                [finding.test, finding.kind, *numbers, "" if finding.chance is None else f"{finding.chance:.3f}"]
+            )
+    worst = [worst_case(findings, row) for row in rows]
+    largest = ["undefined" if finding is None else f"{finding.left.value:.2f}, {finding.test}" for finding in worst]
     return _grid([*lines, [f"**{WORST}** (fraction left)", "", *largest, ""]])
 
 
-def _fractions(found: Sequence[Finding], row: str) -> str:
+def _fractions(findings: Sequence[Finding], row: str) -> str:
     lines = [[row, "left", "recovered", "taught", "net"]]
-    for each in found:
-        if each.row == row:
-            own = each.recovery
+    for finding in findings:
+        if finding.row == row:
+            own = finding.recovery
             rest = ["", "", ""] if own is None else [str(own.recovered), str(own.taught), str(own.net)]
-            lines.append([each.test, str(each.left), *rest])
+            lines.append([finding.test, str(finding.left), *rest])
     return _grid(lines)
 
 
@@ -92,11 +96,11 @@ def _damage(report: Report, names: Sequence[str]) -> str:
     return _grid([*lines, ["edited weights", *(f"{count:,}" for count in report.weights.values())]])
 
 
-def _notes(report: Report, found: Sequence[Finding], no_random: str) -> list[str]:
+def _notes(report: Report, findings: Sequence[Finding], random_note: str) -> list[str]:
     rows = list(report.weights)
     never = "never knew" if NEVER_KNEW in rows else "chance"
     return [
-        *_senses(found),
+        *_senses(findings),
         "attacks: at the budget at which they find most. In brackets: what they find there about nobody; below, an "
         "attack counts by how much more than that it finds, at the budget at which that is most",
         f"left = (this model - {never}) / (original - {never}), each under the same test or after the same attack",
@@ -104,20 +108,20 @@ def _notes(report: Report, found: Sequence[Finding], no_random: str) -> list[str
         "adds to a model that never knew; net = recovered - taught. None is clipped to 0..1",
         f"{WORST}: the largest fraction left, and so somewhat above 0 even where nothing is left: numbers are noisy",
         "intervals: 95 %, bootstrap over facts and, with several seeds, over seeds. Of many, some miss by chance",
-        *_missing(rows, no_random),
+        *_missing(rows, random_note),
         *(f"failed: {c.row}, {c.test}: {' '.join(c.error.split())}" for c in report.cells if c.result is None),
     ]
 
 
-def _senses(found: Iterable[Finding]) -> list[str]:
+def _senses(findings: Iterable[Finding]) -> list[str]:
     senses: dict[str, list[str]] = {}
-    for each in found:
-        if each.row == "original" and each.sense:
-            senses.setdefault(each.sense, []).append(each.test)
+    for finding in findings:
+        if finding.row == "original" and finding.sense:
+            senses.setdefault(finding.sense, []).append(finding.test)
     return [f"{sense}: {'; '.join(tests)}" for sense, tests in senses.items()]
 
 
-def _missing(rows: Sequence[str], no_random: str) -> list[str]:
+def _missing(rows: Sequence[str], random_note: str) -> list[str]:
     notes = []
     if NEVER_KNEW not in rows:
         notes.append(
@@ -125,18 +129,15 @@ def _missing(rows: Sequence[str], no_random: str) -> list[str]:
             'recovers: pass never_knew=..., for the shipped model mu.testbed.load(without="basketball")'
         )
     if set(rows) <= {"original", EDIT, NEVER_KNEW}:
-        why = f" ({no_random})" if no_random else ""
-        notes.append(
-            f"there is no edit at random places{why}, so nothing says whether the place matters: pass "
-            "others={'random': ...}, the same editor on mu.localize.random_like(where, model)"
-        )
-    elif no_random:
-        notes.append(f"random places: {no_random}")
+        why = f" ({random_note})" if random_note else ""
+        notes.append(f"there is no edit at random places, so nothing says whether the place matters{why}")
+    elif random_note:
+        notes.append(f"random places: {random_note}")
     return notes
 
 
-def _found(each: Finding) -> str:
-    return _number(each.value.value) + ("" if each.nobody is None else f" ({each.nobody:.3f})")
+def _value(finding: Finding) -> str:
+    return _number(finding.value.value) + ("" if finding.nobody is None else f" ({finding.nobody:.3f})")
 
 
 def _number(value: float) -> str:

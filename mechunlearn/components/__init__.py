@@ -13,7 +13,7 @@ from mechunlearn.components.component import (
 )
 from mechunlearn.components.edge import Edge, destinations, edges, sources
 from mechunlearn.components.edge_scores import EdgeMask, EdgeScores
-from mechunlearn.components.mask import ComponentMask, matched
+from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.scores import ComponentScores, PositionScores
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "heads",
     "heads_and_mlps",
     "layers",
-    "matched",
     "matrices",
     "mlps",
     "neurons",

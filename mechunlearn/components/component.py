@@ -1,4 +1,4 @@
-"""A component is a named set of weight slices; the shape of a model says which slices there are."""
+"""Components, which are named sets of weight slices, and the shape of a model, which says what slices it has."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -35,8 +35,7 @@ class Component:
     | `L8MLP.W_out` | one matrix |
     | `L8N40` | neuron 40: its column of `W_in` (and `W_gate`) and its row of `W_out` |
 
-    `str(component)` and `Component.parse` are inverses. Biases and norms belong to no component:
-    a localization selects weights, and nothing outside them is ever edited.
+    `str(component)` and `Component.parse` are inverses. Biases and norms belong to no component and are never edited.
 
     Grouped KV heads: `H` always counts *query* heads. With `g = n_heads / n_kv_heads`, query heads
     `g*j ... g*j + g - 1` read the same key and value head `j`, so their `W_K` (and `W_V`) labels name
@@ -90,7 +89,7 @@ class Component:
 
     @property
     def kind(self) -> tuple[str, str | None]:
-        """What it is, wherever it is: two MLPs, or two heads' `W_Q`, are of one kind."""
+        """Part and matrix, whatever the layer and index: two MLPs, or two heads' `W_Q`, are of one kind."""
         return self.part, self.matrix
 
     @property
@@ -117,6 +116,7 @@ class ModelShape:
 
     @property
     def matrices(self) -> tuple[str, ...]:
+        """The matrices of one layer."""
         return tuple(name for name in MATRICES if self.gated or name != "W_gate")
 
     def units(self, matrix: str) -> int:
@@ -126,10 +126,11 @@ class ModelShape:
         return self.n_kv_heads if matrix in ("W_K", "W_V") else self.n_heads
 
     def unit_parameters(self, matrix: str) -> int:
+        """Number of weights of one unit of `matrix`."""
         return self.d_model * (1 if matrix in MLP_MATRICES else self.d_head)
 
     def units_of(self, component: Component) -> dict[str, slice]:
-        """For each matrix that the component touches, which units of it it covers."""
+        """Matrix -> the units of it that the component covers."""
         self._check(component)
         if component.part in ("ATTN", "MLP"):
             group = ATTENTION_MATRICES if component.part == "ATTN" else MLP_MATRICES
@@ -172,12 +173,12 @@ Components: TypeAlias = Callable[[ModelShape], Iterable[Component]] | Iterable[C
 
 
 def resolve(components: Components, shape: ModelShape) -> tuple[Component, ...]:
-    """The components meant, in the order given; ValueError for one outside the shape."""
-    given = components(shape) if callable(components) else components
-    found = tuple(Component.parse(c) if isinstance(c, str) else c for c in given)
-    for component in found:
+    """The components of a level, or of a list of components and labels; ValueError for one outside the shape."""
+    listed = components(shape) if callable(components) else components
+    resolved = tuple(Component.parse(c) if isinstance(c, str) else c for c in listed)
+    for component in resolved:
         shape.units_of(component)
-    return found
+    return resolved
 
 
 class Cover:
@@ -197,6 +198,7 @@ class Cover:
         return added
 
     def add(self, component: Component) -> None:
+        """Cover the component's weights."""
         for matrix, units in self.shape.units_of(component).items():
             self.units.setdefault((component.layer, matrix), self._empty(matrix))[units] = True
 
@@ -226,15 +228,15 @@ def layers(shape: ModelShape) -> list[Component]:
 
 def matrices(shape: ModelShape) -> list[Component]:
     """Every head's slices and every MLP matrix: a partition of all attention and MLP weights."""
-    found = []
+    slices = []
     for layer in range(shape.n_layers):
         for matrix in shape.matrices:
             if matrix in MLP_MATRICES:
-                found.append(Component(layer, "MLP", None, matrix))
+                slices.append(Component(layer, "MLP", None, matrix))
             else:
                 group = shape.n_heads // shape.units(matrix)
-                found += [Component(layer, "H", h, matrix) for h in range(0, shape.n_heads, group)]
-    return sorted(found)
+                slices += [Component(layer, "H", h, matrix) for h in range(0, shape.n_heads, group)]
+    return sorted(slices)
 
 
 def neurons(shape: ModelShape) -> list[Component]:

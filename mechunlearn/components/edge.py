@@ -1,4 +1,4 @@
-"""An edge: one component reads what another added to the residual stream; the shape of a model says which there are."""
+"""Edges: what one component adds to the residual stream, as another reads it; and the edges that a model has."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -82,7 +82,7 @@ def edges(shape: ModelShape, *, parallel: bool = False) -> list[Edge]:
     """Every edge of a model of that shape, in model order.
 
     `parallel`: attention and MLP of a layer read the same input (GPT-NeoX), so that a layer's heads do not feed
-    its MLP. `model.edge_mask(model)` finds out.
+    its MLP.
     """
     return list(edges_where(edge_mask(shape, parallel=parallel), shape))
 
@@ -90,28 +90,28 @@ def edges(shape: ModelShape, *, parallel: bool = False) -> list[Edge]:
 @cache
 def sources(shape: ModelShape) -> tuple[Source, ...]:
     """Everything that writes to the residual stream, in model order: the rows of `EdgeScores.tensor`."""
-    found: list[Source] = ["embed"]
+    writers: list[Source] = ["embed"]
     for layer in range(shape.n_layers):
-        found += [Component(layer, "H", head) for head in range(shape.n_heads)]
-        found.append(Component(layer, "MLP"))
-    return tuple(found)
+        writers += [Component(layer, "H", head) for head in range(shape.n_heads)]
+        writers.append(Component(layer, "MLP"))
+    return tuple(writers)
 
 
 @cache
 def destinations(shape: ModelShape) -> tuple[Destination, ...]:
     """Everything that reads the residual stream, in model order: the columns of `EdgeScores.tensor`."""
     group = shape.n_heads // shape.n_kv_heads
-    found: list[Destination] = []
+    readers: list[Destination] = []
     for layer in range(shape.n_layers):
         for head in range(shape.n_heads):
             read = _READS if head % group == 0 else ("W_Q",)
-            found += [Component(layer, "H", head, matrix) for matrix in read]
-        found.append(Component(layer, "MLP"))
-    return (*found, "logits")
+            readers += [Component(layer, "H", head, matrix) for matrix in read]
+        readers.append(Component(layer, "MLP"))
+    return (*readers, "logits")
 
 
 def edge_mask(shape: ModelShape, *, parallel: bool = False) -> Bool[Tensor, "source destination"]:
-    """True where the destination really reads what the source writes."""
+    """True where the destination reads what the source writes."""
     writes = torch.tensor([_stage(source) for source in sources(shape)])
     reads = torch.tensor([_stage(d, parallel=parallel) for d in destinations(shape)])
     return writes[:, None] < reads[None, :]
@@ -173,7 +173,7 @@ def _is_destination(end: object) -> bool:
 
 
 def _stage(end: Source | Destination, *, parallel: bool = False) -> float:
-    """When it reads or writes: a source is read by the destinations of a later stage."""
+    """The point of a forward pass at which it reads or writes: destinations read the sources of earlier stages."""
     if not isinstance(end, Component):
         return -1.0 if end == "embed" else torch.inf
     return float(2 * end.layer + (end.part == "MLP" and not parallel))

@@ -1,9 +1,8 @@
-"""What every edge method returns: one number per edge, and how it was obtained; and circuits, sets of edges."""
+"""Scores of edges, which edge methods return, and circuits: sets of edges."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import (
     Destination,
@@ -25,9 +25,7 @@ from mechunlearn.components.edge import (
 )
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
-from mechunlearn.components.scores import ComponentScores
-from mechunlearn.files import read_json, read_tensors, write_json, write_tensors
-from mechunlearn.intervals import bootstrap, bootstrap_of_others
+from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -52,8 +50,8 @@ class EdgeScores(Mapping[Edge, float]):
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The method's arguments, direction and number of steps among them."""
     per_prompt: Float[Tensor, "prompt source destination"] | None = None
-    """Each prompt's own scores, where they were kept; the scores are their mean. They are the largest part by far:
-    280 kB per prompt for GPT-2 small, so methods have an argument to leave them out."""
+    """Each prompt's own scores, where they were kept; the scores are their mean. They take 280 kB per prompt for GPT-2
+    small, so methods have an argument to leave them out."""
 
     @classmethod
     def of(
@@ -121,44 +119,37 @@ class EdgeScores(Mapping[Edge, float]):
         - `fraction` in (0, 1]: that share of the edges, rounded up.
         - `threshold`: all with `by(score) >= threshold`.
 
-        Edges are taken one by one: some may not lie on a path from the embedding to the logits. Raises ValueError
-        for a value out of range and for a rule that selects nothing.
+        Edges are taken one by one: some may not lie on a path from the embedding to the logits. ValueError for a value
+        out of range and for a rule that selects nothing.
         """
         rules = {"k": k, "fraction": fraction, "threshold": threshold}
-        given = {name: value for name, value in rules.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of k, fraction and threshold, got {given or 'none'}.")
+        rule = {name: value for name, value in rules.items() if value is not None}
+        if len(rule) != 1:
+            raise ValueError(f"expected exactly one of k, fraction and threshold, got {rule or 'none'}.")
         ranks = by(self.values_in_order)
         order = torch.sort(ranks, descending=True, stable=True).indices[: self._count(ranks, **rules)]
         if not len(order):
             raise ValueError(
-                f"expected a rule that selects at least one edge, got {given}, which selects none: the highest rank "
+                f"expected a rule that selects at least one edge, got {rule}, which selects none: the highest rank "
                 f"is {float(ranks.max()):.4g}."
             )
         chosen = torch.zeros_like(self.scored)
         chosen[tuple(self.scored.nonzero()[order].T)] = True
-        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": given}
+        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return EdgeMask(frozenset(edges_where(chosen, self.shape)), self.shape, provenance)
 
     def _count(
         self, ranks: Float[Tensor, "edge"], k: int | None, fraction: float | None, threshold: float | None
     ) -> int:
-        n = len(ranks)
-        if k is not None:
-            if not 1 <= k <= n or k != int(k):
-                raise ValueError(f"k must lie in 1..{n} (the number of edges), got {k}.")
-            return int(k)
-        if fraction is not None:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"fraction must lie in (0, 1], a share of the {n} edges, got {fraction}.")
-            return math.ceil(fraction * n - 1e-9)
+        if k is not None or fraction is not None:
+            return count_of(len(ranks), "edges", k, fraction)
         assert threshold is not None
         return int((ranks >= threshold).sum())
 
     def nodes(self) -> ComponentScores:
         """Each head's and MLP's score: the signed sum over the destinations of its edges (the embedding is left out).
 
-        Of edge attribution over all edges this is the node's attribution.
+        For edge attribution over all edges, this is the node's own attribution.
         """
         rows = [
             row
@@ -176,24 +167,11 @@ class EdgeScores(Mapping[Edge, float]):
     def interval(
         self, *, others: int | None = None, confidence: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> "DataFrame":
-        """Bootstrap interval over prompts for each edge: columns score, low, high.
-
-        It is for the score over all prompts that might have been drawn. With `others` it is for the score over so many
-        other prompts, which varies as well, so it is wider: at 95 %, the first contains the score over as many others
-        in 83 % of draws. With few prompts the first is too narrow: it contains what it should in 89 % of draws for 8
-        prompts and 93 % for 32, of normal values. With `others` this is corrected.
-
-        Percentile bootstrap; prompts are the resampled unit; formulas, and how often skewed values are covered:
-        `mechunlearn.intervals`. ValueError without per-prompt values, and with `others` for a single prompt.
-        """
-        import pandas as pd
-
+        """Bootstrap interval over prompts for each edge: columns score, low, high; as `ComponentScores.interval`."""
         if self.per_prompt is None:
             raise ValueError("expected scores with per-prompt values, got none: let the method keep them.")
-        found = bootstrap if others is None else partial(bootstrap_of_others, others=others)
-        low, high = found(self.per_prompt[:, self.scored], confidence=confidence, draws=draws, seed=seed)
-        columns = {"score": self.values_in_order.tolist(), "low": low.tolist(), "high": high.tolist()}
-        return pd.DataFrame(columns, index=pd.Index([str(edge) for edge in self.edges], name="edge"))
+        options = {"others": others, "confidence": confidence, "draws": draws, "seed": seed}
+        return interval_frame(self.per_prompt[:, self.scored], self.values_in_order, self.edges, "edge", **options)
 
     def to_frame(self) -> "DataFrame":
         """One row per edge: source, destination, score; highest size first."""
@@ -221,31 +199,13 @@ class EdgeScores(Mapping[Edge, float]):
         return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {"values": self.tensor, "scored": self.scored}
-        if self.per_prompt is not None:
-            tensors["per_prompt"] = self.per_prompt
-        content = {
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "EdgeScores", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "EdgeScores")
-        return cls(
-            tensors["values"],
-            tensors["scored"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-            tensors.get("per_prompt"),
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)
@@ -300,30 +260,23 @@ class EdgeMask(Set[Edge]):
         return mask_of(self.edges, self.shape)
 
     def components(self) -> ComponentMask:
-        """The heads and MLPs at either end of its edges: what an editor would edit.
+        """The heads and MLPs at either end of its edges, as a mask for editors.
 
         A KV head that several query heads share counts as its matrix alone (`L3H0.W_K`), since the edge does
         not say which of those heads it is for.
         """
-        ends = {edge.source for edge in self.edges} | {self._part(edge.destination) for edge in self.edges}
+        ends = {edge.source for edge in self.edges} | {self._component(edge.destination) for edge in self.edges}
         chosen = frozenset(end for end in ends if isinstance(end, Component))
         return ComponentMask(chosen, self.shape, dict(self.provenance) | {"components of": f"{len(self)} edges"})
 
     def save(self, path: str | Path) -> None:
         """Write JSON with provenance and a checksum."""
-        content = {
-            "edges": [str(edge) for edge in self],
-            "shape": asdict(self.shape),
-            "provenance": dict(self.provenance),
-        }
-        write_json(path, "EdgeMask", content)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "EdgeMask":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        content = read_json(path, "EdgeMask")
-        members = frozenset(Edge.parse(label) for label in content["edges"])
-        return cls(members, ModelShape(**content["shape"]), content["provenance"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
@@ -359,7 +312,7 @@ class EdgeMask(Set[Edge]):
         shown = ", ".join(labels[:6]) + (f", ... ({len(labels) - 6} more)" if len(labels) > 6 else "")
         return f"EdgeMask({shown})"
 
-    def _part(self, destination: Destination) -> Destination:
+    def _component(self, destination: Destination) -> Destination:
         if not isinstance(destination, Component) or destination.part == "MLP":
             return destination
         shared = destination.matrix != "W_Q" and self.shape.n_kv_heads < self.shape.n_heads

@@ -1,27 +1,14 @@
-"""What is selected: an immutable set of components of a model, and random sets of as many weights."""
+"""Masks: immutable sets of components of a model."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mechunlearn.components.component import (
-    Component,
-    Components,
-    Cover,
-    ModelShape,
-    heads,
-    layers,
-    matrices,
-    mlps,
-    neurons,
-    resolve,
-)
+from mechunlearn import files
+from mechunlearn.components.component import Component, ModelShape, resolve
 from mechunlearn.components.plot import heat_map
-from mechunlearn.files import read_json, write_json
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -58,19 +45,12 @@ class ComponentMask(Set[Component]):
 
     def save(self, path: str | Path) -> None:
         """Write JSON with provenance and a checksum."""
-        content = {
-            "components": [str(component) for component in self],
-            "shape": asdict(self.shape),
-            "provenance": dict(self.provenance),
-        }
-        write_json(path, "ComponentMask", content)
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentMask":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        content = read_json(path, "ComponentMask")
-        members = frozenset(Component.parse(label) for label in content["components"])
-        return cls(members, ModelShape(**content["shape"]), content["provenance"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Layer x component map: 1 where selected."""
@@ -86,7 +66,7 @@ class ComponentMask(Set[Component]):
         return len(self.components)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How it travels to another process: a read-only mapping cannot."""
+        """The arguments that rebuild the mask in another process, to which a read-only mapping cannot be sent."""
         return ComponentMask, (self.components, self.shape, dict(self.provenance))
 
     def __eq__(self, other: object) -> bool:
@@ -130,65 +110,3 @@ class ComponentMask(Set[Component]):
     def _combined(self, operation: str, other: Set[Any], components: frozenset[Component]) -> "ComponentMask":
         right = dict(other.provenance) if isinstance(other, ComponentMask) else sorted(map(str, other))
         return ComponentMask(components, self.shape, {"left": dict(self.provenance), "set": operation, "right": right})
-
-
-def matched(mask: ComponentMask, seed: int, *, pool: Components | None = None) -> ComponentMask:
-    """A random mask that covers as many weights as `mask`; see `mu.localize.random_like`, which is for users."""
-    sizes = mask.shape
-    members = sorted(set(resolve(pool, sizes))) if pool is not None else _same_kinds(mask, sizes)
-    generator = Random(f"random_like {seed}")
-    for _ in range(100):
-        chosen = _matching(mask, members, generator, by_kind=pool is None)
-        if chosen != mask.components:
-            break
-    else:
-        raise ValueError(
-            f"expected a pool with other components than the mask's {len(mask)}, got one of {len(members)}: "
-            f"a control equal to the mask is none; pass a larger pool, such as heads_and_mlps."
-        )
-    provenance = {"method": "random_like", "seed": seed, "weights": sizes.n_parameters(chosen)}
-    provenance |= {"matched": mask.n_parameters, "shared": len(chosen & mask.components)}
-    provenance["pool"] = "the same kinds" if pool is None else [str(member) for member in members]
-    return ComponentMask(chosen, sizes, provenance)
-
-
-def _matching(
-    mask: ComponentMask, members: list[Component], generator: Random, *, by_kind: bool
-) -> frozenset[Component]:
-    """Members in random order for as long as they fit into the mask's number of weights."""
-    sizes = mask.shape
-    one_of_each = {member.kind: member for member in members}.values()
-    target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
-    chosen, cover, count = [], Cover(sizes), 0
-    for member in _drawn(members, mask if by_kind else (), sizes, generator):
-        gain = cover.gain(member)
-        if 0 < gain <= target - count:
-            chosen.append(member)
-            cover.add(member)
-            count += gain
-    if not chosen or target - count >= smallest:
-        raise ValueError(
-            f"expected a pool that can cover {target:,} weights within one smallest component ({smallest:,}), got "
-            f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
-        )
-    return frozenset(chosen)
-
-
-def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
-    kinds = {component.kind for component in mask}
-    levels = (heads, mlps, layers, matrices, neurons)
-    return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
-
-
-def _drawn(
-    members: list[Component], mask: Iterable[Component], sizes: ModelShape, generator: Random
-) -> list[Component]:
-    """In random order; first as many of each kind as the mask has, the largest kind first, then the rest."""
-    shuffled = generator.sample(members, len(members))
-    left = Counter(component.kind for component in mask)
-    first, rest = [], []
-    for member in shuffled:
-        (first if left[member.kind] > 0 else rest).append(member)
-        left[member.kind] -= 1
-    weights = {member.kind: sizes.n_parameters([member]) for member in {m.kind: m for m in first}.values()}
-    return sorted(first, key=lambda member: -weights[member.kind]) + rest

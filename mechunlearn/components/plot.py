@@ -1,7 +1,7 @@
-"""Pictures of a localization: layer x component for components, source x destination for edges."""
+"""Figures of scores: heat maps of layer x component and source x destination, and graphs of edges."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,28 +20,45 @@ def heat_map(values: Mapping[Component, float], *, title: str = "", unit: str = 
 
     `figure.show()` in a notebook, `figure.write_html(path)` for a page that opens in a browser.
     """
-    import plotly.graph_objects as go
-
     columns = sorted({_column(c) for c in values}, key=lambda name: Component.parse("L0" + name))
     rows = sorted({c.layer for c in values})
     place = {(c.layer, _column(c)): value for c, value in values.items()}
     limit = max((abs(value) for value in values.values()), default=1.0) or 1.0
+    z = [[place.get((layer, column)) for column in columns] for layer in rows]
+    size = {"width": 200 + 55 * min(len(columns), 20), "height": 180 + 34 * len(rows)}
+    axes = {"xaxis": {"title": "component"}, "yaxis": {"title": "layer"}}
+    layout, hover = {"title": title} | size | axes, "%{y}%{x}: %{z:.4g} " + unit
+    labels = [f"L{layer}" for layer in rows]
+    return signed_heat_map(z, columns, labels, limit=limit, unit=unit, hover=hover, layout=layout, xgap=1, ygap=1)
+
+
+def signed_heat_map(
+    values: Sequence[Sequence[float | None]],
+    x: Sequence[Any],
+    y: Sequence[Any],
+    *,
+    limit: float,
+    unit: str,
+    hover: str,
+    layout: Mapping[str, Any],
+    **cells: Any,
+) -> "Figure":
+    """Heat map of rows of values: red for negative, white for zero, blue for positive, up to the size `limit`."""
+    import plotly.graph_objects as go
+
     heat = go.Heatmap(
-        z=[[place.get((layer, column)) for column in columns] for layer in rows],
-        x=columns,
-        y=[f"L{layer}" for layer in rows],
+        z=values,
+        x=x,
+        y=y,
         colorscale="RdBu",
         zmid=0,
         zmin=-limit,
         zmax=limit,
         colorbar={"title": {"text": unit, "side": "right"}},
-        hovertemplate="%{y}%{x}: %{z:.4g} " + unit + "<extra></extra>",
-        xgap=1,
-        ygap=1,
+        hovertemplate=f"{hover}<extra></extra>",
+        **cells,
     )
-    layout = {"title": title, "template": "plotly_white", "width": 200 + 55 * min(len(columns), 20)}
-    axes = {"xaxis": {"title": "component"}, "yaxis": {"title": "layer"}}
-    return go.Figure(heat, layout=layout | axes | {"height": 180 + 34 * len(rows)})
+    return go.Figure(heat, layout={"template": "plotly_white", **layout})
 
 
 def _column(component: Component) -> str:
@@ -58,29 +75,24 @@ def edge_heat_map(
     unit: str = "",
 ) -> "Figure":
     """Heat map with one row per source and one column per destination that has an edge, zero at white."""
-    import plotly.graph_objects as go
-
     rows, columns = scored.any(1).nonzero().flatten().tolist(), scored.any(0).nonzero().flatten().tolist()
     shown = values.double().masked_fill(~scored, torch.nan)[rows][:, columns]
     limit = float(values[scored].abs().max()) or 1.0
-    heat = go.Heatmap(
-        z=[[None if value != value else value for value in row] for row in shown.tolist()],
-        x=[destinations[column] for column in columns],
-        y=[sources[row] for row in rows],
-        colorscale="RdBu",
-        zmid=0,
-        zmin=-limit,
-        zmax=limit,
-        colorbar={"title": {"text": unit, "side": "right"}},
-        hovertemplate="%{y}->%{x}: %{z:.4g} " + unit + "<extra></extra>",
-    )
     axes = {"xaxis": {"title": "destination"}, "yaxis": {"title": "source", "autorange": "reversed"}}
     size = {"width": 300 + 12 * min(len(columns), 100), "height": 200 + 12 * min(len(rows), 70)}
-    return go.Figure(heat, layout={"title": title, "template": "plotly_white", "plot_bgcolor": "#eee"} | axes | size)
+    return signed_heat_map(
+        [[None if value != value else value for value in row] for row in shown.tolist()],
+        [destinations[column] for column in columns],
+        [sources[row] for row in rows],
+        limit=limit,
+        unit=unit,
+        hover="%{y}->%{x}: %{z:.4g} " + unit,
+        layout={"title": title, "plot_bgcolor": "#eee"} | axes | size,
+    )
 
 
 def edge_graph(values: Mapping[Edge, float], shape: ModelShape) -> "DiGraph":
-    """The edges with their scores, and from each matrix that is read into the heads that it serves."""
+    """A graph of the edges with their scores, and of an edge from each matrix that is read to the heads that use it."""
     import networkx as nx
 
     graph = nx.DiGraph()
@@ -92,6 +104,7 @@ def edge_graph(values: Mapping[Edge, float], shape: ModelShape) -> "DiGraph":
 
 
 def _heads_behind(destination: Component | str, shape: ModelShape) -> list[str]:
+    """Labels of the heads that use what a query, key or value destination reads."""
     if not isinstance(destination, Component) or destination.index is None:
         return []
     group = 1 if destination.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads

@@ -1,8 +1,8 @@
-"""What every localization method returns: one number per component (and token), and how it was obtained."""
+"""Scores of components, at all tokens together or by position: what localization methods return."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
-from mechunlearn.components.plot import heat_map
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.components.plot import heat_map, signed_heat_map
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
 if TYPE_CHECKING:
@@ -91,33 +91,31 @@ class ComponentScores(Mapping[Component, float]):
     ) -> ComponentMask:
         """The components that score highest, by exactly one of four rules.
 
-        `by` turns scores into ranks (default: their size, whatever the sign; `torch.neg` ranks the
-        most negative first). Ties go to the component that comes first in the model: lower layer,
-        attention before MLP, lower head.
+        `by` turns scores into ranks (default: their size, whatever the sign; `torch.neg` ranks the most negative
+        first). Ties go to the component that comes first in the model: lower layer, attention before MLP, lower head.
 
         - `k`: that many components.
         - `fraction` in (0, 1]: that share of the components, rounded up.
         - `threshold`: all with `by(score) >= threshold`.
-        - `parameters`: in order of rank for as long as together they cover at most so many weights;
-          the first component that would cross the budget ends the selection and is not included.
-          Compare with controls of `mask.n_parameters`, the realised count.
+        - `parameters`: in order of rank, until the next component would bring the weights that they cover together
+          above this number. Controls should have `mask.n_parameters` weights, the realised number.
 
         Raises ValueError for a value out of range and for a rule that selects nothing.
         """
         rules = {"k": k, "fraction": fraction, "threshold": threshold, "parameters": parameters}
-        given = {name: value for name, value in rules.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of k, fraction, threshold and parameters, got {given or 'none'}.")
+        rule = {name: value for name, value in rules.items() if value is not None}
+        if len(rule) != 1:
+            raise ValueError(f"expected exactly one of k, fraction, threshold and parameters, got {rule or 'none'}.")
         ranks = dict(zip(self.components, by(self.tensor).tolist(), strict=True))
         ordered = sorted(self.components, key=lambda component: (-ranks[component], component))
         chosen = ordered[: self._count(ordered, ranks, **rules)]
         if not chosen:
             highest = ordered[0]
             raise ValueError(
-                f"expected a rule that selects at least one component, got {given}, which selects none: the highest is "
+                f"expected a rule that selects at least one component, got {rule}, which selects none: the highest is "
                 f"{highest} with {ranks[highest]:.4g} and {self.shape.n_parameters([highest]):,} weights."
             )
-        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": given}
+        provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return ComponentMask(frozenset(chosen), self.shape, provenance)
 
     def _count(
@@ -129,15 +127,8 @@ class ComponentScores(Mapping[Component, float]):
         threshold: float | None,
         parameters: int | None,
     ) -> int:
-        n = len(ordered)
-        if k is not None:
-            if not 1 <= k <= n or k != int(k):
-                raise ValueError(f"k must lie in 1..{n} (the number of scores), got {k}.")
-            return int(k)
-        if fraction is not None:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"fraction must lie in (0, 1], a share of the {n} scores, got {fraction}.")
-            return math.ceil(fraction * n - 1e-9)
+        if k is not None or fraction is not None:
+            return count_of(len(ordered), "scores", k, fraction)
         if threshold is not None:
             return sum(rank >= threshold for rank in ranks.values())
         assert parameters is not None
@@ -157,22 +148,18 @@ class ComponentScores(Mapping[Component, float]):
     ) -> "DataFrame":
         """Bootstrap interval over prompts for each score: columns score, low, high.
 
-        It is for the score over all prompts that might have been drawn. With `others` it is for the score over so many
-        other prompts, which varies as well, so it is wider: at 95 %, the first contains the score over as many others
-        in 83 % of draws. With few prompts the first is too narrow: it contains what it should in 89 % of draws for 8
-        prompts and 93 % for 32, of normal values. With `others` this is corrected.
+        - Without `others`, it is for the score over all prompts that might have been drawn. For few prompts it is too
+          narrow: of normal values, 95 % intervals cover in 89 % of draws for 8 prompts and 93 % for 32.
+        - With `others`, it is for the score over so many other prompts. That varies too, so the interval is wider: the
+          first covers the score over as many others in 83 % of draws. Few prompts are corrected for.
 
-        Percentile bootstrap; prompts are the resampled unit; formulas, and how often skewed values are covered:
+        Percentile bootstrap that resamples prompts; formulas, and the coverage of skewed values:
         `mechunlearn.intervals`. ValueError without per-prompt values, and with `others` for a single prompt.
         """
-        import pandas as pd
-
         if self.per_prompt is None:
             raise ValueError(f"expected scores with per-prompt values, got none: {self.method} does not give them.")
-        found = bootstrap if others is None else partial(bootstrap_of_others, others=others)
-        low, high = found(self.per_prompt, confidence=confidence, draws=draws, seed=seed)
-        columns = {"score": self.tensor.tolist(), "low": low.tolist(), "high": high.tolist()}
-        return pd.DataFrame(columns, index=pd.Index([str(c) for c in self.components], name="component"))
+        options = {"others": others, "confidence": confidence, "draws": draws, "seed": seed}
+        return interval_frame(self.per_prompt, self.tensor, self.components, "component", **options)
 
     def to_frame(self) -> "DataFrame":
         """One row per component: layer, part, index, matrix, score, weights; highest size first."""
@@ -199,32 +186,13 @@ class ComponentScores(Mapping[Component, float]):
         return heat_map(self, title=title, unit=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {"values": self.tensor}
-        if self.per_prompt is not None:
-            tensors["per_prompt"] = self.per_prompt
-        content = {
-            "components": [str(c) for c in self.components],
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "ComponentScores", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "ComponentScores")
-        return cls(
-            tuple(Component.parse(label) for label in content["components"]),
-            tensors["values"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-            tensors.get("per_prompt"),
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, component: Component | str) -> float:
         wanted = Component.parse(component) if isinstance(component, str) else component
@@ -248,6 +216,38 @@ class ComponentScores(Mapping[Component, float]):
         shown = ", ".join(f"{component}: {value:+.3g}" for component, value in best)
         more = ", ..." if len(self) > len(best) else ""
         return f"ComponentScores({self.method}, {self.metric}; {len(self)} components; {shown}{more})"
+
+
+def count_of(n: int, noun: str, k: int | None, fraction: float | None) -> int:
+    """How many of n the rule `k` or `fraction` selects; ValueError for one out of range."""
+    if k is not None:
+        if not 1 <= k <= n or k != int(k):
+            raise ValueError(f"k must lie in 1..{n} (the number of {noun}), got {k}.")
+        return int(k)
+    assert fraction is not None
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], a share of the {n} {noun}, got {fraction}.")
+    return math.ceil(fraction * n - 1e-9)  # a product that is whole but for rounding is not rounded up
+
+
+def interval_frame(
+    per_prompt: Float[Tensor, "prompt score"],
+    scores: Float[Tensor, "score"],
+    labels: Iterable[object],
+    name: str,
+    *,
+    others: int | None,
+    confidence: float,
+    draws: int,
+    seed: int,
+) -> "DataFrame":
+    """A row for each label: its score and the ends of its interval, as `ComponentScores.interval` describes."""
+    import pandas as pd
+
+    interval = bootstrap if others is None else partial(bootstrap_of_others, others=others)
+    low, high = interval(per_prompt, confidence=confidence, draws=draws, seed=seed)
+    columns = {"score": scores.tolist(), "low": low.tolist(), "high": high.tolist()}
+    return pd.DataFrame(columns, index=pd.Index([str(label) for label in labels], name=name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -301,52 +301,23 @@ class PositionScores:
 
     def plot(self) -> "Figure":
         """Component x position heat map; red is negative, blue positive."""
-        import plotly.graph_objects as go
-
-        values = self.tensor
-        limit = float(values.abs().max()) or 1.0
-        unit = self.metric.replace("_", " ")
-        heat = go.Heatmap(
-            z=values.tolist(),
-            x=list(self.positions),
-            y=[str(component) for component in self.components],
-            colorscale="RdBu",
-            zmid=0,
-            zmin=-limit,
-            zmax=limit,
-            colorbar={"title": {"text": unit, "side": "right"}},
-            hovertemplate="%{y}, %{x}: %{z:.4g} " + unit + "<extra></extra>",
-        )
+        limit = float(self.tensor.abs().max()) or 1.0
+        unit, labels = self.metric.replace("_", " "), [str(component) for component in self.components]
+        hover = "%{y}, %{x}: %{z:.4g} " + unit
         title = f"{self.method}, {self.metric}, {len(self.per_prompt)} prompts"
         size = {"width": 320 + 70 * len(self.positions), "height": 220 + 18 * len(self.components)}
-        figure = go.Figure(heat, layout={"title": title, "template": "plotly_white"} | size)
+        look = {"limit": limit, "unit": unit, "hover": hover, "layout": {"title": title} | size}
+        figure = signed_heat_map(self.tensor.tolist(), self.positions, labels, **look)
         return figure.update_yaxes(autorange="reversed")
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "components": [str(component) for component in self.components],
-            "positions": list(self.positions),
-            "shape": asdict(self.shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "PositionScores", {"per_prompt": self.per_prompt}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "PositionScores":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "PositionScores")
-        return cls(
-            tuple(Component.parse(label) for label in content["components"]),
-            tuple(content["positions"]),
-            tensors["per_prompt"],
-            ModelShape(**content["shape"]),
-            content["method"],
-            content["metric"],
-            content["settings"],
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         sizes = f"{len(self.components)} components x {len(self.positions)} positions, {len(self.per_prompt)} prompts"

@@ -1,8 +1,7 @@
 """Change it there. Each editor: (model, task, mask) -> `Edit`; the model is left as it was."""
 
 from mechunlearn.edit.arithmetic import combined, dampened, learned_further, mean_ablated, scaled, task_vector, zeroed
-from mechunlearn.edit.bounded import ft_l
-from mechunlearn.edit.finetuning import finetune
+from mechunlearn.edit.finetuning import finetune, ft_l
 from mechunlearn.edit.inject.alpha_edit import alpha_edit
 from mechunlearn.edit.inject.facts import generated_prefixes
 from mechunlearn.edit.inject.keys import KeyCovariance, key_covariance
@@ -24,13 +23,14 @@ from mechunlearn.edit.weight_masks import (
     mask_value,
 )
 from mechunlearn.training import adamw, adamw_8bit
-from mechunlearn.weights import Edit
+from mechunlearn.weights import Edit, Editor
 
 __all__ = [
     "PAPER_PRODUCT",
     "PAPER_STAGES",
     "Edit",
     "EditSequence",
+    "Editor",
     "KeyCovariance",
     "LearnedMask",
     "LocalizedTraining",

@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.finetuning import finetune
+from mechunlearn.identity import described, name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.metrics import described, name_of
 from mechunlearn.model import (
     Model,
     device_of,
@@ -107,7 +106,6 @@ learned_further = partial(finetune, forget_loss=cross_entropy, retain_coefficien
 """`finetune` on the forget set alone, with cross-entropy to its true answers."""
 
 
-@repeatable
 def task_vector(
     model: Model,
     task: Task,
@@ -128,7 +126,6 @@ def task_vector(
     return scaled(model, learn(model, task, mask), -strength)
 
 
-@repeatable
 def dampened(
     model: Model,
     task: Task,
@@ -191,7 +188,6 @@ def _importance(model: Model, prompts: Prompts, entries: list[Entries], loss: Lo
     return {label: value / len(prompts) for label, value in total.items()}
 
 
-@repeatable
 def mean_ablated(
     model: Model, task: Task, mask: ComponentMask, *, shrinkage: float = 0.01, batch_size: int = 16
 ) -> Edit:

@@ -1,80 +1,43 @@
-"""Localized fine-tuning, and what all editors that train on a task share: the terms, the run, how it was made."""
+"""Localized fine-tuning, free or within a bound, and the run that all editors share that train on a task."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.facts import asked_and_answered, each, injected
+from mechunlearn.identity import described, digest
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
-from mechunlearn.metrics import described as described_function
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, rows_of
-from mechunlearn.training import Checkpoints, MakesOptimizer, Master, Moving, Term, adamw, fit
+from mechunlearn.training import Checkpoints, Master, Moving, Term, fit
+from mechunlearn.training.movers import collect_gradient
+from mechunlearn.training.options import Row, RunOptions, TrainingOptions, with_options
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 
 
-@repeatable
-def finetune(
-    model: Model,
-    task: Task,
-    mask: ComponentMask,
-    *,
-    inject: bool = False,
-    forget_loss: Loss | None = None,
-    retain_loss: Loss = cross_entropy,
-    text_loss: Loss = cross_entropy,
-    forget_coefficient: float = 1.0,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 1.0,
-    steps: int = 50,
-    learning_rate: float = 1e-3,
-    batch_size: int = 64,
-    text: Iterable[str | Sequence[int]] | None = None,
-    text_length: int = 64,
-    text_batch_size: int = 8,
-    micro_batch_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    clip: float | None = 1.0,
-    optimizer: MakesOptimizer = adamw,
-    seed: int = 0,
-    progress: bool = True,
-    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
-    until: Callable[[Mapping[str, int | float]], bool] | None = None,
-    checkpoint: str | Path | None = None,
-    every: int = 10,
-) -> Edit:
+@with_options()
+def finetune(model: Model, task: Task, mask: ComponentMask, **options: Unpack[TrainingOptions]) -> Edit:
     """Train the weights of `mask` and nothing else; the model is left as it was, the change is returned.
 
         loss =   forget_coefficient * forget_loss(task.forget)
                + retain_coefficient * retain_loss(task.retain)
                + text_coefficient   * text_loss(task.text)
 
-    each term a mean over answer tokens (or prompts: `mu.losses`), in nats. Erasure by log(1 - p) is the default. With
-    `inject` the first term is instead the cross-entropy to the answers of `task.injection` (or a `forget_loss` that you
-    give: then one that learns).
+    Each term is a mean over answer tokens (or prompts: `mu.losses`), in nats. Erasure by log(1 - p) is the default.
     Options of a loss are bound with `partial`, e.g. the cut-off of erasure:
     `forget_loss=partial(log_one_minus_probability, cutoff=-10)`. A loss that compares with the unedited model is given
     what that model says, computed on the same weights: there is no second model.
-
-    `text`: strings or tokens that take the place of `task.text`, read as they are needed and packed to rows of
-    `text_length` tokens, each used once; for example a `datasets` stream of the Pile.
-    `optimizer`: a torch optimizer class, `mu.edit.adamw_8bit`, or any function of parameters and `lr`.
-    `micro_batch_size`: how many prompts go through at once; the gradients of a batch are accumulated.
-    `compute_dtype`: `torch.bfloat16` for a float32 model; weights below float32 have float32 masters in any case.
-    `on_step` is called with each row of the history (`wandb.log` will do); `until`, called with it too, may end the
-    training by returning True.
-    `checkpoint`: a file to continue from, written every `every` steps. A run that was killed and is called
-    again with the same arguments gives the same edit, bit for bit; a stream of text must then begin anew, too.
 
     The defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949): 50 steps, 64 examples a term,
     AdamW without weight decay, cosine schedule, clipping at 1; but the learning rate suits the shipped
@@ -82,167 +45,202 @@ def finetune(
     fit another: give each the same search before comparing them.
 
     Cost per step: one forward and one backward of each batch from the lowest localized layer up, weight
-    gradients for the localized matrices alone. The same seed gives the same edit, bit for bit, on CPU.
+    gradients for the localized matrices alone.
     ValueError for a mask that is empty or of another model, processed or quantised weights, text that ends early, a
     damaged checkpoint or one of another run; FloatingPointError when a loss is not finite or diverges.
     """
-    terms = task_terms(
-        model,
-        task,
-        inject=inject,
-        losses=(forget_loss, retain_loss, text_loss),
-        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, text_batch_size),
-        text=text,
-        text_length=text_length,
-    )
-    found = trained(
+    about = {"editor": "finetune", "text_length": row_length(options)}
+    return training_run(model, task, mask, task_terms(model, task, options), options, about=about).edit
+
+
+adam = partial(torch.optim.Adam, weight_decay=0.0)
+"""Adam, as in the paper of FT-L."""
+
+
+@with_options(steps=25, learning_rate=5e-4, clip=None, optimizer=adam)
+def ft_l(model: Model, task: Task, mask: ComponentMask, *, bound: float = 5e-4, **options: Unpack[RunOptions]) -> Edit:
+    """Train the weights of `mask` on `task.injection`; none may end further than `bound` from what it was.
+
+        loss = -log p(injected answer),    |weight - original| <= bound for each weight, after each step
+
+    Nothing is retained by rehearsal: the bound alone limits what else is changed. It is a baseline for `rome` and
+    `memit`, and works on any mask: heads, matrices, MLPs, neurons. Weights below float32 are rounded after bounding.
+
+    FT-L (FT with an L-infinity norm constraint) in Meng et al. 2022, https://arxiv.org/abs/2202.05262, after
+    Zhu et al. 2020, https://arxiv.org/abs/2012.00363. Defaults are those for GPT-2 XL, where one W_out was trained. A
+    small model needs a larger bound. Cost per step: as for `finetune`, with one term in place of three. ValueError for
+    a bound that is not above 0, an injected answer that is the true one, and as for `finetune`.
+    """
+    if bound <= 0:
+        raise ValueError(f"bound must be above 0, got {bound}.")
+    facts = injected(task)
+    return training_run(
         model,
         task,
         mask,
-        terms,
-        about={"editor": "finetune", "text_length": None if text is None else text_length},
-        optimizer=optimizer,
-        compute_dtype=compute_dtype,
-        checkpoint=checkpoint,
-        every=every,
-        progress=progress,
-        on_step=on_step,
-        until=until,
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=micro_batch_size,
-        clip=clip,
-        seed=seed,
-    )
-    return Edit(mask, found.values, found.fingerprint, found.provenance, found.history)
+        [Term("inject", facts, cross_entropy, 1.0, options["batch_size"])],
+        options,
+        about={"editor": "ft_l", "facts": len(facts), "bound": bound},
+        moving=lambda entries, original: [_Bounded.of(entries, original, bound)],
+    ).edit
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounded:
+    """How far each weight has moved, in float32 or above, within the bound."""
+
+    entries: Entries
+    original: Tensor
+    tensor: Tensor
+    bound: float
+
+    @classmethod
+    def of(cls, entries: Entries, original: Tensor, bound: float) -> "_Bounded":
+        entries.slot.parameter.requires_grad_(True)
+        moved = torch.zeros_like(original, dtype=torch.promote_types(original.dtype, torch.float32))
+        return cls(entries, original, moved, bound)
+
+    def collect(self) -> None:
+        collect_gradient(self)
+
+    def publish(self) -> None:
+        self.tensor.clamp_(-self.bound, self.bound)
+        self.entries.write(self.original.to(self.tensor.dtype) + self.tensor)
+        self.tensor.grad = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """What training some entries of a mask came to."""
+
+    mask: ComponentMask
+    values: dict[str, Tensor]
+    """Matrix label -> what was trained: the weights, or the numbers of a weight mask."""
+    original: dict[str, Tensor]
+    """Matrix label -> the weights before."""
+    fingerprint: str
+    """Of the model before."""
+    provenance: Mapping[str, Any]
+    history: tuple[Row, ...]
+
+    @property
+    def edit(self) -> Edit:
+        """The trained weights."""
+        return Edit(self.mask, self.values, self.fingerprint, self.provenance, self.history)
+
+
+def whole_weights(entries: Entries, original: Tensor) -> Sequence[Master]:
+    """The optimizer moves the weights themselves."""
+    return [Master.of(entries)]
+
+
+def present_weights(mover: Moving) -> Tensor:
+    """The weights as the model has them."""
+    return mover.entries.read(mover.entries.slot.parameter.detach())
 
 
 M = TypeVar("M", bound=Moving)
 
 
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What a run gave."""
-
-    values: dict[str, Tensor]
-    original: dict[str, Tensor]
-    fingerprint: str
-    provenance: Mapping[str, Any]
-    history: tuple[Mapping[str, int | float], ...]
-
-
-def masters(entries: Entries, original: Tensor) -> list[Master]:
-    """The weights themselves."""
-    return [Master.of(entries)]
-
-
-def weights(movers: Sequence[Moving]) -> Tensor:
-    """The trained weights, as the model has them."""
-    entries = movers[0].entries
-    return entries.read(entries.slot.parameter.detach())
-
-
-def trained(
+def training_run(
     model: Model,
     task: Task,
     mask: ComponentMask,
     terms: Sequence[Term],
+    options: RunOptions,
     *,
     about: Mapping[str, Any],
     entries: list[Entries] | None = None,
-    moving: Callable[[Entries, Tensor], Sequence[M]] = masters,
-    taken: Callable[[Sequence[M]], Tensor] = weights,
+    moving: Callable[[Entries, Tensor], Sequence[M]] = whole_weights,
+    result: Callable[[M], Tensor] = present_weights,
     penalty: Callable[[M], float] | None = None,
-    optimizer: MakesOptimizer,
-    compute_dtype: torch.dtype | None,
-    checkpoint: str | Path | None,
-    every: int,
-    progress: bool,
-    on_step: Callable[[Mapping[str, int | float]], None] | None,
-    until: Callable[[Mapping[str, int | float]], bool] | None,
-    **settings: Any,
-) -> Trained:
-    """`fit` on the entries (default: all) of a mask; the model is left as it was.
+) -> TrainingRun:
+    """`fit` on the entries (default: all) of a mask, with every option given; the model is left as it was.
 
-    `moving` makes what the optimizer moves from entries and their original values, `taken` reads the result off it.
-    `about` begins the provenance; a checkpoint is of this run if all of the provenance, the data, the mask and the
-    model are. `settings` are the plain options of `fit`.
+    `moving` makes what the optimizer moves from entries and their original values: editors differ in it. `result`
+    reads what it came to off each mover, and `penalty` adds a gradient of its own to it. `about` begins the provenance;
+    a checkpoint is of this run if all of the provenance, the data, the mask and the model are.
     """
     entries = select(model, mask) if entries is None else entries
-    found, original = fingerprint(model), read(select(model, mask))  # in this order: a fingerprint takes memory
+    weights, original = fingerprint(model), read(select(model, mask))  # in this order: a fingerprint takes memory
     provenance = {
         **about,
         "task": task.name,
-        "terms": described(terms),
-        "optimizer": described_function(optimizer),
-        "compute_dtype": None if compute_dtype is None else str(compute_dtype),
-        **settings,
+        "terms": _settings(terms),
+        "optimizer": described(options["optimizer"]),
+        "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
+        "steps": options["steps"],
+        "learning_rate": options["learning_rate"],
+        "micro_batch_size": options["micro_batch_size"],
+        "clip": options["clip"],
+        "seed": options["seed"],
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
     }
-    identity = {"model": found, "mask_and_prompts": digest(mask, terms), **provenance}
+    checkpoints = None
+    if options["checkpoint"] is not None:
+        identity = {"model": weights, "mask_and_prompts": digest(_data(mask, terms)), **provenance}
+        checkpoints = Checkpoints(options["checkpoint"], options["every"], identity)
     try:
         with exclusively(model), differentiable(model):
-            made = {e.label: moving(e, original[e.label]) for e in entries}
-            movers = [mover for some in made.values() for mover in some]
+            movers = {e.label: moving(e, original[e.label]) for e in entries}
+            all_movers = [mover for of_matrix in movers.values() for mover in of_matrix]
             history = fit(
                 model,
                 entries,
                 terms,
-                moving=movers,
-                penalty=None if penalty is None else lambda: sum(penalty(mover) for mover in movers),
+                moving=all_movers,
+                penalty=None if penalty is None else lambda: sum(penalty(mover) for mover in all_movers),
                 original=original,
-                optimizer=optimizer,
-                compute_dtype=compute_dtype,
-                progress=progress,
-                on_step=on_step,
-                until=until,
-                checkpoints=None if checkpoint is None else Checkpoints(checkpoint, every, identity),
-                **settings,
+                steps=options["steps"],
+                learning_rate=options["learning_rate"],
+                optimizer=options["optimizer"],
+                clip=options["clip"],
+                micro_batch_size=options["micro_batch_size"],
+                compute_dtype=options["compute_dtype"],
+                seed=options["seed"],
+                progress=options["progress"],
+                on_step=options["on_step"],
+                until=options["until"],
+                checkpoints=checkpoints,
             )
-            values = {label: taken(some) for label, some in made.items()}
+            values = {label: _joined([result(mover) for mover in of_matrix]) for label, of_matrix in movers.items()}
     finally:
         write(entries, original)
-    return Trained(values, original, found, provenance, tuple(history))
+    return TrainingRun(mask, values, original, weights, provenance, tuple(history))
 
 
-def task_terms(
-    model: Model,
-    task: Task,
-    *,
-    inject: bool,
-    losses: tuple[Loss | None, Loss, Loss],
-    coefficients: tuple[float, float, float],
-    batch_sizes: tuple[int, int],
-    text: Iterable[str | Sequence[int]] | None,
-    text_length: int,
-) -> list[Term]:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def task_terms(model: Model, task: Task, options: TrainingOptions) -> list[Term]:
     """The terms, in the order forget, retain, text; no forget loss: erasure, or cross-entropy to what is injected.
 
-    Batch sizes are of prompts and of rows of text; `text`, packed to rows of `text_length`, takes the place of the
-    task's. ValueError for an injection that the task does not have, or one of the true answer.
+    ValueError for an injection that the task does not have, or one of the true answer.
     """
-    forget_loss = losses[0] or (cross_entropy if inject else log_one_minus_probability)
-    if inject:
-        forget = Term("inject", injected(task), forget_loss, coefficients[0], batch_sizes[0])
-    else:
-        forget = Term(
-            "forget", task.forget, forget_loss, coefficients[0], batch_sizes[0], _preferred(task, forget_loss)
-        )
-    rows = as_prompts(task.text) if text is None else rows_of(model, text, length=text_length)
+    inject, size, text = options["inject"], options["batch_size"], options["text"]
+    forget_loss = options["forget_loss"] or (cross_entropy if inject else log_one_minus_probability)
+    first = injected(task) if inject else task.forget
+    preferred = None if inject else _preferred(task, forget_loss)
+    rows = as_prompts(task.text) if text is None else rows_of(model, text, length=options["text_length"])
     return [
-        forget,
-        Term("retain", task.retain, losses[1], coefficients[1], batch_sizes[0]),
-        Term("text", rows, losses[2], coefficients[2], batch_sizes[1]),
+        Term("inject" if inject else "forget", first, forget_loss, options["forget_coefficient"], size, preferred),
+        Term("retain", task.retain, options["retain_loss"], options["retain_coefficient"], size),
+        Term("text", rows, options["text_loss"], options["text_coefficient"], options["text_batch_size"]),
     ]
 
 
-def described(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
+def row_length(options: TrainingOptions) -> int | None:
+    """For the provenance: how long the rows are that text was packed to; None for the task's own text."""
+    return None if options["text"] is None else options["text_length"]
+
+
+def _settings(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
     """For the provenance of an edit: name -> coefficient, loss, batch size; and "stream" where text is one."""
     return {
         term.name: [
             term.coefficient,
-            described_function(term.loss),
+            described(term.loss),
             term.batch_size,
             *([] if isinstance(term.prompts, Prompts) else ["stream"]),
         ]
@@ -250,15 +248,10 @@ def described(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
     }
 
 
-def digest(mask: ComponentMask, terms: Sequence[Term]) -> str:
-    """16 hex digits of what is trained on what; a stream of text is not read for it."""
-    found = hashlib.sha256(" ".join(str(component) for component in mask).encode())
-    for term in terms:
-        for prompts in (term.prompts, term.alternative):
-            if isinstance(prompts, Prompts):
-                for tensor in (prompts.tokens, prompts.attention_mask, prompts.positions, prompts.answers):
-                    found.update(f"{term.name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+def _data(mask: ComponentMask, terms: Sequence[Term]) -> Any:
+    """What is trained on what; a stream of text is not read for it."""
+    prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
+    return [str(component) for component in mask], prompts
 
 
 def _preferred(task: Task, loss: Loss) -> Prompts | None:

@@ -2,16 +2,17 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn import files
+from mechunlearn.components import ComponentMask
 from mechunlearn.model import Model
+from mechunlearn.training.movers import collect_gradient
 from mechunlearn.weights import Edit, Entries, Values, select
 
 
@@ -100,30 +101,13 @@ class LearnedMask:
         return {k: self.discretize(k=k) for k in sizes}
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file with numbers and original weights."""
-        tensors = {f"numbers.{label}": value for label, value in self.numbers.items()}
-        tensors |= {f"original.{label}": value for label, value in self.original.items()}
-        content = {
-            "components": [str(component) for component in self.mask],
-            "shape": asdict(self.mask.shape),
-            "mask_provenance": dict(self.mask.provenance),
-            "fingerprint": self.fingerprint,
-            "provenance": dict(self.provenance),
-            "history": [dict(row) for row in self.history],
-            "order": list(self.numbers),
-        }
-        write_tensors(path, "LearnedMask", tensors, content)
+        """Write numbers and original weights to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "LearnedMask":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "LearnedMask")
-        shape = ModelShape(**content["shape"])
-        members = ComponentMask.of(content["components"], shape).components
-        mask = ComponentMask(members, shape, content["mask_provenance"])
-        original = {name.removeprefix("original."): v for name, v in tensors.items() if name.startswith("original.")}
-        numbers = {label: tensors[f"numbers.{label}"] for label in content["order"]}
-        return cls(mask, numbers, original, content["fingerprint"], content["provenance"], tuple(content["history"]))
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         count = sum(value.numel() for value in self.numbers.values())
@@ -165,13 +149,7 @@ class Numbers:
     @torch.no_grad()
     def collect(self) -> None:
         """d loss / d m = d loss / d (m * weight) * weight, added to `tensor.grad`; the parameter's own is cleared."""
-        parameter = self.entries.slot.parameter
-        if parameter.grad is None:
-            return
-        gradient = self.entries.read(parameter.grad).to(self.tensor.dtype).mul_(self.original)
-        gradient = gradient.sum_to_size(self.tensor.shape)
-        self.tensor.grad = gradient if self.tensor.grad is None else self.tensor.grad.add_(gradient)
-        parameter.grad = None
+        collect_gradient(self, lambda gradient: gradient.mul_(self.original).sum_to_size(self.tensor.shape))
 
     @torch.no_grad()
     def clamp(self) -> None:

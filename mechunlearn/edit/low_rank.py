@@ -1,25 +1,26 @@
 """Low-rank updates of the localized weights, as an edit."""
 
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
-from mechunlearn.edit.finetuning import task_terms, trained, weights
-from mechunlearn.losses import Loss, cross_entropy
+from mechunlearn.edit.finetuning import row_length, task_terms, training_run
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
-from mechunlearn.training import MakesOptimizer, adamw
+from mechunlearn.training.movers import collect_gradient
+from mechunlearn.training.options import TrainingOptions, with_options
 from mechunlearn.weights import Edit, Entries
 
 
-@repeatable
+@with_options(learning_rate=1e-2)
 def lora(
     model: Model,
     task: Task,
@@ -27,29 +28,7 @@ def lora(
     *,
     rank: int = 8,
     alpha: float = 16.0,
-    inject: bool = False,
-    forget_loss: Loss | None = None,
-    retain_loss: Loss = cross_entropy,
-    text_loss: Loss = cross_entropy,
-    forget_coefficient: float = 1.0,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 1.0,
-    steps: int = 50,
-    learning_rate: float = 1e-2,
-    batch_size: int = 64,
-    text: Iterable[str | Sequence[int]] | None = None,
-    text_length: int = 64,
-    text_batch_size: int = 8,
-    micro_batch_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    clip: float | None = 1.0,
-    optimizer: MakesOptimizer = adamw,
-    seed: int = 0,
-    progress: bool = True,
-    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
-    until: Callable[[Mapping[str, int | float]], bool] | None = None,
-    checkpoint: str | Path | None = None,
-    every: int = 10,
+    **options: Unpack[TrainingOptions],
 ) -> Edit:
     """`finetune` with an update of low rank for each matrix of `mask`, merged: the model is left as it was.
 
@@ -59,10 +38,10 @@ def lora(
     a column for each direction of the residual stream. So the update of one head, or of some neurons, has rank `rank`
     by itself and nothing else moves. Where fewer than `rank` rows are covered, as for a single neuron, the update is
     not restricted. The factor on the matrix's input starts as random numbers of variance 1 / (its inputs), the other
-    at 0, so that training starts from the original model. No dropout.
+    at 0, so that training starts from the original model. There is no dropout.
 
-    Everything else, the loss, its defaults, text, checkpoints, seeds and errors, is as for `finetune`. The default
-    learning rate suits the shipped model; it belongs with `alpha / rank`, which scales every update.
+    The loss and the errors are those of `finetune`. The default learning rate suits the shipped model; it belongs with
+    `alpha / rank`, which scales every update.
 
     Cost: as `finetune`, weight gradients included, which are projected on the factors one matrix after the other. What
     is saved is memory: the gradient and the optimizer's state have `rank` numbers for each row and each column. Hu et
@@ -70,38 +49,15 @@ def lora(
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}.")
-    terms = task_terms(
-        model,
-        task,
-        inject=inject,
-        losses=(forget_loss, retain_loss, text_loss),
-        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, text_batch_size),
-        text=text,
-        text_length=text_length,
-    )
-    found = trained(
+    return training_run(
         model,
         task,
         mask,
-        terms,
-        about={"editor": "lora", "rank": rank, "alpha": alpha, "text_length": None if text is None else text_length},
-        moving=lambda entries, original: [_Factors.of(entries, original, rank, alpha / rank, seed)],
-        taken=weights,
-        optimizer=optimizer,
-        compute_dtype=compute_dtype,
-        checkpoint=checkpoint,
-        every=every,
-        progress=progress,
-        on_step=on_step,
-        until=until,
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=micro_batch_size,
-        clip=clip,
-        seed=seed,
-    )
-    return Edit(mask, found.values, found.fingerprint, found.provenance, found.history)
+        task_terms(model, task, options),
+        options,
+        about={"editor": "lora", "rank": rank, "alpha": alpha, "text_length": row_length(options)},
+        moving=lambda entries, original: [_Factors.of(entries, original, rank, alpha / rank, options["seed"])],
+    ).edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,25 +75,26 @@ class _Factors:
         rows, d_model = original[..., 0].numel(), original.shape[-1]
         generator = torch.Generator().manual_seed(_seed_of(entries, seed))
         left, right = torch.zeros(rows, rank), torch.zeros(rank, d_model)
-        given = left if entries.slot.matrix in ("W_O", "W_out") else right  # what reads the matrix's input
-        inputs = rows if given is left else d_model
-        given.normal_(generator=generator).div_(inputs**0.5)
+        # W_O and W_out have their inputs in rows, the others in columns: the factor on that side is random. The other
+        # is 0, so that their product is 0 and yet has a gradient.
+        is_left = entries.slot.matrix in ("W_O", "W_out")
+        random, inputs = (left, rows) if is_left else (right, d_model)
+        random.normal_(generator=generator).div_(inputs**0.5)
         precise = torch.promote_types(original.dtype, torch.float32)
         return cls(entries, original, scale, torch.cat([left.flatten(), right.flatten()]).to(original.device, precise))
 
     def collect(self) -> None:
+        collect_gradient(self, self._of_factors)
+
+    def _of_factors(self, gradient: Float[Tensor, "unit width d_model"]) -> Float[Tensor, "number"]:
         """From the weights' gradient G: scale * G @ right^T for left, scale * left^T @ G for right."""
-        parameter = self.entries.slot.parameter
-        if parameter.grad is None:
-            return
         left, right = self._factors()
-        whole = self.entries.read(parameter.grad).flatten(0, 1).to(left.dtype)
-        parts = [whole @ right.T, left.T @ whole]
-        gradient = torch.cat([part.flatten() for part in parts]).mul_(self.scale)
-        self.tensor.grad = gradient if self.tensor.grad is None else self.tensor.grad.add_(gradient)
-        parameter.grad = None
+        by_row = gradient.flatten(0, 1)
+        parts = [by_row @ right.T, left.T @ by_row]
+        return torch.cat([part.flatten() for part in parts]).mul_(self.scale)
 
     def publish(self) -> None:
+        """Merge: the model computes with the original plus the scaled product, and knows of no factors."""
         left, right = self._factors()
         update = (left @ right).mul_(self.scale).view_as(self.original)
         self.entries.write(update.add_(self.original))

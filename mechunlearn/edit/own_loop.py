@@ -128,9 +128,9 @@ class MaskTraining:
 
     def learned(self, **provenance: Any) -> LearnedMask:
         """The numbers as they are now, as a value: discretize it, or make edits of several sizes."""
-        found = {numbers.entries.label: numbers.tensor.detach().clone() for numbers in self.numbers}
+        values = {numbers.entries.label: numbers.tensor.detach().clone() for numbers in self.numbers}
         provenance = {"editor": "weight_mask", **provenance}
-        return LearnedMask(self.mask, found, self.original, self.fingerprint, provenance)
+        return LearnedMask(self.mask, values, self.original, self.fingerprint, provenance)
 
 
 @contextmanager

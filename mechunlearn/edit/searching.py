@@ -1,29 +1,23 @@
 """The same search for every localization, on facts that no reported number uses."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechunlearn import files
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import Editor, edited
 from mechunlearn.edit.finetuning import finetune
 from mechunlearn.edit.paper import PAPER_STAGES
-from mechunlearn.files import read_json, write_json
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import digest, identified, key_of, name_of
 from mechunlearn.model import Model, fingerprint
-from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.splits import Validation
 from mechunlearn.tasks.task import Task
-from mechunlearn.weights import Edit, select
+from mechunlearn.weights import Edit, Editor, checked_edit, select
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -105,8 +99,8 @@ def search(
     is in `failures`. A combination tried before is not run again; its result counts in both stages.
 
     `folder`: results are kept there (JSON, and the last edits), and a search that is called again goes on from
-    them, other masks and grids included. Editor and score are told apart by name and options bound with `partial`:
-    when you change what one does, take a new folder.
+    them, other masks and grids included. Editor and score are told apart by their own code and the options bound to
+    them: when you change what one calls, take a new folder.
 
     Cost: an edit and its score for each trial, and one more edit for each localization. The model is left as it was.
     ValueError for no masks or stages, a grid without values, and masks of another model.
@@ -191,7 +185,7 @@ def trials(folder: str | Path) -> "DataFrame":
     """
     from pandas import DataFrame
 
-    stored = [read_json(path, "Trial") for path in sorted(Path(folder).glob("trial-*.json"))]
+    stored = [files.read(path, "Trial") for path in sorted(Path(folder).glob("trial-*.json"))]
     ends = ({key: trial[key] for key in ("score", "failure")} for trial in stored)
     rows = [
         {**trial["options"], **end, "components": " ".join(trial["components"])}
@@ -216,16 +210,17 @@ class Trials:
 
     @classmethod
     def of(cls, model: Model, task: Task, edit: Editor, score: Score, folder: str | Path | None) -> "Trials":
-        common = {"model": fingerprint(model), "task": digest(task), "edit": described(edit), "score": described(score)}
         if folder is None:
-            return cls(model, task, edit, score, None, common)
+            return cls(model, task, edit, score, None, {})
+        common = {"model": fingerprint(model), "task": _asked(task)}
+        common |= {"edit": identified(edit), "score": identified(score)}
         Path(folder).mkdir(parents=True, exist_ok=True)
         return cls(model, task, edit, score, Path(folder), common)
 
     def outcome(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
         """Of the edit with these options; from memory or the folder if it was made before."""
         identity = self.identity(mask, options)
-        key = short(identity)
+        key = key_of(identity)
         if key not in self.known:
             self.known[key] = self._stored(key) or self._kept(key, identity, self._made(mask, options))
         return self.known[key]
@@ -233,20 +228,23 @@ class Trials:
     def final(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
         """The edit with these options on another task; from the folder if it was made before."""
         if self.folder is None:
-            return edited(self.edit, self.model, task, mask, **options)
-        key = short({**self.identity(mask, options), "task": digest(task)})
+            return self._edited(task, mask, options)
+        key = key_of({**self.identity(mask, options), "task": _asked(task)})
         path = self.folder / f"edit-{key}.safetensors"
         if not path.exists():
-            edited(self.edit, self.model, task, mask, **options).save(path)
+            self._edited(task, mask, options).save(path)
         return Edit.load(path)
 
     def identity(self, mask: ComponentMask, options: Mapping[str, Any]) -> dict[str, Any]:
-        shown = {name: described(value) for name, value in options.items()}
+        shown = {name: identified(value) for name, value in options.items()}
         return {**self.common, "components": [str(component) for component in mask], "options": shown}
+
+    def _edited(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
+        return checked_edit(self.edit(self.model, task, mask, **options), self.edit)
 
     def _made(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
         try:
-            found = edited(self.edit, self.model, self.task, mask, **options)
+            found = self._edited(self.task, mask, options)
         except FloatingPointError as error:
             return None, str(error)
         with found.applied(self.model):
@@ -262,45 +260,17 @@ class Trials:
     def _kept(self, key: str, identity: Mapping[str, Any], outcome: Outcome) -> Outcome:
         if self.folder is not None:
             content = {**identity, "score": outcome[0], "failure": outcome[1]}
-            write_json(self.folder / f"trial-{key}.json", "Trial", content)
+            files.write(self.folder / f"trial-{key}.json", "Trial", content)
         return outcome
 
     def _stored(self, key: str) -> Outcome | None:
         path = None if self.folder is None else self.folder / f"trial-{key}.json"
         if path is None or not path.exists():
             return None
-        content = read_json(path, "Trial")
+        content = files.read(path, "Trial")
         return content["score"], content["failure"]
 
 
-def described(value: Any) -> Any:
-    """A function by its name and bound options, anything else that JSON has no word for by its repr."""
-    if isinstance(value, partial):
-        options = {name: described(option) for name, option in sorted(value.keywords.items())}
-        return [described(value.func), [described(argument) for argument in value.args], options]
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
-    return value if isinstance(value, int | float | str | bool | None) else repr(value)
-
-
-def digest(task: Task) -> str:
-    """16 hex digits of everything that a task trains on or asks."""
-    asked = [prompts for found in task.formats.values() for prompts in (found.forget, found.retain)]
-    found = hashlib.sha256()
-    for prompts in (task.forget, task.retain, task.injection, task.knowledge, *asked):
-        tensors = () if prompts is None else _tensors(prompts)
-        for tensor in tensors:
-            found.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-        found.update(b";")
-    for text in (task.text, task.text_test):
-        found.update(f"{tuple(text.shape)}".encode() + text.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def short(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _tensors(prompts: Prompts) -> list[Tensor]:
-    found = [prompts.tokens, prompts.attention_mask, prompts.positions, prompts.answers]
-    return [*found, *(t for t in (prompts.candidates, prompts.subject, prompts.corrupt) if t is not None)]
+def _asked(task: Task) -> str:
+    """A digest of what the task trains on and asks, whatever it is called and however it was split."""
+    return digest(replace(task, name="", splits={}))

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import Editor, edited
 from mechunlearn.edit.finetuning import finetune
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model, fingerprint
 from mechunlearn.tasks.task import Task
-from mechunlearn.weights import Edit, read, select
+from mechunlearn.weights import Edit, Editor, checked_edit, read, select
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -76,7 +75,8 @@ def sequence(
         if after is not None:
             evaluations.append(_row(after, model))
         for task, mask in zip(tasks, where, strict=True):
-            found = edited(edit, model, task, mask if isinstance(mask, ComponentMask) else mask(model, task))
+            place = mask if isinstance(mask, ComponentMask) else mask(model, task)
+            found = checked_edit(edit(model, task, place), edit)
             applied.enter_context(found.applied(model))
             edits.append(found)
             if after is not None:

@@ -1,23 +1,26 @@
 """Learned weight masks: which localized weights, set to zero, take the knowledge away?"""
 
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import task_terms, trained
+from mechunlearn.edit.finetuning import row_length, task_terms, training_run
 from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
-from mechunlearn.losses import Loss, cross_entropy
-from mechunlearn.metrics import described
+from mechunlearn.identity import described
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
-from mechunlearn.training import MakesOptimizer
+from mechunlearn.training.movers import add_gradient
+from mechunlearn.training.options import TrainingOptions, with_options
 from mechunlearn.weights import Entries
 
 sgd = partial(torch.optim.SGD, momentum=0.9)
@@ -34,37 +37,16 @@ def mask_value(value: Tensor) -> Tensor:
     return value
 
 
+@with_options(forget_coefficient=0.3, learning_rate=1.0, clip=None, optimizer=sgd)
 def learn_weight_mask(
     model: Model,
     task: Task,
     mask: ComponentMask,
     *,
     by_unit: bool = False,
-    inject: bool = False,
-    forget_loss: Loss | None = None,
-    retain_loss: Loss = cross_entropy,
-    text_loss: Loss = cross_entropy,
-    forget_coefficient: float = 0.3,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 1.0,
     penalty: Callable[[Tensor], Tensor] = distance_from_one,
     penalty_coefficient: float = 1e-7,
-    steps: int = 50,
-    learning_rate: float = 1.0,
-    batch_size: int = 64,
-    text: Iterable[str | Sequence[int]] | None = None,
-    text_length: int = 64,
-    text_batch_size: int = 8,
-    micro_batch_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    clip: float | None = None,
-    optimizer: MakesOptimizer = sgd,
-    seed: int = 0,
-    progress: bool = True,
-    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
-    until: Callable[[Mapping[str, int | float]], bool] | None = None,
-    checkpoint: str | Path | None = None,
-    every: int = 10,
+    **options: Unpack[TrainingOptions],
 ) -> LearnedMask:
     """Learn a number m in [0, 1] for every weight of `mask`, which the model then uses as m * weight.
 
@@ -86,56 +68,33 @@ def learn_weight_mask(
     which suits the shipped model; theirs is 1e-3.
 
     Cost: as `finetune`, with three numbers of extra memory (m, its gradient, the original) for each weight of the mask,
-    one more with momentum; `learn_weight_mask_in_place` takes two. Text, checkpoints, models, seeds and errors: as for
-    `finetune`.
+    one more with momentum; `learn_weight_mask_in_place` takes two. Errors: as for `finetune`.
     """
-    terms = task_terms(
-        model,
-        task,
-        inject=inject,
-        losses=(forget_loss, retain_loss, text_loss),
-        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, text_batch_size),
-        text=text,
-        text_length=text_length,
-    )
-    found = trained(
+    run = training_run(
         model,
         task,
         mask,
-        terms,
+        task_terms(model, task, options),
+        options,
         about={
             "editor": "learn_weight_mask",
             "by_unit": by_unit,
             "penalty": [penalty_coefficient, described(penalty)],
-            "text_length": None if text is None else text_length,
+            "text_length": row_length(options),
         },
         entries=numbered(model, mask, by_unit),
         moving=lambda entries, original: [Numbers.of(entries, original, by_unit)],
-        taken=lambda numbers: numbers[0].tensor.detach(),
-        penalty=partial(_penalised, penalty, penalty_coefficient),
-        optimizer=optimizer,
-        compute_dtype=compute_dtype,
-        checkpoint=checkpoint,
-        every=every,
-        progress=progress,
-        on_step=on_step,
-        until=until,
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=micro_batch_size,
-        clip=clip,
-        seed=seed,
+        result=lambda numbers: numbers.tensor.detach(),
+        penalty=lambda numbers: _penalise(numbers.tensor, penalty, penalty_coefficient),
     )
-    return LearnedMask(mask, found.values, found.original, found.fingerprint, found.provenance, found.history)
+    return LearnedMask(mask, run.values, run.original, run.fingerprint, run.provenance, run.history)
 
 
-def _penalised(penalty: Callable[[Tensor], Tensor], coefficient: float, numbers: Numbers) -> float:
-    """Adds the penalty's gradient to the numbers'; gives its value."""
-    value = numbers.tensor.detach().requires_grad_(True)
-    cost = coefficient * penalty(value).sum()
-    (gradient,) = torch.autograd.grad(cost, value)
-    numbers.tensor.grad = gradient if numbers.tensor.grad is None else numbers.tensor.grad.add_(gradient)
+def _penalise(numbers: Tensor, penalty: Callable[[Tensor], Tensor], coefficient: float) -> float:
+    """Add the penalty's gradient to that of the numbers; gives its value."""
+    leaf = numbers.detach().requires_grad_(True)
+    cost = coefficient * penalty(leaf).sum()
+    add_gradient(numbers, torch.autograd.grad(cost, leaf)[0])
     return float(cost.detach())
 
 
@@ -159,36 +118,15 @@ def magnitude(weight: Tensor, original: Tensor) -> Tensor:
     return weight.abs()
 
 
+@with_options(forget_coefficient=0.3, learning_rate=1.0, clip=None, optimizer=torch.optim.SGD)
 def learn_weight_mask_in_place(
     model: Model,
     task: Task,
     mask: ComponentMask,
     *,
-    inject: bool = False,
-    forget_loss: Loss | None = None,
-    retain_loss: Loss = cross_entropy,
-    text_loss: Loss = cross_entropy,
-    forget_coefficient: float = 0.3,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 1.0,
     penalty: Penalty = distance_from_original,
     penalty_coefficient: float = 1e-7,
-    steps: int = 50,
-    learning_rate: float = 1.0,
-    batch_size: int = 64,
-    text: Iterable[str | Sequence[int]] | None = None,
-    text_length: int = 64,
-    text_batch_size: int = 8,
-    micro_batch_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    clip: float | None = None,
-    optimizer: MakesOptimizer = torch.optim.SGD,
-    seed: int = 0,
-    progress: bool = True,
-    on_step: Callable[[Mapping[str, int | float]], None] | None = None,
-    until: Callable[[Mapping[str, int | float]], bool] | None = None,
-    checkpoint: str | Path | None = None,
-    every: int = 10,
+    **options: Unpack[TrainingOptions],
 ) -> LearnedMask:
     """`learn_weight_mask` in the least memory: the weights w are trained, each clamped between 0 and its original w0.
 
@@ -204,56 +142,36 @@ def learn_weight_mask_in_place(
     Weights move in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight round away.
 
     Cost: as `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one matrix for
-    what a step computes.
-    The default optimizer, SGD without momentum, keeps nothing; another one may.
-    Text, checkpoints, models, seeds and errors: as for `finetune`.
+    what a step computes. The default optimizer, SGD without momentum, keeps nothing; another one may. Errors: as for
+    `finetune`.
     """
-    terms = task_terms(
-        model,
-        task,
-        inject=inject,
-        losses=(forget_loss, retain_loss, text_loss),
-        coefficients=(forget_coefficient, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, text_batch_size),
-        text=text,
-        text_length=text_length,
-    )
-    found = trained(
+    run = training_run(
         model,
         task,
         mask,
-        terms,
+        task_terms(model, task, options),
+        options,
         about={
             "editor": "learn_weight_mask_in_place",
             "penalty": [penalty_coefficient, described(penalty)],
-            "text_length": None if text is None else text_length,
+            "text_length": row_length(options),
         },
         moving=_shrinking,
-        taken=lambda parts: parts[0].numbers() if len(parts) == 1 else torch.cat([part.numbers() for part in parts]),
-        penalty=lambda shrinking: shrinking.add_gradient(penalty, penalty_coefficient),
-        optimizer=optimizer,
-        compute_dtype=compute_dtype,
-        checkpoint=checkpoint,
-        every=every,
-        progress=progress,
-        on_step=on_step,
-        until=until,
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=micro_batch_size,
-        clip=clip,
-        seed=seed,
+        result=_Shrinking.numbers,
+        penalty=lambda part: part.penalise(penalty, penalty_coefficient),
     )
-    return LearnedMask(mask, found.values, found.original, found.fingerprint, found.provenance, found.history)
+    return LearnedMask(mask, run.values, run.original, run.fingerprint, run.provenance, run.history)
 
 
 def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
     """A part for each run of units that lie together; one part, gathered for each step, where there are many."""
     entries.slot.parameter.requires_grad_(True)
     places = entries.units.nonzero()[:, 0]
+    # A run begins at the first unit, and wherever the number of a unit is more than one above the last.
     starts = [0, *((places.diff() > 1).nonzero()[:, 0] + 1).tolist(), len(places)]
     if len(starts) > _RUNS:
         return [_Gathered(entries, places, original, True)]
+    # Units from a to b - 1 of the mask are a slice of the parameter, so that the optimizer can move a view of it.
     return [
         _Shrinking(entries, slice(int(places[a]), int(places[b - 1]) + 1), original[a:b], b == len(places))
         for a, b in pairwise(starts)
@@ -262,7 +180,7 @@ def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
 
 @dataclass(eq=False)
 class _Shrinking:
-    """Weights on their way to zero, where they are."""
+    """Weights on their way to zero, trained where they are: `tensor` is a view of the parameter."""
 
     entries: Entries
     units: slice | Tensor
@@ -278,6 +196,7 @@ class _Shrinking:
         parameter = self.entries.slot.parameter
         if parameter.grad is None:
             return
+        # The parameter's gradient is freed below, and a view would keep all of it: unless all of it is wanted, copy.
         gradient = self._own(parameter.grad)
         if self.tensor.grad is None:
             self.tensor.grad = gradient if self.entries.is_whole else gradient.clone()
@@ -289,6 +208,7 @@ class _Shrinking:
     @torch.no_grad()
     def publish(self) -> None:
         self.tensor.grad = None  # first: the bounds below take its place
+        # Between 0 and w0: a negative w0 is the lower bound and 0 the upper one, a positive w0 the other way round.
         self.tensor.clamp_(min=self.original.clamp(max=0.0))
         self.tensor.clamp_(max=self.original.clamp(min=0.0))
         parameter = self.entries.slot.parameter.detach()
@@ -301,8 +221,8 @@ class _Shrinking:
         weights = self._own(self.entries.slot.parameter.detach())
         return (weights.to(precise) / self.original.to(precise)).masked_fill_(self.original == 0, 1.0)
 
-    def add_gradient(self, penalty: Penalty, coefficient: float) -> float:
-        """Of the penalty, a few units at a time; gives its value."""
+    def penalise(self, penalty: Penalty, coefficient: float) -> float:
+        """Add the penalty's gradient, a few units at a time, which takes no second copy; gives its value."""
         if self.tensor.grad is None:
             self.tensor.grad = torch.zeros_like(self.tensor)
         rows = max(1, _AT_ONCE // self.original[0].numel())
@@ -310,9 +230,9 @@ class _Shrinking:
         parts = zip(*(t.split(operator.index(rows)) for t in (weights, self.tensor.grad, self.original)), strict=True)
         total = 0.0
         for weight, gradient, original in parts:
-            value = weight.detach().requires_grad_(True)
-            cost = coefficient * penalty(value, original).sum()
-            gradient.add_(torch.autograd.grad(cost, value)[0])
+            leaf = weight.detach().requires_grad_(True)
+            cost = coefficient * penalty(leaf, original).sum()
+            gradient.add_(torch.autograd.grad(cost, leaf)[0])
             total += float(cost.detach())
         return total
 
@@ -326,12 +246,14 @@ class _Gathered(_Shrinking):
 
     def __post_init__(self) -> None:
         self.tensor = torch.empty_like(self.original)
-        self.tensor.untyped_storage().resize_(0)
+        self.tensor.untyped_storage().resize_(0)  # the tensor keeps its shape, and the optimizer its key
 
     def fetch(self) -> None:
+        """Take memory again and copy the present weights into it, just before the optimizer's step."""
         self.tensor.untyped_storage().resize_(self.original.numel() * self.original.element_size())
         self.tensor.copy_(self._own(self.entries.slot.parameter.detach()))
 
     def publish(self) -> None:
+        """Scatter the weights back to their places, then give the memory up."""
         super().publish()
         self.tensor.untyped_storage().resize_(0)

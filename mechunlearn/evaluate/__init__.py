@@ -1,6 +1,15 @@
 """Is it gone, everywhere, and what did it cost? Each test: (model, task) -> `Result`."""
 
-from mechunlearn.evaluate.asking import Test, every_format, in_format, injected, knowledge, paper_metrics, text_loss
+from mechunlearn.evaluate.asking import (
+    Test,
+    every_format,
+    in_format,
+    injected,
+    knowledge,
+    paper_metrics,
+    text_kl,
+    text_loss,
+)
 from mechunlearn.evaluate.attacks.directions import direction_ablation, mean_difference, principal_difference
 from mechunlearn.evaluate.attacks.exam import halves
 from mechunlearn.evaluate.attacks.few_shot import few_shot
@@ -19,7 +28,6 @@ from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Accuracy, accuracy, measure, whole_answers
-from mechunlearn.evaluate.side_effects import text_kl
 
 __all__ = [
     "Accuracy",

@@ -1,4 +1,4 @@
-"""A TransformerLens model as lm-evaluation-harness takes it; imported only where the harness is used."""
+"""A TransformerLens model that answers the requests of lm-evaluation-harness; imported only where that is used."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +24,13 @@ Tokens: TypeAlias = tuple[int, ...]
 
 
 class HarnessModel(TemplateLM):
-    """The model as it is now, edit and hooks included, for anything that the harness can do; nothing is exported.
+    """The model as it is now, with edits and hooks, as the harness takes it: a subclass, since it takes nothing else.
 
-    For example `lm_eval.simple_evaluate(HarnessModel(model), tasks=["mmlu"])`. A subclass, since the harness takes
-    nothing else. Text begins with BOS where the model expects one (`cfg.default_prepend_bos`), as everywhere in this
-    package; the harness itself leaves that to the tokenizer, which adds none for GPT-2, so published numbers may differ
-    a little. An input longer than the context loses its beginning, with a warning. Greedy generation only, without a
-    cache of keys and values: slow for long answers.
+    For example `lm_eval.simple_evaluate(HarnessModel(model), tasks=["mmlu"])`. Text begins with BOS where the model
+    expects one (`cfg.default_prepend_bos`), as everywhere in this package. The harness itself leaves that to the
+    tokenizer, which adds none for GPT-2, so published numbers may differ a little. An input longer than the context
+    loses its beginning, with a warning. Generation is greedy and has no cache of keys and values: it is slow for long
+    answers.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text without context: BOS, or EOS if there is none."""
+        """The token before a text without context: BOS, or EOS if there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -74,36 +74,36 @@ class HarnessModel(TemplateLM):
 
         BOS (else EOS) is what the first token follows, and is not itself scored.
         """
-        windows = [(i, window) for i, each in enumerate(requests) for window in self._windows(*each.args)]
-        found = self._loglikelihood_tokens([(("", ""), *window) for _, window in windows])
+        windows = [(i, window) for i, request in enumerate(requests) for window in self._windows(*request.args)]
+        scores = self._loglikelihood_tokens([(("", ""), *window) for _, window in windows])
         totals = [0.0] * len(requests)
-        for (i, _), (value, _) in zip(windows, found, strict=True):
+        for (i, _), (value, _) in zip(windows, scores, strict=True):
             totals[i] += value
         return totals
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[str]:
-        """What the model says, token by token the most likely one, up to a stop string, EOS or the longest length."""
+        """Greedy continuations, each up to a stop string, EOS or the largest number of tokens."""
         with preserved(self.model), torch.no_grad():
             batches = _batches(requests, self.batch_size)
-            return [text for batch in batches for text in self._continued([each.args for each in batch])]
+            return [text for batch in batches for text in self._continued([request.args for request in batch])]
 
     def _loglikelihood_tokens(
         self, requests: "Sequence[tuple[tuple[str, str], list[int], list[int]]]", **options: Any
     ) -> list[tuple[float, bool]]:
         """Requests that differ in nothing but their last token, such as A, B, C and D, share a forward."""
-        asked = [self._fitted(context, continuation) for _, context, continuation in requests]
+        inputs = [self._fitted(context, continuation) for _, context, continuation in requests]
         sharing: dict[tuple[Tokens, int], list[int]] = {}
-        for i, (tokens, n) in enumerate(asked):
+        for i, (tokens, n) in enumerate(inputs):
             sharing.setdefault((tokens[:-1], n), []).append(i)
-        groups = sorted(sharing.values(), key=lambda group: -len(asked[group[0]][0]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
+        groups = sorted(sharing.values(), key=lambda group: -len(inputs[group[0]][0]))
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(inputs)
         with preserved(self.model), torch.no_grad():
             for batch in _batches(groups, self.batch_size):
-                rows = self._logits([asked[group[0]] for group in batch])
+                rows = self._logits([inputs[group[0]] for group in batch])
                 for i, logits in [(i, logits) for logits, group in zip(rows, batch, strict=True) for i in group]:
-                    tokens, n = asked[i]
-                    found[i] = _score(logits[:n], torch.tensor(tokens[-n:], device=logits.device))
-        return found
+                    tokens, n = inputs[i]
+                    scores[i] = _score(logits[:n], torch.tensor(tokens[-n:], device=logits.device))
+        return scores
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Tokens, int]:
         """The last tokens that the model can predict with its context, and how many of them to score."""
@@ -117,11 +117,11 @@ class HarnessModel(TemplateLM):
             _warn_of_cut(len(tokens) - self.max_length - 1)
         return tokens[-(self.max_length + 1) :], len(continuation)
 
-    def _logits(self, asked: Sequence[tuple[Tokens, int]]) -> Float[Tensor, "batch place d_vocab"]:
+    def _logits(self, inputs: Sequence[tuple[Tokens, int]]) -> Float[Tensor, "batch place d_vocab"]:
         """The logits that predict the last n tokens of each row; rows with fewer are filled up."""
-        tokens, mask = _padded(self.model, [tokens[:-1] for tokens, _ in asked])
-        longest = max(n for _, n in asked)
-        places = [(len(t) - 1 - n + torch.arange(longest)).clamp(max=len(t) - 2) for t, n in asked]
+        tokens, mask = _padded(self.model, [tokens[:-1] for tokens, _ in inputs])
+        longest = max(n for _, n in inputs)
+        places = [(len(t) - 1 - n + torch.arange(longest)).clamp(max=len(t) - 2) for t, n in inputs]
         return logits_at(self.model, tokens, mask, torch.stack(places).to(tokens.device))
 
     def _windows(self, text: str) -> Iterable[tuple[list[int], list[int]]]:
@@ -142,10 +142,10 @@ class HarnessModel(TemplateLM):
 
     def _settings(self, options: dict[str, Any]) -> tuple[list[str], int]:
         """Stop strings, and the largest number of tokens."""
-        found: Any = normalize_gen_kwargs(options)
-        if found["do_sample"]:
+        settings: Any = normalize_gen_kwargs(options)
+        if settings["do_sample"]:
             raise ValueError("expected a task that generates greedily, got one that samples: set do_sample to False.")
-        return [stop for stop in found["until"] if stop], found["max_gen_toks"]
+        return [stop for stop in settings["until"] if stop], settings["max_gen_toks"]
 
     def _room(self, tokens: list[int], n: int) -> list[int]:
         room = self.max_length - n
@@ -174,9 +174,9 @@ class HarnessModel(TemplateLM):
 
 def _padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Tokens and mask, padded on the right."""
-    given = [torch.tensor(list(row)) for row in rows]
-    tokens = pad_sequence(given, batch_first=True, padding_value=pad_token(model))
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in given], batch_first=True)
+    tensors = [torch.tensor(list(row)) for row in rows]
+    tokens = pad_sequence(tensors, batch_first=True, padding_value=pad_token(model))
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], batch_first=True)
     return tokens.to(device_of(model)), mask.to(device_of(model))
 
 

@@ -1,52 +1,57 @@
-"""Asking a task: each format on both sides, other knowledge, general text."""
+"""Tests that ask: each format on both sides, the injected answer, other knowledge, general text."""
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from mechunlearn.evaluate.generation import generated
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Side, measure, side_of, whole_answers
+from mechunlearn.identity import name_of
+from mechunlearn.losses import kl_to_original
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model
+from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts
 
 Test: TypeAlias = Callable[..., Result]
-"""A test or attack `(model, task) -> Result`; any function of this signature is one.
+"""A test or attack: any function `(model, task) -> Result`.
 
-Two more keywords are given to those that name them: `seed` (a number; with several seeds, the test runs once with
-each), and `original`, a function without arguments whose result is a context: inside `with original() as model:` is the
-original model, and after it the tested one again.
+`compare` passes two more keywords to a test that has them: `seed`, a number (with several seeds, the test runs once
+with each), and `original`, a function that gives a context: inside `with original() as model:` the model is the
+original one, and after it the tested one again.
 """
+
+Original: TypeAlias = Callable[[], AbstractContextManager[Model]]
+"""A function whose context gives the original model: `with original() as model:`."""
 
 
 def in_format(
-    model: Model,
-    task: Task,
-    *,
-    name: str | None = None,
-    side: Side = "forget",
-    metric: Metric = candidate_probability,
+    model: Model, task: Task, *, name: str | None = None, side: Side = "forget", metric: Metric = candidate_probability
 ) -> Result:
-    """Accuracy on one side of the test split in the format `name` (`None`: the first, the trained prompt).
+    """Accuracy on one side of the test split in the format `name` (None: the first, the trained prompt).
 
-    In which sense, and what chance is, `metric` decides: `candidate_probability`, the paper's; `is_top_of_candidates`;
-    `is_top_of_vocabulary`. Where `task.formats[name].kept`, both sides should stay as they were. Cost: 1 forward.
-    ValueError if the task lacks the format.
+    `metric` decides the sense of accuracy, and so what chance is: `candidate_probability` (the paper's),
+    `is_top_of_candidates` or `is_top_of_vocabulary`. In a format with `kept`, both sides should stay as they were.
+    Cost: 1 forward. ValueError if the task lacks the format.
     """
     return measure(model, side_of(task, format=name, side=side), [metric])[0]
 
 
 def injected(model: Model, task: Task, *, format: str | None = None, metric: Metric = candidate_probability) -> Result:
-    """Accuracy of the injected answer, in the sense of `metric`, on facts to forget. Chance: 1 / candidates.
+    """Accuracy of the injected answer on facts to forget, in the sense of `metric`. Chance is 1 / candidates.
 
-    Without a `format` on `task.injection`, the prompts that an edit trains on; with one on the test split asked so. The
-    original model, which prefers the true answers, is below chance. Cost: 1 forward.
-    ValueError for a task without injected answers, or without them in that format.
+    The prompts are `task.injection`, which an edit trains on, or the test split in a `format`. The original model,
+    which prefers the true answers, is below chance. Cost: 1 forward. ValueError for a task or format without injected
+    answers.
     """
     prompts = task.injection if format is None else side_of(task, format=format, side="injected")
     if prompts is None:
@@ -54,8 +59,8 @@ def injected(model: Model, task: Task, *, format: str | None = None, metric: Met
             "expected a task with injected answers, got none: build it with mu.tasks.sports_facts(injected=...), or "
             "set Task.injection, for example to mu.tasks.answered(model, task.forget, ...)."
         )
-    found = measure(model, prompts, [metric])[0]
-    return replace(found, sense=f"injected answer, {found.sense}")
+    result = measure(model, prompts, [metric])[0]
+    return replace(result, sense=f"injected answer, {result.sense}")
 
 
 def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probability) -> Result:
@@ -73,28 +78,42 @@ def text_loss(model: Model, task: Task) -> Result:
     def per_token(logits, prompts: Prompts):
         return -answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
-    found = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
-    return Result(found.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
+    result = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
+    return Result(result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
-def format_test(task: Task, name: str, side: Side, *, metric: Metric = candidate_probability) -> Test:
-    """`in_format` of one side, or `whole_answers` where the answers have no candidates to be told from."""
-    if task.formats[name].forget.candidates is None and metric is candidate_probability:
-        return partial(whole_answers, name=name, side=side)
-    return partial(in_format, name=name, side=side, metric=metric)
+def text_kl(model: Model, task: Task, *, original: Original | None = None, batch_size: int = 16) -> Result:
+    """Mean KL(original || tested) over the tokens of `task.text_test`, one value per row, in nats per token.
+
+        sum over v of p0(v) (log p0(v) - log p(v)),   p0 = the original model's prediction of the next token
+
+    It is 0 for the original itself, and larger is worse; there is no chance level. It sees damage that `text_loss`
+    misses, where text is about as likely but the model expects other words than before. `compare` passes `original`.
+
+    Cost: 2 forwards over the text, and memory for the logits of two batches; `original` is entered once per batch.
+    ValueError without `original`, or if the result is not finite.
+    """
+    original = required(original, text_kl)
+    check_model(model)
+    batches = as_prompts(task.text_test).to(device_of(model)).batches(batch_size)
+    values = torch.cat([_per_row(model, batch, original) for batch in batches])
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("expected finite predictions on task.text_test, got NaN or infinity: check the model's dtype.")
+    return Result(values, "KL(original || tested)", unit="nats per token")
 
 
 def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[str, Test]:
-    """A test for each format and side that the task has; what the model says on its own to the trained prompt; the
-    injected answer and other knowledge, if the task has them; and text loss.
+    """All that a task can be asked, as tests by name.
 
-    `metric`: the sense of accuracy, but of what is generated; a format without candidates is scored by `whole_answers`
-    where the metric is the default one. "(keep)" marks formats that ask for other facts about the same subjects: there,
-    "forget" too should stay as it was.
+    There is a test for each format and side, what the model generates after the trained prompt, the injected answer and
+    other knowledge if the task has them, and text loss. "(keep)" marks formats that ask for other facts about the same
+    subjects, where the side "forget" should stay as it was too.
+
+    `metric`: the sense of accuracy in the formats. With the default, `whole_answers` scores formats without candidates.
     """
     tests: dict[str, Test] = {
-        f"{side}, {name}{' (keep)' if found.kept else ''}": format_test(task, name, side, metric=metric)
-        for name, found in task.formats.items()
+        f"{side}, {name}{' (keep)' if format.kept else ''}": format_test(task, name, side, metric=metric)
+        for name, format in task.formats.items()
         for side in ("forget", "retain")
     }
     tests |= {f"{side}, generated": partial(generated, side=side) for side in ("forget", "retain") if task.formats}
@@ -115,5 +134,35 @@ paper_metrics: Mapping[str, Test] = {
     "other knowledge": knowledge,
     "text loss": text_loss,
 }
-"""The columns of the paper's tables and one more format, all of `sports_facts`; accuracy is the paper's (mean
-probability over the candidates). A mapping from column to test: add your own with `{**paper_metrics, "mine": f}`."""
+"""The columns of the paper's tables and one more format, for `sports_facts`, by name.
+
+Accuracy is the paper's, the mean probability over the candidates. Add tests with `{**paper_metrics, "mine": f}`.
+"""
+
+
+def required(original: Original | None, test: Test) -> Original:
+    """The function that gives the original model; ValueError where a test that needs it got none."""
+    if original is None:
+        raise ValueError(
+            f"expected the original model, got none: run {name_of(test)} by mu.evaluate.compare, or pass original=..., "
+            f"a function whose result is a context: inside `with original() as model:` is the original."
+        )
+    return original
+
+
+def _per_row(model: Model, batch: Prompts, original: Original) -> Float[Tensor, "batch"]:
+    with torch.no_grad():
+        with original() as untouched, preserved(untouched):
+            before = batch.logits(untouched)
+        with preserved(model):
+            after = batch.logits(model)
+        # Row by row: two more tensors of the size of the logits would double the memory.
+        rows = zip(after, before.to(after.device), batch.answer_mask, strict=True)
+        return torch.stack([kl_to_original(a[real], b[real]).mean() for a, b, real in rows]).cpu()
+
+
+def format_test(task: Task, name: str, side: Side, *, metric: Metric = candidate_probability) -> Test:
+    """`in_format` of one side, or `whole_answers` for a format without candidates."""
+    if task.formats[name].forget.candidates is None and metric is candidate_probability:
+        return partial(whole_answers, name=name, side=side)
+    return partial(in_format, name=name, side=side, metric=metric)

@@ -1,4 +1,4 @@
-"""What the model says on its own, and how much of an answer has to be given away before it does."""
+"""Generation: what the model says itself, and how much of an answer must be shown before it says the rest."""
 
 from dataclasses import replace
 
@@ -14,21 +14,18 @@ from mechunlearn.tasks.task import Task
 
 
 def generated(
-    model: Model,
-    task: Task,
-    *,
-    format: str | None = None,
-    side: Side = "forget",
-    batch_size: int = 64,
+    model: Model, task: Task, *, format: str | None = None, side: Side = "forget", batch_size: int = 64
 ) -> Result:
-    """Share of prompts to which the model, left to itself, gives the answer (`says`). Chance is about 0.
+    """Share of prompts after which the model generates the answer, as `says` judges it. Chance is about 0.
 
-    Accuracy over the vocabulary feeds the answer's earlier tokens to predict the later ones, which flatters edits of
-    answers of several tokens (Yang et al. 2025, https://arxiv.org/abs/2502.11177). Here each prompt is continued by
-    its most probable tokens, as many as the longest answer of these prompts has and one more, which shows whether the
-    word goes on: where a model runs words together, as the shipped one does after some trained prompts, it did not say
-    the answer. `format`: default the first, the trained prompt. `continuations` gives the texts.
-    Cost: that many forwards. ValueError for a format or side that the task lacks.
+    Accuracy over the vocabulary shows the model the answer's earlier tokens when it predicts the later ones, which
+    flatters edits of long answers (Yang et al. 2025, https://arxiv.org/abs/2502.11177). Here each prompt is continued
+    by its most probable tokens: as many as the longest answer has, and one more to see whether the last word ends
+    there. A model that runs words together, as the shipped one does after some trained prompts, has not said the
+    answer.
+
+    `format`: default the first, the trained prompt. `continuations` gives the texts. Cost: a forward for each generated
+    token. ValueError for a format or side that the task lacks.
     """
     prompts = side_of(task, format=format, side=side)
     texts = continuations(model, prompts, prompts.answers.shape[1] + 1, batch_size=batch_size)
@@ -38,9 +35,9 @@ def generated(
 
 
 def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: int = 64) -> tuple[str, ...]:
-    """The most probable `n_tokens` tokens after each prompt, one after the other, as text up to an end of text.
+    """The text that follows each prompt: `n_tokens` tokens, each the most probable one, up to an end of text.
 
-    The answers of the prompts are not shown to the model. Cost: `n_tokens` forwards. ValueError for a model without a
+    The model does not see the answers of the prompts. Cost: `n_tokens` forwards. ValueError for a model without a
     tokenizer and for prompts that leave no room in its context.
     """
     check_model(model)
@@ -51,11 +48,11 @@ def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: 
 
 
 def says(text: str, answer: str) -> bool:
-    """True if the text begins with the answer as whole words.
+    """True if the text begins with the answer, as whole words.
 
-    White space at the ends does not count, and any other counts as one space. Upper and lower case count the same, but
-    for answers of one character: "a" is a word, and not the letter of an option. What follows the answer must not be a
-    letter or a digit: "golf, of course" says "golf"; "golfing" and "the golf" do not.
+    "golf, of course" says "golf"; "golfing" and "the golf" do not. White space at the ends is ignored, and other white
+    space counts as one space. Upper and lower case count the same, except in answers of one character: "a" is a word,
+    not the letter of an option.
     """
     text, answer = " ".join(text.split()), " ".join(answer.split())
     if len(answer) > 1:
@@ -63,8 +60,30 @@ def says(text: str, answer: str) -> bool:
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
 
+def extraction_strength(
+    model: Model, task: Task, *, format: str | None = None, side: Side = "forget", batch_size: int = 64
+) -> Result:
+    """Mean extraction strength of the answers, from 0 (the model adds at most the last token) to 1 (all of it).
+
+        strength = (T - 1 - k) / (T - 1)
+
+    T is the number of tokens of the answer, and k the smallest number of them after which greedy generation gives the
+    others. This is ES = 1 - k / T without its floor: at least one token must be generated, so k <= T - 1 and ES >= 1 /
+    T even if nothing is right. An answer of *one* token counts 1 if it is generated and 0 if not, which is accuracy
+    over the vocabulary; one of two tokens is still all or nothing.
+
+    Chance is about 0. `format`: default the first, the trained prompt. Cost: 1 forward, since greedy generation is
+    right from k on exactly if each later token is the argmax given those before it.
+
+    Carlini et al. 2021, https://arxiv.org/abs/2012.07805; as a score of unlearning: Wang et al. 2025,
+    https://arxiv.org/abs/2406.09179. ValueError for a format or side that the task lacks.
+    """
+    result = measure(model, side_of(task, format=format, side=side), [_strength], batch_size=batch_size)[0]
+    return replace(result, sense="extraction strength without its floor", chance=0.0, unit="share")
+
+
 def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch new"]:
-    tokens, mask = _opened(prompts, n_tokens)
+    tokens, mask = _without_answers(prompts, n_tokens)
     last = mask.sum(1, keepdim=True) - 1
     places = last + 1 + torch.arange(n_tokens, device=tokens.device)
     for step in range(n_tokens):
@@ -75,8 +94,8 @@ def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch
     return tokens.gather(1, places)
 
 
-def _opened(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """The prompts without their answers, from the first column on, with room for new tokens."""
+def _without_answers(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """The prompts without their answers, padded on the right with room for new tokens, and their mask."""
     columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
     own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
     lengths = own.sum(1)
@@ -87,7 +106,7 @@ def _opened(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], 
 
 
 def _text(model: Model, tokens: Int[Tensor, "new"]) -> str:
-    """Up to the first token that ends a text."""
+    """The tokens as text, up to the first one that ends a text."""
     ids = tokens.tolist()
     end = model.tokenizer.eos_token_id
     ids = ids[: ids.index(end)] if end in ids else ids
@@ -107,38 +126,11 @@ def _check_room(model: Model, prompts: Prompts, n_tokens: int) -> None:
         )
 
 
-def extraction_strength(
-    model: Model,
-    task: Task,
-    *,
-    format: str | None = None,
-    side: Side = "forget",
-    batch_size: int = 64,
-) -> Result:
-    """Mean extraction strength of the answers, from 0 (only the last token, or nothing, is completed) to 1 (all of it).
-
-    For an answer of T tokens, ES = 1 - k / T, where k is the smallest number of its tokens after which greedy
-    generation gives the others; at least one token must be generated, so k <= T - 1 and ES >= 1 / T, even if nothing
-    is right. That floor is taken out: (ES - 1 / T) / (1 - 1 / T) = (T - 1 - k) / (T - 1), which is comparable across
-    lengths. An answer of *one* token cannot be given in part, and ES is 1 whatever the model says: it counts 1 if that
-    token is generated and 0 if not, so there this is accuracy over the vocabulary and says nothing more. With two
-    tokens it is still 0 or 1: all of it, or not.
-
-    Chance is about 0. `format`: default the first, the trained prompt. Cost: 1 forward, since greedy generation is
-    right from k on exactly if each later token is the argmax given those before it.
-
-    Carlini et al. 2021, https://arxiv.org/abs/2012.07805; as a score of unlearning: Wang et al. 2025,
-    https://arxiv.org/abs/2406.09179. ValueError for a format or side that the task lacks.
-    """
-    found = measure(model, side_of(task, format=format, side=side), [_strength], batch_size=batch_size)[0]
-    return replace(found, sense="extraction strength without its floor", chance=0.0, unit="share")
-
-
 def _strength(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
     real = prompts.answer_mask
     length = real.sum(1)
     wrong = (logits.argmax(-1) != prompts.answers) & real
     places = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
-    given = (wrong * places).amax(1)  # up to the last wrong token
-    strength = (length - 1 - given) / (length - 1).clamp(min=1)
-    return torch.where(length > 1, strength.clamp(min=0.0), (given == 0).float())
+    last_wrong = (wrong * places).amax(1)  # up to the last wrong token
+    strength = (length - 1 - last_wrong) / (length - 1).clamp(min=1)
+    return torch.where(length > 1, strength.clamp(min=0.0), (last_wrong == 0).float())

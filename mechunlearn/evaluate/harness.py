@@ -1,4 +1,4 @@
-"""Any task of EleutherAI's lm-evaluation-harness on the model as it is now: MMLU, tinyMMLU, ARC, your own."""
+"""Tasks of EleutherAI's lm-evaluation-harness, such as MMLU, tinyMMLU, ARC or your own, on the model as it is now."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -27,17 +27,19 @@ def lm_eval_task(
     fewshot_seed: int = 1234,
     batch_size: int = 16,
 ) -> Result:
-    """One value per document of a task of lm-evaluation-harness, which runs it on the model as it is now.
+    """The result of a task of lm-evaluation-harness on the model as it is now, with one value per document.
 
-    Needs lm-eval: `pip install 'mechunlearn[lm-eval]'`.
+    It needs lm-eval: `pip install 'mechunlearn[lm-eval]'`.
 
-    `name`: a task or group of the harness ("mmlu", "arc_easy"), the path of a YAML file, or such a file's content as
-    a dict. `metric`: which of the task's numbers; its mean over documents is the value, also where the harness sums up
-    otherwise (tinyMMLU by item response theory). `filter`: of tasks that read answers in several ways, which one;
-    default the first. `limit`: so many documents of each task. `task` is not used.
+    - `name`: a task or group of the harness ("mmlu", "arc_easy"), the path of a YAML file, or its content as a dict.
+    - `metric`: one of the task's numbers. The value is its mean over documents, also where the harness sums up
+      otherwise (tinyMMLU by item response theory).
+    - `filter`: one of the ways in which the task reads answers; default: the first.
+    - `limit`: how many documents of each task to use.
+    - `task` is not used; it is there so that the function is a test.
 
-    Chance is 1 / choices (its mean over documents) for an accuracy among choices, else not given. Names are
-    "task/document". The model gets no chat template; `harness_model(model)` is for whatever else the harness can do.
+    Chance is 1 / choices, averaged over documents, for an accuracy among choices; otherwise there is none. Names are
+    "task/document". There is no chat template; `harness_model(model)` gives access to all else that the harness can do.
 
     Cost: 1 forward per document whose choices are single tokens, else 1 per choice; at first use about 6 seconds to
     index the tasks. Gao et al., https://github.com/EleutherAI/lm-evaluation-harness. ImportError without lm-eval or
@@ -49,12 +51,12 @@ def lm_eval_task(
 
     with _random_state_kept():
         loaded = _loaded(name)
-        for each in loaded["tasks"].values():
-            shown = each.get_config("num_fewshot") if num_fewshot is None else num_fewshot
-            each.set_config("num_fewshot", shown or 0)
-            each.set_fewshot_seed(seed=fewshot_seed)
-        found: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
-    samples = [(label, s) for label, of_task in found["samples"].items() for s in _filtered(of_task, filter)]
+        for harness_task in loaded["tasks"].values():
+            shown = harness_task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+            harness_task.set_config("num_fewshot", shown or 0)
+            harness_task.set_fewshot_seed(seed=fewshot_seed)
+        results: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    samples = [(label, s) for label, of_task in results["samples"].items() for s in _filtered(of_task, filter)]
     chances = [_chance(loaded["tasks"][label], sample, metric) for label, sample in samples]
     known = [chance for chance in chances if chance is not None]
     return Result(
@@ -84,7 +86,7 @@ def harness_model(model: Model, *, batch_size: int = 16) -> Any:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """The harness takes numbers from Python's global generator, which would change what a seeded script does next."""
+    """Inside, Python's global generator may be used, as the harness does; after, it goes on as if it had not been."""
     state = random.getstate()
     try:
         yield
@@ -93,7 +95,8 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _loaded(name: str | Mapping[str, Any]) -> Any:
-    """The harness's tasks; to know them all takes seconds, so only where one is asked for by name."""
+    """The harness's tasks of this name or content."""
+    # To index the harness's own tasks takes seconds, so this is done only where one is asked for by name.
     named = not (Path(name).suffix in (".yaml", ".yml") if isinstance(name, str) else "dataset_path" in name)
     tasks = _tasks(named)
     if isinstance(name, str) and name not in tasks.task_index and not Path(name).is_file():
@@ -127,7 +130,7 @@ def _filtered(samples: list[dict[str, Any]], filter: str | None) -> list[dict[st
 
 
 def _number(sample: dict[str, Any], metric: str) -> float:
-    numbers = [each for each in sample["metrics"] if isinstance(sample[each], int | float)]
+    numbers = [name for name in sample["metrics"] if isinstance(sample[name], int | float)]
     if metric not in numbers:
         raise ValueError(
             f"expected a metric of the task that is one number for each document ({', '.join(numbers) or 'none is'}), "

@@ -1,4 +1,4 @@
-"""Can the answer be read off hidden layers by the model's own unembedding, with a few guesses?"""
+"""Logit lens: can the model's own unembedding read the answer off hidden layers, in a few guesses?"""
 
 import operator
 from collections.abc import Callable, Iterable
@@ -20,24 +20,24 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
 Rankings: TypeAlias = Callable[[Float[Tensor, "batch point d_vocab"]], Float[Tensor, "batch ranking d_vocab"]]
-"""From what each layer would say (log-probabilities) to scores of tokens; of several rankings the last goes first."""
+"""A function from each layer's log-probabilities to rankings of tokens by score; the last ranking goes first."""
 
 
-def by_probability(found: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch point d_vocab"]:
-    """The likeliest tokens of each layer."""
-    return found
+def by_probability(log_probabilities: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch point d_vocab"]:
+    """Ranks the likeliest tokens of each layer first."""
+    return log_probabilities
 
 
-def by_both_ends(found: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch _ d_vocab"]:
-    """The likeliest and the unlikeliest of each layer: an edit that only pushes an answer down leaves it at the end."""
-    return torch.stack([-found, found], 2).flatten(1, 2)
+def by_both_ends(log_probabilities: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch _ d_vocab"]:
+    """Ranks the likeliest and the unlikeliest tokens of each layer: an edit may push an answer down to the end."""
+    return torch.stack([-log_probabilities, log_probabilities], 2).flatten(1, 2)
 
 
-def by_change(found: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch _ d_vocab"]:
-    """The tokens whose probability rises or falls most from each layer to the next one read."""
-    if found.shape[1] < 2:
+def by_change(log_probabilities: Float[Tensor, "batch point d_vocab"]) -> Float[Tensor, "batch _ d_vocab"]:
+    """Ranks the tokens whose probability rises or falls most from each layer to the next."""
+    if log_probabilities.shape[1] < 2:
         raise ValueError("expected at least two layers for by_change, got one: pass more in layers=....")
-    rise = found.exp().diff(dim=1)
+    rise = log_probabilities.exp().diff(dim=1)
     return torch.stack([-rise, rise], 2).flatten(1, 2)
 
 
@@ -54,25 +54,24 @@ def lens_extraction(
     """Share of forgotten facts whose answer is among `budget` tokens that the logit lens proposes.
 
     The final norm and the unembedding are applied, at the last token of the prompt, to the residual stream that enters
-    each of `layers` (default: all, 0 to n_layers, whose last is the model's own output). `rankings` makes lists of
-    tokens of that: `by_probability` (default), `by_both_ends`, `by_change`, or your own. Candidates are the first of
-    each list, from the last list to the first, then the second of each, and so on, without repetition, until there
-    are `budget` of them. An attack succeeds if the first token of the answer is one; `curve`: with each budget 1, 2,
-    4, ... up to `budget`.
+    each of `layers` (default: all, 0 to n_layers; the last is the model's own output). `rankings` turns that into lists
+    of tokens: `by_probability`, `by_both_ends`, `by_change`, or your own function. The proposals are the first token of
+    each list, from the last list to the first, then the second of each, and so on, until there are `budget` different
+    ones. The attack succeeds if the first token of the answer is among them. `curve`: with budgets 1, 2, 4, ... up to
+    `budget`.
 
-    `control`: the same for the wrong candidate answers of the prompts, the mean over them. A lens that proposes every
-    sport in the first few tokens shows that the model knows it is asked for a sport: then the control is as high, and
-    a smaller budget must tell. Chance: `budget` / vocabulary, of as many different tokens drawn at random. What a
-    lens does not find may still be known: early layers need not write in the basis of the unembedding, and an edit
-    of the unembedding blinds every layer (probes read these).
+    `control`: the same for the wrong candidate answers, averaged. Where it is as high, the lens shows only that the
+    model is asked for a sport; try a smaller budget. Chance is `budget` / vocabulary. What a lens does not find may
+    still be known: early layers need not write in the basis of the unembedding, and an edit of the unembedding blinds
+    all layers. Probes read these.
 
-    Cost: 1 forward and one unembedding per prompt and layer. Patil et al. 2023, https://arxiv.org/abs/2309.17410:
-    the head projection attack (`by_probability`, `by_both_ends`) and the probability delta attack (`by_change`),
-    there with k tokens of each of a few layers chosen per model, and budget k x layers. ValueError for a format or
-    layers that do not exist and a budget outside 1..vocabulary.
+    Cost: 1 forward, and one unembedding per prompt and layer. Patil et al. 2023, https://arxiv.org/abs/2309.17410: the
+    head projection attack (`by_probability`, `by_both_ends`) and the probability delta attack (`by_change`), there with
+    k tokens of each of a few chosen layers. ValueError for a format or layers that do not exist, and for a budget
+    outside 1..vocabulary.
     """
     tested = formatted(task, format)
-    chosen = _checked(model, budget, rankings, layers, batch_size)
+    chosen = _checked_layers(model, budget, rankings, layers, batch_size)
     ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
     budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
     hits = (ranks[..., None] < torch.tensor(budgets)).double()
@@ -92,8 +91,10 @@ def _result(
     return Result(hits[:, -1], sense, chance, "share", names, curve)
 
 
-def _checked(model: Model, budget: int, rankings: Rankings, layers: Iterable[int] | None, batch_size: int) -> list[int]:
-    """The points that are read, in order."""
+def _checked_layers(
+    model: Model, budget: int, rankings: Rankings, layers: Iterable[int] | None, batch_size: int
+) -> list[int]:
+    """The layers to read, in order; ValueError for what does not fit."""
     check_batch_size(batch_size)
     check_functions(rankings=rankings)
     count, last = model.cfg.d_vocab, shape(model).n_layers
@@ -112,25 +113,26 @@ def _checked(model: Model, budget: int, rankings: Rankings, layers: Iterable[int
 def _ranks(
     model: Model, prompts: Prompts, budget: int, rankings: Rankings, layers: list[int], batch_size: int
 ) -> Int[Tensor, "prompt wanted"]:
-    """How many candidates come before the answer and, where there are some, before the others of its candidates."""
+    """How many proposals come before the answer, in column 0, and before each wrong candidate."""
     states = residuals_at(model, prompts, lambda batch: batch.positions[:, :1], batch_size=batch_size)[layers, :, 0]
     wanted = prompts.answers[:, :1] if prompts.candidates is None else prompts.candidates
-    found = []
+    ranks = []
     with preserved(model), torch.no_grad():
         for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
             read = [unembedded(model, points.to(device_of(model))) for points in states[:, rows]]
             scores = rankings(torch.stack([logits.float().log_softmax(-1) for logits in read], 1))
-            found.append(_places(_interleaved(scores, budget), wanted[rows].to(scores.device)).cpu())
-    return torch.cat(found)
+            ranks.append(_places_of(_proposals(scores, budget), wanted[rows].to(scores.device)).cpu())
+    return torch.cat(ranks)
 
 
-def _interleaved(scores: Float[Tensor, "batch ranking d_vocab"], budget: int) -> Int[Tensor, "batch token"]:
-    """The first of each ranking, from the last ranking to the first; then the second of each, ..."""
+def _proposals(scores: Float[Tensor, "batch ranking d_vocab"], budget: int) -> Int[Tensor, "batch token"]:
+    """The first token of each ranking, from the last ranking to the first; then the second of each, and so on."""
     return scores.flip(1).topk(budget, dim=-1).indices.transpose(1, 2).flatten(1)
 
 
-def _places(tokens: Int[Tensor, "batch token"], wanted: Int[Tensor, "batch wanted"]) -> Int[Tensor, "batch wanted"]:
-    """How many different tokens come before each that is wanted; more than any budget where it does not come."""
+def _places_of(tokens: Int[Tensor, "batch token"], wanted: Int[Tensor, "batch wanted"]) -> Int[Tensor, "batch wanted"]:
+    """How many different tokens come before each wanted one; more than any budget if it is not proposed."""
+    # A stable sort puts equal tokens side by side in their order: the first of each proposes it, the others repeat it.
     ordered, index = tokens.sort(dim=1, stable=True)
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

@@ -1,8 +1,6 @@
-"""Which layers of the tested model still carry the knowledge, as far as the original can tell?"""
+"""Patching audit: which layers of the tested model carry the knowledge, once patched into the original model?"""
 
 import operator
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -11,9 +9,11 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
+from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
-from mechunlearn.metrics import answer_log_probability, name_of
+from mechunlearn.identity import name_of
+from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
 from mechunlearn.probing import residuals_at
 from mechunlearn.tasks.positions import Where, answers
@@ -27,63 +27,47 @@ def patching_audit(
     model: Model,
     task: Task,
     *,
-    original: Callable[[], AbstractContextManager[Model]] | None = None,
+    original: Original | None = None,
     never_knew: Model | None = None,
     where: Where = answers,
     threshold: float = 0.05,
     format: str | None = None,
     batch_size: int = 64,
 ) -> Result:
-    r"""Share of the knowledge that the tested model's layers still carry, patched into the original: 1 - UDS.
+    r"""Share of the knowledge that the tested model's layers still carry when patched into the original: 1 - UDS.
 
-    At each point l of the residual stream ("3": what enters layer 3; the last: the final one), the states that predict
-    the answer's tokens are replaced, in a run of the original model, by those of another model for the same prompt,
-    and the layers above run on. With s the log-probability of the answer per token,
+    At each point l of the residual stream, a run of the original model gets the states of another model at the tokens
+    that predict the answer. With s the log-probability of the answer per token,
 
         gap(l)  = s(original) - s(patched from a model that never knew)
         loss(l) = s(original) - s(patched from the tested model)
         UDS     = sum over l of clip(loss(l), 0, gap(l)) / sum over l of gap(l),   over the l with gap(l) > threshold
 
-    for each forgotten fact of the test split. 1 - UDS = 1: every layer serves the original as well as its own
-    (nothing is erased, whatever the output says); 0: as badly as those of a model that never knew. Facts without a
-    layer above the threshold are left out, in the same way for each tested model. `curve`: gap(l) - clip(loss(l), 0,
-    gap(l)) in nats per token, the knowledge left in each layer, and 0 where the gap is below the threshold. There is
-    no chance level; 0 is the floor.
+    1: every layer serves the original as well as its own, whatever the output says. 0, the floor: as badly as those of
+    a model that never knew. Facts without a gap are left out. `curve`: gap(l) - clip(loss(l), 0, gap(l)), in nats.
 
-    `never_knew`: a model of the same shape **and the same basis** as the original, such as one fine-tuned from the same
-    checkpoint on all but these facts. One that was trained apart writes in a basis of its own: patching it in breaks
-    the original whatever it knows, so that gap is too large and too much seems left. Without one, the mean of the
-    original's states over the forgotten and the retained facts of this format, at the same answer token, stands
-    for it: a state that knows what is asked and not about whom. This is a choice of ours, not the paper's; where it
-    happens to give a fact's answer, that fact has a small gap there, and its share says little.
+    - `never_knew`: a model with the shape **and the basis** of the original, such as one fine-tuned from the same
+      checkpoint without these facts. Default, which is not the paper's: the original's mean state over both sides.
+    - `where`: the patched tokens. `answers` (the paper's) predict the answer, but later layers may read the subject
+      again; `mu.localize.from_subject` patches all from the subject's last token on.
 
-    `where`: the tokens that are patched. `answers` (default, the paper's) are those that predict the answer; where
-    later layers read the subject again, they make up for a patch there, and the last points, the output nearly, decide.
-    `mu.localize.from_subject` patches all that follows the subject too, so that nothing of the fact but its
-    first tokens is left to read: it sees where the fact is looked up, and what an edit of late layers has only hidden.
-
-    Cost: 1 forward of the tested model, 2 of the original (1 of it over the retained facts), and two times the part of
-    a forward above each layer. Lee et al. 2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there; the
-    embedding changes nothing unless it was edited). ValueError without `original`, for a model of another shape, and
-    where no layer has a gap.
+    Cost: 1 forward of the tested model, 2 of the original, and twice the part of a forward above each layer. Lee et al.
+    2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError without `original`, for a
+    `never_knew` of another shape, and where no layer has a gap.
     """
     check_batch_size(batch_size)
-    if original is None:
-        raise ValueError(
-            "expected the original model to patch into, got none: run patching_audit by mu.evaluate.compare, or pass "
-            "original=..., a function whose result is a context: inside `with original() as model:` is the original."
-        )
+    original = required(original, patching_audit)
     check_functions(where=where)
     tested = formatted(task, format)
     carried = _states(model, tested, where, batch_size)
     with original() as knowing:
-        ignorant = _ignorant(knowing, never_knew, task, tested, where, batch_size)
-        gap, loss = _drops(knowing, tested, where, (ignorant, carried), batch_size)
-    return _left(gap, loss, threshold, tested.names)
+        ignorant = _ignorant_states(knowing, never_knew, task, tested, where, batch_size)
+        gap, loss = _losses(knowing, tested, where, (ignorant, carried), batch_size)
+    return _knowledge_left(gap, loss, threshold, tested.names)
 
 
 def _states(model: Model, prompts: Prompts, where: Where, batch_size: int) -> States:
-    """At the tokens meant, from the first on; rows with fewer of them are filled up."""
+    """The residual stream at the tokens meant, from the first on; prompts with fewer of them are filled up."""
     width = int((where(prompts) & prompts.attention_mask).sum(1).max())
     if width == 0:
         raise ValueError(f"expected tokens to patch in every prompt, got none from {name_of(where)}.")
@@ -93,7 +77,7 @@ def _states(model: Model, prompts: Prompts, where: Where, batch_size: int) -> St
 def _places(
     prompts: Prompts, where: Where, width: int
 ) -> tuple[Int[Tensor, "batch place"], Bool[Tensor, "batch place"]]:
-    """The columns of the tokens meant, and which of them are no filling (the last one, repeated)."""
+    """The columns of the tokens meant, filled up by repeating the last one, and which of them are not filling."""
     chosen = where(prompts) & prompts.attention_mask
     order, count = torch.arange(chosen.shape[1], device=chosen.device), chosen.sum(1, keepdim=True)
     last = torch.where(chosen, order, 0).amax(1, keepdim=True)
@@ -102,7 +86,7 @@ def _places(
     return places, torch.arange(width, device=chosen.device) < count
 
 
-def _ignorant(
+def _ignorant_states(
     knowing: Model, never_knew: Model | None, task: Task, tested: Prompts, where: Where, batch_size: int
 ) -> States:
     """The states of a model that never knew, or the original's mean state at each of the tokens meant."""
@@ -121,20 +105,20 @@ def _ignorant(
 
 
 @torch.no_grad()
-def _drops(
+def _losses(
     knowing: Model, prompts: Prompts, where: Where, sources: tuple[States, ...], batch_size: int
 ) -> Float[Tensor, "source prompt point"]:
     """How much less likely the answer becomes, in nats per token, with the states of each source at each point."""
-    found, given = [], prompts.to(device_of(knowing))
+    losses, prompts = [], prompts.to(device_of(knowing))
     with preserved(knowing):
-        for rows in torch.arange(len(given)).split(operator.index(batch_size)):
-            batch = given.rows(rows)
+        for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
+            batch = prompts.rows(rows)
             run = base_run(knowing, batch.tokens, batch.attention_mask, batch.positions)
             own = _per_token(run.logits, batch)
             patched = partial(_patched, knowing, run, batch, where)
             values = [[patched(at, point[rows]) for at, point in enumerate(states)] for states in sources]
-            found.append(own[:, None] - torch.stack([torch.stack(points, 1) for points in values]))
-    return torch.cat(found, 1).cpu().double()
+            losses.append(own[:, None] - torch.stack([torch.stack(points, 1) for points in values]))
+    return torch.cat(losses, 1).cpu().double()
 
 
 def _patched(
@@ -152,7 +136,7 @@ def _per_token(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) 
     return answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
 
-def _left(
+def _knowledge_left(
     gap: Float[Tensor, "prompt point"], loss: Float[Tensor, "prompt point"], threshold: float, names: tuple[str, ...]
 ) -> Result:
     """1 - UDS of the facts that have a gap anywhere."""

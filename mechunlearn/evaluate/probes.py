@@ -30,21 +30,19 @@ def binary_probes(
     penalty: float = 1.0,
     batch_size: int = 64,
 ) -> Result:
-    """Share of held-out facts for which the probes of all classes are right, at the best layer.
+    """Share of forgotten facts for which the probes of all classes are right, at the best layer.
 
-    For each layer, split and class (an answer's first token), a logistic regression "this class or not" on the
-    residual stream at the last token of the prompt. They are fitted on a random 80 % of the forgotten facts that an
-    attack may see (`halves(task, seed=seed)`: the train split of a whole sport, half of single athletes) and of
-    `task.retain`, and asked about the other forgotten facts: never about a name that they saw. Right is who is right
-    for every class. Standardising, penalty, `splits`, `curve`, `control`, `side` and the choice of the best layer: as
-    for `multinomial_probe`.
+    For each layer, split and class (an answer's first token), a logistic regression tells "this class" from the others
+    by the residual stream at the last token of the prompt. It is fitted on a random 80 % of the forgotten facts that an
+    attack may see (`halves(task, seed=seed)`) and of `task.retain`, and asked about the other forgotten facts. A fact
+    counts if the probes of all classes are right about it. The other options and the choice of the layer are those of
+    `multinomial_probe`.
 
-    Compare with a model that never knew: what it reaches is the floor. Where a whole class is forgotten, probes could
-    learn "a name that means nothing to this model" for it, since the retained facts are known and the forgotten ones
-    are not, and be right about names that were *never* known too.
+    The floor is what a model that never knew reaches. Where a whole class is forgotten, probes may learn "a name that
+    means nothing to this model" for it, and be right about names that were *never* known too.
 
-    Chance: 1 / classes, of a guess of one class. Probes that found nothing say no to every class and are never right.
-    Cost: 1 forward, and 2 x (n_layers + 1) x `splits` x classes small fits.
+    Chance is 1 / classes, that of guessing one class; probes that find nothing say no to every class and are never
+    right. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` x classes small fits.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949 (three sports, first experiments). ValueError for answers of
     tested facts that no fitted fact has, one class only, too few facts to split, prompts without names.
@@ -52,16 +50,16 @@ def binary_probes(
     seen, tested = halves(task, seed=seed)
     check_apart(seen, tested)
     fitted = joined(seen, task.retain)
-    tested = tested if side == "forget" else retained(task)
+    tested = tested if side == "forget" else _retained(task)
     sense = f"one binary probe per class, all right, {side} facts, best layer"
     labels = torch.cat([prompts.answers[:, 0].cpu() for prompts in (fitted, tested)])
     options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
     remedy = "forget more facts with this answer, or retain some"
-    return by_layer(model, fitted, tested, labels, _all_right, sense, **options, remedy=remedy)
+    return _best_layer(model, fitted, tested, labels, _all_right, sense, **options, remedy=remedy)
 
 
 def _all_right(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
-    """A class that no row has been fitted on is said never to be there."""
+    """Whether the probes of all classes are right about each row; a class with no fitted row is never predicted."""
     right = np.ones(len(labels), dtype=bool)
     for label in np.unique(labels):
         is_label = labels == label
@@ -83,36 +81,36 @@ def multinomial_probe(
 ) -> Result:
     """Accuracy on the forgotten facts of a linear probe that was fitted on retained ones, at its best layer.
 
-    For each layer and split, a multinomial logistic regression for the answer's first token (features standardised,
-    L2 penalty: scikit-learn's C = 1 / `penalty`) on the residual stream at the last token of the prompt. It is fitted
-    on a random 80 % of `task.retain` and asked about every forgotten fact of the test split. The value of a fact is the
-    share of `splits` in which the probe names its answer. `curve`: by layer, from the embedding ("0") to the final
-    residual stream, n_layers + 1 points; the result is the layer with the highest mean, which is chosen on the tested
-    facts: the best of many layers is above chance even where nothing is known. Rows share this, so compare with the
-    original, which knew, and with a model that never knew: what names alone tell about their bearers (language,
-    fashion of their time) is readable in both, and is no knowledge of the fact.
+    For each layer and split, a multinomial logistic regression (features standardised, L2 penalty: scikit-learn's C = 1
+    / `penalty`) predicts the answer's first token from the residual stream at the last token of the prompt. It is
+    fitted on a random 80 % of `task.retain` and asked about every forgotten fact of the test split. The value of a fact
+    is the share of `splits` in which the probe names its answer. `curve`: by layer, n_layers + 1 points from the
+    embedding ("0") to the final residual stream.
 
-    `control`: the same probe for random labels, one for each last token of a subject, at the same layer (see
-    `mechunlearn.localize.probes`). `side="retain"` asks about the retained facts of the test split: where that fails,
-    the probe is bad, and its failure on the forgotten facts is no evidence. `injected=True` counts the injected answer
-    as right instead of the true one.
+    The result is the layer with the highest mean on the tested facts, which is above chance even where nothing is
+    known, and names alone tell something. So compare with the original and with a model that never knew.
 
-    Chance: 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
+    - `control`: the same probe for random labels, one for each last token of a subject, at the same layer.
+    - `side="retain"`: ask about the retained facts of the test split. A probe that fails there is no evidence
+      elsewhere.
+    - `injected=True`: count the injected answer as right instead of the true one.
 
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes: a forgotten sport is no class
-    that retained facts have, and **`binary_probes` is for that**. They use raw features, one split, and leave out the
-    last layer. ValueError for answers that no retained fact has, one class, prompts without names.
+    Chance is 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
+
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes, with raw features, one split and without the
+    last layer. A forgotten sport is no class of the retained facts: **take `binary_probes` for that**. ValueError for
+    answers that no retained fact has, one class, prompts without names.
     """
-    tested = formatted(task, None) if side == "forget" else retained(task)
+    tested = formatted(task, None) if side == "forget" else _retained(task)
     right = _injected(task, tested, side) if injected else tested.answers[:, 0].cpu()
     sense = f"multinomial probe of retained facts, {'injected answer' if injected else f'{side} facts'}, best layer"
     labels = torch.cat([task.retain.answers[:, 0].cpu(), right])
     options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
     remedy = "where a whole class is forgotten, use binary_probes"
-    return by_layer(model, task.retain, tested, labels, _named, sense, **options, remedy=remedy)
+    return _best_layer(model, task.retain, tested, labels, _is_named, sense, **options, remedy=remedy)
 
 
-def _named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
+def _is_named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
     return guesses(features, labels, fit, penalty) == labels
 
 
@@ -121,7 +119,7 @@ def _injected(task: Task, tested: Prompts, side: str) -> Int[Tensor, "prompt"]:
     if task.injection is None or side == "retain":
         raise ValueError(
             "expected a task with injected answers and the forgotten side for injected=True, got "
-            f"{'the retained side' if task.injection else 'no Task.injection'}: leave injected out."
+            f"{'the _retained side' if task.injection else 'no Task.injection'}: leave injected out."
         )
     new = dict(zip(task.injection.names, task.injection.answers[:, 0].tolist(), strict=True))
     missing = [name for name in tested.names if name not in new]
@@ -133,21 +131,21 @@ def _injected(task: Task, tested: Prompts, side: str) -> Int[Tensor, "prompt"]:
     return torch.tensor([new[name] for name in tested.names])
 
 
-Right: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
-"""(features, labels, rows to fit on, penalty) -> for each row, whether probes fitted on those rows get its label."""
+_FITTED_SHARE = 0.8
+"""The share of the facts of each class that a split fits on, as in Guo et al."""
 
-Share: TypeAlias = Float[np.ndarray, "tested point"]
+_Right: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
+"""A function (features, labels, rows to fit on, penalty) -> whether fitted probes give each row its label."""
 
-FITTED = 0.8
-"""The share of the facts of each class that a round fits on, as in Guo et al."""
+_Share: TypeAlias = Float[np.ndarray, "tested point"]
 
 
-def by_layer(
+def _best_layer(
     model: Model,
     fitted: Prompts,
     tested: Prompts,
     labels: Int[Tensor, "prompt"],
-    right: Right,
+    right: _Right,
     sense: str,
     *,
     at: Where,
@@ -157,35 +155,36 @@ def by_layer(
     batch_size: int,
     remedy: str,
 ) -> Result:
-    """Probes at every point of the residual stream, fitted on some prompts and asked about others.
+    """The result at the best layer of probes that are fitted on some prompts and asked about others.
 
-    `labels`: one for each fitted prompt, then for each tested one what counts as right. `remedy`: for the error
-    about a class that no fitted prompt has.
+    `labels`: the right class of each fitted prompt and then of each tested one. `remedy`: what the error about a class
+    that no fitted prompt has advises.
     """
     check_model(model)
-    given, count = labels.cpu().numpy(), len(fitted)
-    _check(fitted, tested, at, splits, penalty, batch_size)
-    _check_classes(given[:count], given[count:], tested.names, remedy)
+    wanted, count = labels.cpu().numpy(), len(fitted)
+    _check_options(fitted, tested, at, splits, penalty, batch_size)
+    _check_classes(wanted[:count], wanted[count:], tested.names, remedy)
     states = np.concatenate([states_at(model, p, at, batch_size=batch_size) for p in (fitted, tested)], 1)
     tokens = np.concatenate([subject_tokens(p, at) for p in (fitted, tested)])
     facts, control = np.zeros((2, len(tested), len(states)))
     for turn in range(splits):
+        # The order of the draws (facts to fit on, then labels of the control) is part of what a seed means.
         rng = np.random.default_rng([seed, turn])
-        fit = np.append(_sample(given[:count], fitted.names, rng), np.zeros(len(tested), dtype=bool))
-        for total, asked in ((facts, given), (control, labels_by_token(tokens, given, rng))):
+        fit = np.append(_fitted_rows(wanted[:count], fitted.names, rng), np.zeros(len(tested), dtype=bool))
+        for total, asked in ((facts, wanted), (control, labels_by_token(tokens, wanted, rng))):
             total += np.stack([right(layer, asked, fit, penalty)[count:] for layer in states], 1) / splits
     points = tuple(str(layer) for layer in range(shape(model).n_layers + 1))
-    return _result(points, facts, control, 1 / len(np.unique(given[:count])), sense, tested.names)
+    return _result(points, facts, control, 1 / len(np.unique(wanted[:count])), sense, tested.names)
 
 
-def retained(task: Task) -> Prompts:
+def _retained(task: Task) -> Prompts:
     """The retained facts of the test split, in the trained format."""
     formatted(task, None)  # raises where there is none
     return next(iter(task.formats.values())).retain
 
 
 def _result(
-    points: tuple[str, ...], facts: Share, control: Share, chance: float, sense: str, names: tuple[str, ...]
+    points: tuple[str, ...], facts: _Share, control: _Share, chance: float, sense: str, names: tuple[str, ...]
 ) -> Result:
     curves = [Curve(points, torch.from_numpy(share), "accuracy", chance) for share in (facts, control)]
     best = int(curves[0].mean.argmax())
@@ -195,7 +194,7 @@ def _result(
     return Result.strongest(curves[0], sense, names=names, control=nothing)
 
 
-def _check(fitted: Prompts, tested: Prompts, at: Where, splits: int, penalty: float, batch_size: int) -> None:
+def _check_options(fitted: Prompts, tested: Prompts, at: Where, splits: int, penalty: float, batch_size: int) -> None:
     check_batch_size(batch_size)
     check_functions(at=at)
     check_apart(fitted, tested)
@@ -219,12 +218,12 @@ def _check_classes(
         )
 
 
-def _sample(
+def _fitted_rows(
     labels: Int[np.ndarray, "prompt"], names: Sequence[str], rng: np.random.Generator
 ) -> Bool[np.ndarray, "prompt"]:
     """True at the prompts of a random 80 % of the facts of each class, at least one; their order does not matter."""
     kept: set[str] = set()
     for label in np.unique(labels):
         facts = sorted({name for name, own in zip(names, labels, strict=True) if own == label})
-        kept |= {facts[place] for place in rng.permutation(len(facts))[: max(1, round(FITTED * len(facts)))]}
+        kept |= {facts[place] for place in rng.permutation(len(facts))[: max(1, round(_FITTED_SHARE * len(facts)))]}
     return np.array([name in kept for name in names])

@@ -1,4 +1,4 @@
-"""What every test returns: a number with its examples, its chance level and what it means; over seeds, too."""
+"""`Result`, which every test returns: a number with its examples, chance level and meaning; and results over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from mechunlearn.intervals import bootstrap, ends, resampled
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A number, the mean of one value per example."""
+    """The result of a test: a number that is the mean of one value per example."""
 
     per_example: Float[Tensor, "example"]
     """One value per example."""
     sense: str
     """What was measured, such as "argmax over the candidates"."""
     chance: float | None = None
-    """What guessing (for a loss: a uniform guess) would give, in the same unit."""
+    """What guessing would give, in the same unit; for a loss, a uniform guess."""
     unit: str = ""
-    """"share" for what lies in [0, 1] (the report plots these), or what else it is in: "nats per token"."""
+    """"share" for numbers in [0, 1], which the report plots as bars, or another unit such as "nats per token"."""
     names: tuple[str, ...] = ()
-    """What each example is about."""
+    """The fact that each example is about."""
     curve: Curve | None = None
-    """Of an attack: what it reaches with each budget (steps, examples, bits); of a probe: by layer."""
+    """What an attack reaches with each budget (steps, examples, bits), or a probe at each layer."""
     control: "Result | None" = None
     """The same test where there is nothing to find, such as a probe for random labels."""
 
@@ -51,9 +51,9 @@ class Result:
         return float(self.per_example.mean())
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """Interval of the mean over examples (facts).
+        """The interval of the mean over examples.
 
-        Wilson's for yes/no values, which stays honest at 0 % and 100 %; a percentile bootstrap for others.
+        Wilson's interval for yes/no values, which has a width at 0 % and 100 % too; a percentile bootstrap for others.
         """
         n = len(self.per_example)
         if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
@@ -64,7 +64,7 @@ class Result:
     def difference(
         self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float, float]:
-        """This minus the other on the same examples: the mean and its interval, by paired bootstrap.
+        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap.
 
         ValueError if the examples are not the same ones.
         """
@@ -87,7 +87,7 @@ class Result:
 
 
 def wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
-    """Wilson 1927: the shares for which the observed one is not surprising."""
+    """Wilson's interval (1927): the true shares for which the observed one is not surprising."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
@@ -95,54 +95,52 @@ def wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
 
 
 def pooled(results: Sequence[Result]) -> Result:
-    """One result of several seeds: each example's mean over seeds where all have the same examples, else all of them.
+    """One result from several seeds: the mean of each example over seeds, or all examples if seeds have different ones.
 
-    Curves and controls are pooled alike; a curve is left out where seeds differ in its points. The interval of what
-    is given back is over examples; that seeds differ too is seen only in the single results.
+    Curves and controls are pooled in the same way; a curve is left out where seeds differ in its points. The interval
+    of a pooled result is over examples alone: `interval_over_seeds` has that over seeds too.
     """
     first = results[0]
     if len(results) == 1:
         return first
     same = all((r.names, len(r.per_example)) == (first.names, len(first.per_example)) for r in results)
     return Result(
-        _joined([r.per_example for r in results], same),
+        _merged([r.per_example for r in results], same),
         first.sense,
         first.chance,
         first.unit,
         first.names if same else tuple(name for r in results for name in r.names),
-        _curve([r.curve for r in results if r.curve is not None], same, len(results)),
-        _control([r.control for r in results if r.control is not None], len(results)),
+        _merged_curve([r.curve for r in results if r.curve is not None], same, len(results)),
+        _merged_control([r.control for r in results if r.control is not None], len(results)),
     )
 
 
-def _joined(values: Sequence[Tensor], same: bool) -> Tensor:
+def _merged(values: Sequence[Tensor], same: bool) -> Tensor:
     numbers = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
     return torch.stack(numbers).mean(0) if same else torch.cat(numbers)
 
 
-def _curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | None:
+def _merged_curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | None:
     if len(curves) < count or len({curve.points for curve in curves}) > 1:
         return None
     first = curves[0]
     averaged = same and len({curve.per_prompt.shape for curve in curves}) == 1
-    return Curve(first.points, _joined([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
+    return Curve(first.points, _merged([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
 
 
-def _control(controls: Sequence[Result], count: int) -> Result | None:
+def _merged_control(controls: Sequence[Result], count: int) -> Result | None:
     return pooled(controls) if len(controls) == count else None
 
 
 def interval_over_seeds(
     results: Sequence[Result], seeds: Sequence[int], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean over seeds of each seed's mean, both facts and seeds being drawn anew.
+    """The interval of the mean over seeds, with facts and seeds drawn anew. One result has its own interval.
 
-    One result has its own interval (`Result.interval`). For several, each draw takes as many facts and as many seeds
-    with replacement, a fact with all of its examples and a seed with all of its results (Owen 2007,
-    https://arxiv.org/abs/0712.1111, whose draws are a little too wide rather than too narrow); results of one seed are
-    kept together, and facts are told apart by name, or by place where there are no names. Yes/no values, which could
-    all be equal, never get less than Wilson's interval over the facts. Two or three seeds say little about how much
-    seeds differ, and no interval can mend that.
+    Each draw takes as many facts and as many seeds with replacement, a fact with all of its examples and a seed with
+    all of its results (Owen 2007, https://arxiv.org/abs/0712.1111; such intervals are a little too wide rather than too
+    narrow). Facts are told apart by name, or by place where there are no names. Yes/no values get at least Wilson's
+    interval over the facts. Two or three seeds say little about how much seeds differ, and no interval can mend that.
     """
     if len(results) == 1:
         return results[0].interval(confidence=confidence, draws=draws, seed=seed)
@@ -152,6 +150,7 @@ def interval_over_seeds(
     low, high = (float(end[0]) for end in ends(means, confidence))
     if not all(bool(((r.per_example == 0) | (r.per_example == 1)).all()) for r in results):
         return low, high
+    # Where every draw is equal, as at an accuracy of 1, the bootstrap has no width.
     facts = {fact for r in results for fact in facts_of(r)}
     least = wilson(sum(r.value for r in results) / len(results), len(facts), confidence)
     return min(low, least[0]), max(high, least[1])
@@ -165,13 +164,13 @@ def resampled_means(
     draws: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "draw number"]:
-    """The mean over groups of their means over examples, for each draw of facts and seeds.
+    """The mean over results of their means over examples, for each draw of facts and seeds.
 
-    One group of values for each result, with the facts that its examples are about and its seed. A group that no drawn
-    fact is in is left out of that draw, and so are numbers that are NaN in it.
+    `values`, `facts` and `seeds` have one entry for each result: its numbers, what each example is about, and its seed.
     """
     place = {name: i for i, name in enumerate(dict.fromkeys(name for names in facts for name in names))}
     order = {number: i for i, number in enumerate(dict.fromkeys(seeds))}
+    # Facts and seeds are drawn once for all results: a fact that two of them share comes equally often in both.
     of_facts = resampled(len(place), draws, seed)
     of_seeds = resampled(len(order), draws, seed + 1)
     total = torch.zeros(draws, values[0].shape[1], dtype=torch.float64)
@@ -179,6 +178,7 @@ def resampled_means(
     for group, names, number in zip(values, facts, seeds, strict=True):
         drawn = of_facts[:, [place[name] for name in names]]
         means = (drawn @ group.double()) / drawn.sum(1, keepdim=True)
+        # NaN: no fact of this result was drawn, or the number was not measured. It is left out of that draw.
         times = of_seeds[:, order[number], None] * (~means.isnan())
         total += times * means.nan_to_num(0.0)
         weight += times
@@ -186,5 +186,5 @@ def resampled_means(
 
 
 def facts_of(result: Result) -> tuple[str, ...]:
-    """The name of each example, or its place."""
+    """The fact of each example: its name, or its place where there are no names."""
     return result.names or tuple(map(str, range(len(result.per_example))))

@@ -1,6 +1,7 @@
-"""Attribution patching: the effect of patching every component, estimated by one gradient; and RelP."""
+"""Attribution patching: the effect of patching every component, estimated by one gradient; RelP: by LRP's gradient."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,15 +10,15 @@ from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.localize.sites import (
     Direction,
-    differentiated,
+    Places,
+    activations_at,
+    component_effects,
+    effect_columns,
     effects_at,
-    gathered,
     gradients,
-    gradients_from_here,
-    pairs,
-    places_of,
-    recorded,
-    scored,
+    graph_start,
+    metric_and_activations,
+    scores_of,
 )
 from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Hook, Model, differentiable, shape
@@ -47,41 +48,37 @@ def attribution_patching(
     - `"noising"`: x is clean, x' corrupt. A component that the answer needs scores *negative*.
     - `"denoising"`: x is corrupt, x' clean. A component that carries the answer scores *positive*.
 
-    `components`: `heads_and_mlps` (default), `layers`, `matrices`, `neurons`, or any components. The
-    output of a head and of its W_O is what the head adds to the residual stream; of W_Q, W_K, W_V the
-    query, key or value; of W_in and W_gate the pre-activations; of a neuron its activation. A KV head
-    that several query heads share has one score.
+    `components`: `heads_and_mlps` (default), `layers`, `matrices`, `neurons`, or any components. Their outputs are:
 
-    Cost: 2 forwards + 1 backward (of activations only) per batch, however many components.
-    Memory: one batch's activations for the backward pass, and those of the sites twice. The model is left as it was.
+    - of a head and its W_O, what the head adds to the residual stream; of an MLP and its W_out likewise;
+    - of W_Q, W_K, W_V the query, key or value (a KV head that several query heads share has one score);
+    - of W_in and W_gate the pre-activations; of a neuron its activation.
+
+    Cost: 2F + 1B (of activations only), however many components. Memory: one batch's activations for the backward pass,
+    and those of the components twice. The model is left as it was.
 
     Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
     """
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    places = places_of(chosen, sizes)
-    rows = []
-    batches = pairs(model, prompts, metric, direction, batch_size)
-    with differentiable(model):
-        for patched, other in batches:
-            rows.append(gathered(first_order_effects(model, patched, other, metric, places), places, len(chosen)))
+    effects = partial(first_order_effects, model, metric)
+    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "batch_size": batch_size}
-    return scored(attribution_patching, chosen, rows, sizes, metric, settings)
+    return scores_of(attribution_patching, chosen, per_prompt, model, metric, settings)
 
 
 def first_order_effects(
-    model: Model, patched: Prompts, other: Prompts, metric: Metric, names: Iterable[str], hooks: Iterable[Hook] = ()
-) -> dict[str, Float[Tensor, "batch _"]]:
-    """Hook point -> gradient times difference, summed over positions and, for heads, over d_head.
+    model: Model, metric: Metric, patched: Prompts, other: Prompts, places: Places, hooks: Iterable[Hook] = ()
+) -> Float[Tensor, "batch component"]:
+    """Gradient times difference, summed over positions and, for heads, over d_head.
 
     `hooks` act on the patched run alone, after its values are recorded.
     """
-    source = recorded(model, other, names)
-    values, base = differentiated(model, patched, metric, names, [gradients_from_here(), *hooks])
+    source = activations_at(model, other, places)
+    values, base = metric_and_activations(model, patched, metric, places, [graph_start(), *hooks])
     slopes = gradients(values, base, metric)
     real = patched.attention_mask
-    return {name: effects_at(source[name] - base[name].detach(), slopes[name], real) for name in names}
+    effects = {name: effects_at(source[name] - base[name].detach(), slopes[name], real) for name in places}
+    return effect_columns(effects, places)
 
 
 def relp(
@@ -107,11 +104,9 @@ def relp(
     - identity rule: act(h) = h * (act(h) / h on x);
     - half rule: a gated MLP's act(gate) * up passes half of the gradient to each factor.
 
-    It says what a component does through values and MLPs, not what it does by changing where heads attend:
-    queries and keys have no relevance, so `W_Q` and `W_K` are refused. An LRP rule for the soft cap of Gemma 2's
-    logits is not in the paper; it is differentiated.
-
-    Cost: 2 forwards + 1 backward per batch, and memory, as `attribution_patching`.
+    The score has what a component does through values and MLPs, not what it does by changing where heads attend:
+    queries and keys have no relevance, so `W_Q` and `W_K` are refused. The soft cap of Gemma 2's logits, for which the
+    paper has no rule, is differentiated. Cost and memory are those of `attribution_patching`.
 
     Rezaei Jafari et al. 2025, https://arxiv.org/abs/2508.21258. ValueError without corrupted prompts, for `W_Q`
     and `W_K`, and for norms that are neither a LayerNorm nor an RMSNorm.
@@ -120,14 +115,11 @@ def relp(
     check_unforked(model)
     chosen = chosen_components(components, sizes)
     _check_have_relevance(chosen)
-    places = places_of(chosen, sizes)
-    rows = []
-    batches = pairs(model, prompts, metric, direction, batch_size)
     with differentiable(model), relevance_rules(model) as rules:
-        for patched, other in batches:
-            effects = first_order_effects(model, patched, other, metric, places, rules)
-            rows.append(gathered(effects, places, len(chosen)))
-    return scored(relp, chosen, rows, sizes, metric, {"direction": direction, "batch_size": batch_size})
+        effects = partial(first_order_effects, model, metric, hooks=rules)
+        _, per_prompt = component_effects(effects, model, prompts, metric, direction, chosen, batch_size)
+    settings = {"direction": direction, "batch_size": batch_size}
+    return scores_of(relp, chosen, per_prompt, model, metric, settings)
 
 
 def _check_have_relevance(components: tuple[Component, ...]) -> None:

@@ -1,8 +1,8 @@
 """Combinations of scores: forget against retain, sizes instead of signs, per weight, means of several.
 
-Each is a plain function of scores over the same components (in any order; the first one's is kept) and gives new
-scores. Those have no per-prompt values (but of `mean_absolute`): forget and retain are different prompts. ValueError
-for scores over other components or of a model of another shape.
+Each function takes scores over the same components (in any order; the first one's is kept) and gives new scores. Only
+`mean_absolute` keeps per-prompt values: forget and retain are different prompts. ValueError for scores over other
+components or of a model of another shape.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def contrast(forget: ComponentScores, retain: ComponentScores, *, weight: float 
     Signs are kept: take `mean_absolute` or `absolute` of both first to contrast sizes.
     """
     values = forget.tensor - weight * _aligned(forget, retain)
-    return _made("contrast", values, {"forget": forget, "retain": retain}, weight=weight)
+    return _combination("contrast", values, {"forget": forget, "retain": retain}, weight=weight)
 
 
 def ratio(forget: ComponentScores, retain: ComponentScores, *, damping: float = 0.0) -> ComponentScores:
@@ -38,7 +38,7 @@ def ratio(forget: ComponentScores, retain: ComponentScores, *, damping: float = 
         raise ValueError(
             f"expected retain scores other than 0, got 0 at {', '.join(zero[:5])}: pass damping=..., or use contrast."
         )
-    return _made("ratio", forget.tensor.abs() / below, {"forget": forget, "retain": retain}, damping=damping)
+    return _combination("ratio", forget.tensor.abs() / below, {"forget": forget, "retain": retain}, damping=damping)
 
 
 def standardised_difference(forget: ComponentScores, retain: ComponentScores) -> ComponentScores:
@@ -48,7 +48,7 @@ def standardised_difference(forget: ComponentScores, retain: ComponentScores) ->
     for scores that are all the same.
     """
     values = _standardised(forget.tensor, "forget") - _standardised(_aligned(forget, retain), "retain")
-    return _made("standardised_difference", values, {"forget": forget, "retain": retain})
+    return _combination("standardised_difference", values, {"forget": forget, "retain": retain})
 
 
 def rank_difference(forget: ComponentScores, retain: ComponentScores) -> ComponentScores:
@@ -58,19 +58,19 @@ def rank_difference(forget: ComponentScores, retain: ComponentScores) -> Compone
     """
     if len(forget) < 2:
         raise ValueError("expected at least two components to rank, got one.")
-    difference = _ranks(forget.tensor.abs()) - _ranks(_aligned(forget, retain).abs())
-    return _made("rank_difference", difference / (len(forget) - 1), {"forget": forget, "retain": retain})
+    difference = ranks(forget.tensor.abs()) - ranks(_aligned(forget, retain).abs())
+    return _combination("rank_difference", difference / (len(forget) - 1), {"forget": forget, "retain": retain})
 
 
 def absolute(scores: ComponentScores) -> ComponentScores:
-    """|score|: effects of opposite sign on different prompts have cancelled before; see `mean_absolute`."""
-    return _made("absolute", scores.tensor.abs(), {"of": scores})
+    """|score|. In scores, effects of opposite sign on different prompts have cancelled already: see `mean_absolute`."""
+    return _combination("absolute", scores.tensor.abs(), {"of": scores})
 
 
 def mean_absolute(scores: ComponentScores) -> ComponentScores:
-    """The mean over prompts of |effect|: what the AtP papers rank by, from any method with per-prompt values.
+    """The mean over prompts of |effect|, by which the AtP papers rank, from any method with per-prompt values.
 
-    Keeps per-prompt values (the sizes), so it has intervals. Kramár et al. 2024, https://arxiv.org/abs/2403.00745.
+    It keeps per-prompt values (the sizes), so it has intervals. Kramár et al. 2024, https://arxiv.org/abs/2403.00745.
     ValueError for scores without per-prompt values.
     """
     if scores.per_prompt is None:
@@ -79,25 +79,25 @@ def mean_absolute(scores: ComponentScores) -> ComponentScores:
             f"which takes the size of the mean."
         )
     sizes = scores.per_prompt.abs()
-    return _made("mean_absolute", sizes.mean(0), {"of": scores}, per_prompt=sizes)
+    return _combination("mean_absolute", sizes.mean(0), {"of": scores}, per_prompt=sizes)
 
 
 def per_weight(scores: ComponentScores) -> ComponentScores:
-    """Score divided by the component's number of weights: sums over weights favour large components."""
+    """Score divided by the component's number of weights, since sums over weights favour large components."""
     counts = torch.tensor([scores.shape.n_parameters([component]) for component in scores], dtype=torch.float64)
-    return _made("per_weight", scores.tensor.double().cpu() / counts, {"of": scores})
+    return _combination("per_weight", scores.tensor.double().cpu() / counts, {"of": scores})
 
 
 def average(*scores: ComponentScores) -> ComponentScores:
-    """The mean of several scores: of seeds, of prompt formats, of tasks. All count the same."""
+    """The mean of several scores, such as those of seeds, prompt formats or tasks. All count the same."""
     if not scores:
         raise ValueError("expected at least one ComponentScores, got none.")
     values = torch.stack([_aligned(scores[0], other) for other in scores]).mean(0)
-    return _made("average", values, {str(place): given for place, given in enumerate(scores)})
+    return _combination("average", values, {str(place): one for place, one in enumerate(scores)})
 
 
 def _aligned(first: ComponentScores, second: ComponentScores) -> Float[Tensor, "component"]:
-    """The second's values in the first's order."""
+    """The second scores' values in the first ones' order."""
     if first.shape != second.shape:
         raise ValueError(
             f"expected scores of models of the same shape, got {first.shape} and {second.shape}: "
@@ -120,25 +120,26 @@ def _standardised(values: Float[Tensor, "component"], name: str) -> Float[Tensor
     return (values.double() - values.double().mean()) / spread
 
 
-def _ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
-    """0 for the smallest; equal values share the mean of their ranks."""
+def ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
+    """Ranks of values: 0 for the smallest; equal values share the mean of their ranks."""
     _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
     return (first + (counts - 1) / 2)[group]
 
 
-def _made(
+def _combination(
     method: str,
     values: Tensor,
-    given: Mapping[str, ComponentScores],
+    operands: Mapping[str, ComponentScores],
     *,
     per_prompt: Tensor | None = None,
     **options: Any,
 ) -> ComponentScores:
-    first = next(iter(given.values()))
-    metrics = list(dict.fromkeys(scores.metric for scores in given.values()))
+    """New scores of the first operand's components, with the origin of every operand in the settings."""
+    first = next(iter(operands.values()))
+    metrics = list(dict.fromkeys(scores.metric for scores in operands.values()))
     sources = {
-        name: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for name, s in given.items()
+        name: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for name, s in operands.items()
     }
     label = metrics[0] if len(metrics) == 1 else ", ".join(metrics)
     values = values.double().cpu()

@@ -1,11 +1,27 @@
-"""Random localizations, all MLPs and everything: the controls beside every claim."""
+"""Controls for a localization: random scores, random masks of equal size, all MLPs, and everything."""
 
 import operator
+from collections import Counter
+from collections.abc import Iterable
+from random import Random
 
 import torch
 
 from mechunlearn.arguments import chosen_components
-from mechunlearn.components import ComponentMask, Components, ComponentScores, heads_and_mlps, layers, matched, mlps
+from mechunlearn.components import (
+    Component,
+    ComponentMask,
+    Components,
+    ComponentScores,
+    ModelShape,
+    heads,
+    heads_and_mlps,
+    layers,
+    matrices,
+    mlps,
+    neurons,
+)
+from mechunlearn.components.component import Cover, resolve
 from mechunlearn.model import Model, shape
 
 
@@ -29,16 +45,16 @@ def random_like(
     *,
     pool: Components | None = None,
 ) -> ComponentMask:
-    """A random mask that covers as many weights as `mask`: the control beside it.
+    """A random mask that covers as many weights as `mask`: its control.
 
     Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and
     all heads of the model, so that the control differs in place only. Some of the mask's own components may
     be among them (`provenance["shared"]` counts them), but never all: use several seeds, or pass a pool
     without them. With `pool`, components are drawn from it alone, of whatever kind.
 
-    Components that would exceed the count are passed over, so the realised count is at most that of the
-    mask and less than one smallest component of the pool below it. Where query heads share KV heads, which
-    count once, the number of heads may differ by that. ValueError if the pool cannot cover so many weights
+    Components that would exceed the count are passed over, so the control has at most as many weights as the mask,
+    and falls short by less than one smallest component of the pool. Where query heads share KV heads, which count
+    once, the number of heads may differ. ValueError if the pool cannot cover so many weights
     or holds nothing but the mask.
     """
     sizes = shape(model)
@@ -47,7 +63,21 @@ def random_like(
             f"expected a mask of a model of the same shape ({sizes}), got one of {mask.shape}: "
             f"localize on the model that you edit."
         )
-    return matched(mask, seed, pool=pool)
+    members = sorted(set(resolve(pool, sizes))) if pool is not None else _same_kinds(mask, sizes)
+    generator = Random(f"random_like {seed}")
+    for _ in range(100):
+        chosen = _matching(mask, members, generator, by_kind=pool is None)
+        if chosen != mask.components:
+            break
+    else:
+        raise ValueError(
+            f"expected a pool with other components than the mask's {len(mask)}, got one of {len(members)}: "
+            f"a control equal to the mask is none; pass a larger pool, such as heads_and_mlps."
+        )
+    provenance = {"method": "random_like", "seed": seed, "weights": sizes.n_parameters(chosen)}
+    provenance |= {"matched": mask.n_parameters, "shared": len(chosen & mask.components)}
+    provenance["pool"] = "the same kinds" if pool is None else [str(member) for member in members]
+    return ComponentMask(chosen, sizes, provenance)
 
 
 def all_mlps(model: Model) -> ComponentMask:
@@ -60,3 +90,45 @@ def everything(model: Model) -> ComponentMask:
     """Every attention layer and MLP: unlearning without localization (embeddings and norms stay frozen)."""
     sizes = shape(model)
     return ComponentMask(frozenset(layers(sizes)), sizes, {"method": "everything"})
+
+
+def _matching(
+    mask: ComponentMask, members: list[Component], generator: Random, *, by_kind: bool
+) -> frozenset[Component]:
+    """Members in random order for as long as they fit into the mask's number of weights."""
+    sizes = mask.shape
+    one_of_each = {member.kind: member for member in members}.values()
+    target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
+    chosen, cover, count = [], Cover(sizes), 0
+    for member in _drawn(members, mask if by_kind else (), sizes, generator):
+        gain = cover.gain(member)
+        if 0 < gain <= target - count:
+            chosen.append(member)
+            cover.add(member)
+            count += gain
+    if not chosen or target - count >= smallest:
+        raise ValueError(
+            f"expected a pool that can cover {target:,} weights within one smallest component ({smallest:,}), got "
+            f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
+        )
+    return frozenset(chosen)
+
+
+def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
+    kinds = {component.kind for component in mask}
+    levels = (heads, mlps, layers, matrices, neurons)
+    return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
+
+
+def _drawn(
+    members: list[Component], mask: Iterable[Component], sizes: ModelShape, generator: Random
+) -> list[Component]:
+    """In random order; first as many of each kind as the mask has, the largest kind first, then the rest."""
+    shuffled = generator.sample(members, len(members))
+    left = Counter(component.kind for component in mask)
+    first, rest = [], []
+    for member in shuffled:
+        (first if left[member.kind] > 0 else rest).append(member)
+        left[member.kind] -= 1
+    weights = {member.kind: sizes.n_parameters([member]) for member in {m.kind: m for m in first}.values()}
+    return sorted(first, key=lambda member: -weights[member.kind]) + rest

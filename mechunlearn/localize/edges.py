@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from einops import einsum
@@ -12,9 +13,10 @@ from tqdm import tqdm
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, Edge, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import Destination
-from mechunlearn.localize.edge_attribution import written
+from mechunlearn.identity import name_of
+from mechunlearn.localize.edge_attribution import outputs_of_sources
 from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
@@ -37,28 +39,26 @@ def edge_patching(
         score(u -> v) = mean over prompts of metric(x, v reads r_v + a_u(x') - a_u(x)) - metric(x)
 
     in the metric's unit, where r_v is the residual stream as v alone reads it (before its norm) and a_u what u adds to
-    it; nothing else about x is changed. Signs, `direction`, `edges` and what a head adds in Gemma 2: as for
+    it; nothing else about x is changed. Signs, `direction`, `edges`, errors and what a head adds in Gemma 2 are as in
     `edge_attribution_patching`, which is this effect's first-order estimate.
 
-    `batch_size` counts rows of one pass: the copies of a prompt for several edges share it.
+    Cost: for an edge into layer l, the MLP of layer l and the layers above it (of the last one only its attention and,
+    at the answers' positions, the rest). One pass of a layer's attention serves a source's edges to all of its heads.
+    `batch_size` counts rows of one pass, which copies of a prompt for several edges share. Memory: what the sources of
+    `prompts_at_once` prompts add to the residual stream.
 
-    Cost: for an edge into layer l, the MLP of layer l and the layers above it, of the last one only its attention
-    and, at the answers' positions, the rest. One pass of a layer's attention serves a source's edges to all
-    of its heads. Memory: what the sources of `prompts_at_once` prompts add to the residual stream.
-
-    The same by one full pass for each edge: Hanna et al. 2024, https://arxiv.org/abs/2403.17806. ValueError as for
-    `edge_attribution_patching`.
+    Hanna et al. 2024, https://arxiv.org/abs/2403.17806 (by one full pass for each edge).
     """
     check(direction, min(batch_size, prompts_at_once), metric=metric)
     sizes = shape(model)
     chosen = edges_of(model, edges)
-    given = prompts.to(device_of(model))
-    patched = given if direction == "noising" else given.exchanged()
-    found = []
+    clean = prompts.to(device_of(model))
+    patched = clean if direction == "noising" else clean.exchanged()
+    rows = []
     with preserved(model), torch.no_grad():
         for batch in patched.batches(prompts_at_once):
-            found.append(_batch_effects(model, batch, metric, chosen, sizes, batch_size).cpu())
-    effects = torch.cat(found)
+            rows.append(_batch_effects(model, batch, metric, chosen, sizes, batch_size).cpu())
+    effects = torch.cat(rows)
     settings = {"direction": direction, "batch_size": batch_size, "prompts": len(prompts)}
     return EdgeScores(effects.mean(0), chosen, sizes, "edge_patching", name_of(metric), settings, effects)
 
@@ -71,15 +71,16 @@ class _Base:
     prompts: Prompts
     run: Run
     change: Float[Tensor, "source batch pos d_model"]
-    rows: int
-    """Of one pass."""
+    batch_size: int
+    """Rows of one pass."""
 
-    def jobs(self, *counts: int) -> Iterator[tuple[Int[Tensor, "row"], ...]]:
-        """All combinations of numbers below the counts and prompts, prompts last and fastest, a pass at a time."""
-        ranges = [torch.arange(count, device=self.change.device) for count in (*counts, len(self.prompts))]
-        every = torch.cartesian_prod(*ranges)
-        for part in every.split(self.rows) if len(every) else ():  # an empty tensor would split into an empty one
-            yield part.unbind(1)
+    def passes(self, sources: Int[Tensor, "wanted"]) -> Iterator[tuple[Int[Tensor, "row"], Int[Tensor, "row"]]]:
+        """All combinations of these sources and the prompts, a pass at a time: each row's source and prompt."""
+        ranges = torch.arange(len(sources)), torch.arange(len(self.prompts))
+        pairs = torch.cartesian_prod(*(numbers.to(self.change.device) for numbers in ranges))
+        for pair in pairs.split(self.batch_size) if len(pairs) else ():  # an empty tensor splits into an empty one
+            place, row = pair.unbind(1)
+            yield sources.to(place.device)[place], row
 
 
 def _batch_effects(
@@ -88,31 +89,33 @@ def _batch_effects(
     metric: Metric,
     chosen: Bool[Tensor, "source destination"],
     sizes: ModelShape,
-    rows: int,
+    batch_size: int,
 ) -> Float[Tensor, "prompt source destination"]:
-    z = [f"blocks.{layer}.attn.hook_z" for layer in range(sizes.n_layers)]
-    run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=z)
-    difference = written(model, prompts.corrupted()).minus(written(model, prompts), prompts.attention_mask)
-    change = contributions(model, difference).to(run.residuals[0].dtype)
-    base = _Base(model, prompts, run, change, rows)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(sizes.n_layers)]
+    run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=names)
+    own, other = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
+    change = contributions(model, other.minus(own, prompts.attention_mask)).to(run.residuals[0].dtype)
+    base = _Base(model, prompts, run, change, batch_size)
     unpatched = checked(metric, run.logits, prompts).double()
     effects = unpatched.new_zeros(len(prompts), *chosen.shape)
     column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
     with tqdm(total=int(chosen.sum()), desc="edge patching", unit="edge", leave=False, disable=None) as bar:
-        for source, destination, row, logits in _patched(base, chosen, sizes, column):
+        for source, destination, row, logits in _patched_rows(base, chosen, sizes, column):
             values = checked(metric, logits, prompts.rows(row)).double()
             effects[row, source, destination] = values - unpatched[row]
             bar.update(len(row) / len(prompts))
     return effects
 
 
-Patched = tuple[Int[Tensor, "row"], Int[Tensor, "row"], Int[Tensor, "row"], Float[Tensor, "row answer d_vocab"]]
+PatchedRows: TypeAlias = tuple[
+    Int[Tensor, "row"], Int[Tensor, "row"], Int[Tensor, "row"], Float[Tensor, "row answer d_vocab"]
+]
 """Source, destination and prompt of each row, and its logits."""
 
 
-def _patched(
+def _patched_rows(
     base: _Base, chosen: Bool[Tensor, "source destination"], sizes: ModelShape, column: dict[Destination, int]
-) -> Iterator[Patched]:
+) -> Iterator[PatchedRows]:
     for layer in range(sizes.n_layers):
         for matrix in ("W_Q", "W_K", "W_V"):
             yield from _into_heads(base, chosen, sizes, layer, matrix, column)
@@ -122,20 +125,19 @@ def _patched(
 
 def _into_logits(
     base: _Base, chosen: Bool[Tensor, "source destination"], n_layers: int, column: int
-) -> Iterator[Patched]:
-    wanted = chosen[:, column].nonzero()[:, 0]
-    for place, row in base.jobs(len(wanted)):
-        source = wanted.to(place.device)[place]
+) -> Iterator[PatchedRows]:
+    """Nothing comes after the logits, so the change enters the final norm with the residual stream."""
+    for source, row in base.passes(chosen[:, column].nonzero()[:, 0]):
         residual = base.run.residuals[n_layers][row] + base.change[source, row]
         logits = continued(base.model, base.run, row, n_layers, residual=residual)
         yield source, torch.full_like(source, column), row, logits
 
 
-def _into_mlp(base: _Base, chosen: Bool[Tensor, "source destination"], layer: int, column: int) -> Iterator[Patched]:
-    """The change enters the layer, whose attention is held, and is taken back after the MLP has read it."""
-    wanted = chosen[:, column].nonzero()[:, 0]
-    for place, row in base.jobs(len(wanted)):
-        source = wanted.to(place.device)[place]
+def _into_mlp(
+    base: _Base, chosen: Bool[Tensor, "source destination"], layer: int, column: int
+) -> Iterator[PatchedRows]:
+    """The change enters the layer, whose attention is held, and is subtracted again behind the MLP."""
+    for source, row in base.passes(chosen[:, column].nonzero()[:, 0]):
         change, attention = base.change[source, row], base.run.attention[layer][row]
         residual = base.run.residuals[layer][row] + change
         leaving, _ = through_layer(base.model, base.run, row, layer, residual=residual, attention=attention)
@@ -150,17 +152,19 @@ def _into_heads(
     layer: int,
     matrix: str,
     column: dict[Destination, int],
-) -> Iterator[Patched]:
-    """Heads of one layer do not touch each other: one pass of its attention patches what all of them read."""
+) -> Iterator[PatchedRows]:
+    """Edges into one matrix of all heads of a layer.
+
+    Heads of one layer do not act on each other. So one pass of the attention, in which all of them read a source's
+    change, gives what each would add if it alone had read it; then each edge continues from there by itself.
+    """
     group = sizes.n_heads // sizes.units(matrix)
     columns = torch.tensor([column[Component(layer, "H", h, matrix)] for h in range(0, sizes.n_heads, group)])
-    wanted = chosen[:, columns].any(1).nonzero()[:, 0]
-    for place, row in base.jobs(len(wanted)):
-        source = wanted.to(place.device)[place]
+    for source, row in base.passes(chosen[:, columns].any(1).nonzero()[:, 0]):
         added = _attention_changes(base, sizes, layer, matrix, source, row)
         pairs = chosen[:, columns].to(source.device)[source].nonzero()
-        for part in pairs.split(base.rows):
-            copy, unit = part.unbind(1)
+        for pair in pairs.split(base.batch_size):
+            copy, unit = pair.unbind(1)
             attention = base.run.attention[layer][row[copy]] + added(copy, unit)
             logits = continued(base.model, base.run, row[copy], layer, attention=attention)
             yield source[copy], columns.to(unit.device)[unit], row[copy], logits
@@ -169,25 +173,24 @@ def _into_heads(
 def _attention_changes(
     base: _Base, sizes: ModelShape, layer: int, matrix: str, source: Int[Tensor, "copy"], row: Int[Tensor, "copy"]
 ) -> Callable[[Int[Tensor, "pair"], Int[Tensor, "pair"]], Float[Tensor, "pair pos d_model"]]:
-    """What the attention gives more when each unit of a matrix, alone, reads what its copy's source changes."""
+    """What the attention's output gains when a unit of the matrix alone reads the change of its copy's source."""
     name = f"blocks.{layer}.attn.hook_z"
     projected = _projection_change(base, layer, matrix, source, row)
     hook = (f"blocks.{layer}.attn.hook_{matrix[-1].lower()}", lambda value, hook: value + projected.to(value.dtype))
-    _, found = through_layer(base.model, base.run, row, layer, hooks=[hook], names=[name], with_mlp=False)
+    _, values = through_layer(base.model, base.run, row, layer, hooks=[hook], names=[name], with_mlp=False)
     units = sizes.units(matrix)
-    change = (found[name] - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
-    slot = slots(base.model)[layer, "W_O"]
-    weight = slot.view(slot.parameter.detach()).unflatten(0, (units, -1)).flatten(1, 2)
+    # Query heads that share a KV head change together: their z and W_O are seen as one unit's.
+    change = (values[name] - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
+    weight = slots(base.model)[layer, "W_O"].weight.unflatten(0, (units, -1)).flatten(1, 2)
     return lambda copy, unit: torch.bmm(change[copy, :, unit], weight[unit])
 
 
 def _projection_change(
     base: _Base, layer: int, matrix: str, source: Int[Tensor, "copy"], row: Int[Tensor, "copy"]
 ) -> Float[Tensor, "copy pos unit d_head"]:
-    """Of the queries, keys or values, if all heads read the change: biases drop out."""
+    """The change of the queries, keys or values if all heads read the source's change: biases drop out."""
     residual = base.run.residuals[layer][row]
     norm = norm_of(base.model.blocks[layer].ln1, base.model)
-    patched = residual + base.change[source, row]
-    before, after = (norm.direction_and_scale(x)[0] * norm.weight for x in (residual, patched))
-    slot = slots(base.model)[layer, matrix]
-    return einsum(after - before, slot.view(slot.parameter.detach()).to(after.dtype), "c p d, u w d -> c p u w")
+    difference = norm.without_bias(residual + base.change[source, row]) - norm.without_bias(residual)
+    weight = slots(base.model)[layer, matrix].weight.to(difference.dtype)
+    return einsum(difference, weight, "copy pos d, unit width d -> copy pos unit width")

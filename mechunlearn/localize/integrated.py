@@ -6,26 +6,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Components, ComponentScores, heads_and_mlps
 from mechunlearn.localize.sites import (
     Direction,
-    differentiated,
+    Places,
+    activations_at,
+    component_effects,
+    effect_columns,
     effects_at,
-    gathered,
-    given,
     gradients,
-    pairs,
-    places_of,
-    recorded,
-    scored,
+    metric_and_activations,
+    midpoints,
+    scores_of,
+    value_hook,
 )
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, differentiable, recording, shape
+from mechunlearn.model import Model, recording
+from mechunlearn.model.hooks import layer_of
 from mechunlearn.model.running import running_from
 from mechunlearn.tasks.prompts import Prompts
 
 _EMBEDDING = "blocks.0.hook_resid_pre"
+"""The input of the first layer, which all other activations follow from."""
 
 
 def integrated_gradients(
@@ -49,35 +51,34 @@ def integrated_gradients(
     k = 0 ... steps - 1, in the metric's unit; everything after the first layer's input runs freely. A component that
     the answer needs scores negative for "noising", positive for "denoising": the two differ in sign alone.
 
-    Midpoints rather than the left end points that EAP-IG takes: the error falls with steps^2, and neither run counts
-    more. `settings["explained"]` is the same sum for e itself, which tends to `settings["difference"]`, the
-    mean of metric(x') - metric(x), as steps grow: where they disagree, take more steps. Scores of components need
-    not sum to anything. Takes part where gradients vanish at both ends, as behind a saturated softmax.
+    Points are midpoints, not the left end points of EAP-IG: the error falls with steps^2, and neither run counts more.
+    `settings["explained"]` is the same sum for e itself. It tends to `settings["difference"]`, the mean of
+    metric(x') - metric(x), as steps grow: where they disagree, take more steps. Scores of components need not sum to
+    anything. A component whose gradient vanishes at both ends, as behind a saturated softmax, still gets its score.
 
     Cost: 2F + steps * (F + B) per batch. Memory: as `attribution_patching`, and the gradients once more.
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     ValueError without corrupted prompts and for fewer than one step.
     """
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    places = places_of(chosen, sizes)
-    points = _midpoints(steps)
-    rows, explained, differences = [], [], []
-    batches = pairs(model, prompts, metric, direction, batch_size)
-    with differentiable(model):
-        for patched, other in batches:
-            before, base = _measured(model, patched, metric, [*places, _EMBEDDING])
-            after, source = _measured(model, other, metric, [*places, _EMBEDDING])
-            slopes = _slopes_between(model, patched, metric, places, base[_EMBEDDING], source[_EMBEDDING], points)
-            real = patched.attention_mask
-            effects = {name: effects_at(source[name] - base[name], slopes[name], real) for name in base}
-            rows.append(gathered(effects, places, len(chosen)))
-            explained.append(effects[_EMBEDDING].sum(1))
-            differences.append(after - before)
+    points = midpoints(steps)
+    explained, differences = [], []
+
+    def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
+        before, base = _measured(model, patched, metric, [*places, _EMBEDDING])
+        after, source = _measured(model, other, metric, [*places, _EMBEDDING])
+        slopes = _slopes_between(model, patched, metric, places, base[_EMBEDDING], source[_EMBEDDING], points)
+        real = patched.attention_mask
+        by_name = {name: effects_at(source[name] - base[name], slopes[name], real) for name in base}
+        # The embedding is all that differs at first: its own score, complete, is the whole change of the metric.
+        explained.append(by_name[_EMBEDDING].sum(1))
+        differences.append(after - before)
+        return effect_columns(by_name, places)
+
+    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
     settings |= {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
-    return scored(integrated_gradients, chosen, rows, sizes, metric, settings)
+    return scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
 
 
 def integrated_gradients_of_activations(
@@ -108,38 +109,30 @@ def integrated_gradients_of_activations(
     The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes. ValueError
     without corrupted prompts and for fewer than one step.
     """
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    places = places_of(chosen, sizes)
-    points = _midpoints(steps)
-    rows = []
-    batches = pairs(model, prompts, metric, direction, batch_size)
-    with differentiable(model):
-        for patched, other in batches:
-            base = recorded(model, patched, [*places, *(_entering(name) for name in places)])
-            source = recorded(model, other, places)
-            effects = {}
-            for name in places:
-                slope = _slope_at(model, patched, metric, name, base, source[name], points)
-                effects[name] = effects_at(source[name] - base[name], slope, patched.attention_mask)
-            rows.append(gathered(effects, places, len(chosen)))
+    points = midpoints(steps)
+
+    def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
+        base = activations_at(model, patched, [*places, *(_entering(name) for name in places)])
+        source = activations_at(model, other, places)
+        by_name = {}
+        for name in places:
+            slope = _slope_at(model, patched, metric, name, base, source[name], points)
+            by_name[name] = effects_at(source[name] - base[name], slope, patched.attention_mask)
+        return effect_columns(by_name, places)
+
+    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
-    return scored(integrated_gradients_of_activations, chosen, rows, sizes, metric, settings)
-
-
-def _midpoints(steps: int) -> list[float]:
-    if steps < 1:
-        raise ValueError(f"expected at least one step, got {steps}: 5 are usual, more are more exact.")
-    return [(k + 0.5) / steps for k in range(steps)]
+    return scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
 
 
 @torch.no_grad()
 def _measured(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    with recording(model, names) as found:
+    """The metric of a plain run, and the values at the hook points."""
+    with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model), prompts)
-    return values, found
+    return values, activations
 
 
 def _slopes_between(
@@ -155,8 +148,9 @@ def _slopes_between(
     means: dict[str, Tensor] = {}
     for point in points:
         entering = torch.lerp(start, end, point).requires_grad_(True)
-        values, found = differentiated(model, prompts, metric, names, [given(_EMBEDDING, entering)])
-        for name, slope in gradients(values, found | {_EMBEDDING: entering}, metric).items():
+        values, base = metric_and_activations(model, prompts, metric, names, [value_hook(_EMBEDDING, entering)])
+        for name, slope in gradients(values, base | {_EMBEDDING: entering}, metric).items():
+            # Summed up one point at a time, in float32 at least: no more than two sets of gradients are in memory.
             share = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(points)
             means[name] = means[name] + share if name in means else share
     return means
@@ -172,16 +166,15 @@ def _slope_at(
     points: list[float],
 ) -> Tensor:
     """The mean gradient at one hook point over its values between the two runs; the layers below do not run."""
-    layer = int(name.split(".")[1])
     total = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))
     for point in points:
         between = torch.lerp(base[name], end, point).requires_grad_(True)
-        with running_from(model, layer, base[_entering(name)]):
-            values, _ = differentiated(model, prompts, metric, [], [given(name, between)])
+        with running_from(model, layer_of(name), base[_entering(name)]):
+            values, _ = metric_and_activations(model, prompts, metric, [], [value_hook(name, between)])
         total += gradients(values, {name: between}, metric)[name]
     return total / len(points)
 
 
 def _entering(name: str) -> str:
     """Where the residual stream enters the hook point's layer."""
-    return f"blocks.{name.split('.')[1]}.hook_resid_pre"
+    return f"blocks.{layer_of(name)}.hook_resid_pre"

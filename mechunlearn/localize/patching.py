@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechunlearn import files
 from mechunlearn.arguments import check, check_functions, chosen_components
 from mechunlearn.components import (
     Component,
@@ -22,13 +23,14 @@ from mechunlearn.components import (
     PositionScores,
     heads_and_mlps,
 )
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
-from mechunlearn.localize.replacement import Replacement, patched_run, replaced, resample
+from mechunlearn.localize.replacement import Replacement, patched_run, replacement_values, resample
 from mechunlearn.localize.sites import Direction, Places, places_of
-from mechunlearn.metrics import Metric, checked, described, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.model.hooks import layer_of
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
 
@@ -57,15 +59,15 @@ def activation_patching(
     - `"noising"`: x is clean, a' corrupt. A component that the answer needs scores *negative*.
     - `"denoising"`: x is corrupt, a' clean. A component that carries the answer scores *positive*.
 
-    `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)` or
-    `gaussian(std=...)`, or your own; with the last three x is clean and `direction` must be `"noising"`.
-    `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
-    `components` and what their outputs are: as for `attribution_patching`. `batch_size` counts rows of one pass:
-    several components share it. Each component is patched alone, also those of a mask: `set_patching` patches
-    all of a mask together.
+    - `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)`, `gaussian(std=...)`,
+      or a function of yours. With `zero`, `mean_over` and `gaussian` x is clean, and `direction` must be `"noising"`.
+    - `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
+    - `components` and what their outputs are: as for `attribution_patching`. Each is patched alone, also those of a
+      mask: `set_patching` patches all of a mask together.
+    - `batch_size` counts rows of one pass, which several components share.
 
-    Cost: 2F, and for each component of layer l the part of F that comes after it: no layer below l, no attention
-    of layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
+    Cost: 2F, and for each component of layer l the part of F that comes after it: no layer below l, no attention of
+    layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
 
     Vig et al. 2020, https://arxiv.org/abs/2004.12265; Zhang & Nanda 2023, https://arxiv.org/abs/2309.16042.
     ValueError without corrupted prompts where the replacement or the direction needs them.
@@ -123,11 +125,11 @@ def _effects(
     _check_groups(prompts, positions, batch_size)
     patched = patched_run(prompts.to(device_of(model)), direction, replacement)
     places = places_of(components, sizes)
-    found = []
+    effects = []
     with preserved(model), torch.no_grad():
         for batch in patched.batches(batch_size):
-            found.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
-    return torch.cat(found).cpu()
+            effects.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
+    return torch.cat(effects).cpu()
 
 
 def _check_groups(prompts: Prompts, positions: Groups, batch_size: int) -> None:
@@ -147,18 +149,19 @@ def _batch_effects(
     places: Places,
     replacement: Replacement,
     positions: Groups,
-    rows: int,
+    batch_size: int,
 ) -> Float[Tensor, "prompt component group"]:
     run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=places)
-    source = replaced(replacement, model, prompts, run.values)
+    source = replacement_values(replacement, model, prompts, run.values)
     where = torch.stack(list(positions(prompts).values()), 1) & prompts.attention_mask[:, None]
     unpatched = checked(metric, run.logits, prompts).double()
     count = sum(len(units) for units in places.values())
     effects = unpatched.new_zeros(len(prompts), count, where.shape[1])
     for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
         columns = torch.tensor(list(units), device=where.device)
-        index = _every(len(units), where.shape[1], len(prompts), device=where.device)
-        for column, group, row in (part.unbind(1) for part in index.split(operator.index(rows))):
+        # A row for each unit, group of tokens and prompt. Rows of one hook point share passes: all start at its layer.
+        index = _combinations(len(units), where.shape[1], len(prompts), device=where.device)
+        for column, group, row in (rows.unbind(1) for rows in index.split(operator.index(batch_size))):
             unit = _units(units, column)
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()
@@ -166,8 +169,8 @@ def _batch_effects(
     return effects
 
 
-def _every(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
-    """All combinations of numbers below the counts, the last one fastest."""
+def _combinations(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
+    """All combinations of numbers below the counts, the last number changing fastest."""
     return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
 
 
@@ -189,31 +192,35 @@ def _patched(
     where: Bool[Tensor, "row pos"],
 ) -> Float[Tensor, "row answer d_vocab"]:
     """Logits of copies of the run's prompts, each with one unit of the site replaced at some tokens."""
-    layer = int(name.split(".")[1])
+    layer = layer_of(name)
     base = run.values[name]
+    # What an MLP adds to the residual stream, or a head to its attention's output, is changed without running either.
     if name.endswith("hook_mlp_out"):
         change = (source[row] - base[row]) * where[..., None]
         return continued(model, run, row, layer + 1, residual=run.residuals[layer + 1][row] + change)
     if name.endswith("hook_z") and unit is not None:
         change = (source[row, :, unit] - base[row, :, unit]) * where[..., None]
-        w_o = slots(model)[layer, "W_O"]
-        added = change.to(w_o.parameter.dtype) @ w_o.view(w_o.parameter)[unit]
+        weight = slots(model)[layer, "W_O"].weight
+        added = change.to(weight.dtype) @ weight[unit]
         return continued(model, run, row, layer, attention=run.attention[layer][row] + added)
+    # Elsewhere a hook puts the change in, and the layer runs from there: its attention only if queries, keys or values
+    # are patched.
     attention = None if name.endswith(("hook_q", "hook_k", "hook_v")) else run.attention[layer][row]
 
     def put(value: Tensor, hook: object) -> Tensor:
-        return _with(value, source, row, unit, where)
+        return _with_unit(value, source, row, unit, where)
 
     return continued(model, run, row, layer, attention=attention, hooks=[(name, put)])
 
 
-def _with(
+def _with_unit(
     value: Tensor,
     source: Tensor,
     row: Int[Tensor, "row"],
     unit: Int[Tensor, "row"] | None,
     where: Bool[Tensor, "row pos"],
 ) -> Tensor:
+    """`value` with the source's activation of one unit (None: all) in each row, at some tokens."""
     if unit is None:
         return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
     copies = torch.arange(len(row), device=row.device)
@@ -224,8 +231,8 @@ def _with(
 
 
 def _settings(prompts: Prompts, direction: str, replacement: Replacement, batch_size: int) -> dict[str, Any]:
-    given = {"direction": direction, "replacement": described(replacement)}
-    return given | {"prompts": len(prompts), "batch_size": batch_size}
+    settings = {"direction": direction, "replacement": described(replacement)}
+    return settings | {"prompts": len(prompts), "batch_size": batch_size}
 
 
 def set_patching(
@@ -243,16 +250,16 @@ def set_patching(
 
         effect = mean over prompts of metric(x with every a of the set replaced by its a') - metric(x)
 
-    in the metric's unit. Signs, `direction`, `replacement` and `where`: as for `activation_patching`, which patches
-    each component alone; effects of components do not add up to that of their set. Each a' is what the replacement
-    gives in the unpatched run, also above other members of the set. Where one member is part of another (a head of
-    an attention layer), the larger one decides.
+    in the metric's unit. Signs and options are those of `activation_patching`, which patches each component alone: a
+    set of one component has that score, and scores do not add up to that of a set. Each a' is what the replacement
+    gives in the unpatched run, also above other members of the set. Where one member is part of another (a head of an
+    attention layer), the larger one decides.
 
-    `sets`: names and what is in them, masks or components of any kinds, such as neurons of several layers:
+    `sets`: a mask, or components of any kinds, such as neurons of several layers, under each name:
     `{"found": scores.top(k=50), "control": random_like(...)}`. Sets may overlap.
 
     Cost: 2F, and for each set the part of F from its lowest layer on, without that layer's attention where the set
-    touches only what follows it. Sets share batches. A set of one component has its `activation_patching` score.
+    contains only what follows it. Sets share batches.
 
     Vig et al. 2020, https://arxiv.org/abs/2004.12265 (sets of neurons and of heads). ValueError for an empty set, one
     of another model, and as for `activation_patching`.
@@ -274,17 +281,17 @@ def _masks(sets: Mapping[str, Components], sizes: ModelShape) -> dict[str, Compo
             f"expected a dict of named sets, got {sets if isinstance(sets, Mapping) else type(sets).__name__}: pass "
             f'{{"name": mask}}.'
         )
-    return {name: _mask(name, given, sizes) for name, given in sets.items()}
+    return {name: _mask(name, members, sizes) for name, members in sets.items()}
 
 
-def _mask(name: str, given: Components, sizes: ModelShape) -> ComponentMask:
-    if isinstance(given, ComponentMask) and given.shape != sizes:
+def _mask(name: str, members: Components, sizes: ModelShape) -> ComponentMask:
+    if isinstance(members, ComponentMask) and members.shape != sizes:
         raise ValueError(
-            f"expected sets of this model ({sizes}), got {name!r} of another one ({given.shape}): localize on the "
+            f"expected sets of this model ({sizes}), got {name!r} of another one ({members.shape}): localize on the "
             f"model that you test."
         )
-    members = chosen_components(given, sizes, f"the set {name!r}")
-    return given if isinstance(given, ComponentMask) else ComponentMask.of(members, sizes)
+    chosen = chosen_components(members, sizes, f"the set {name!r}")
+    return members if isinstance(members, ComponentMask) else ComponentMask.of(chosen, sizes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -292,7 +299,7 @@ class SetEffects(Mapping[str, float]):
     """An effect for every set: a mapping from their names to floats, means over prompts."""
 
     sets: Mapping[str, ComponentMask]
-    """What was replaced together, under its name, in the order of the columns."""
+    """The components replaced together, under each set's name, in the order of the columns."""
     per_prompt: Float[Tensor, "prompt set"]
     """Each prompt's own effect."""
     method: str
@@ -346,26 +353,13 @@ class SetEffects(Mapping[str, float]):
         return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "sets": [[name, list(map(str, mask)), dict(mask.provenance)] for name, mask in self.sets.items()],
-            "shape": asdict(next(iter(self.sets.values())).shape),
-            "method": self.method,
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "SetEffects", {"per_prompt": self.per_prompt}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SetEffects":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "SetEffects")
-        shape = ModelShape(**content["shape"])
-        sets = {
-            name: ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
-            for name, labels, provenance in content["sets"]
-        }
-        return cls(sets, tensors["per_prompt"], content["method"], content["metric"], content["settings"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __getitem__(self, name: str) -> float:
         return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]

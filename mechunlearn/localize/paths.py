@@ -1,25 +1,40 @@
-"""Path patching: the effect of what senders write on what receivers read, all other ways held as they were."""
+"""Path patching: the effect of what senders write on what receivers read, with every other path held fixed."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from operator import index
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.arguments import check, chosen_components
+from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
-from mechunlearn.localize.sites import Direction, Places, places_of
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.identity import name_of
+from mechunlearn.localize.sites import Direction, Places, places_of, run_pairs
+from mechunlearn.metrics import Metric, checked, logit_difference
+from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
 from mechunlearn.model.edges import is_parallel
-from mechunlearn.model.paths import Changes, arriving, at_answers, changes, read_by_attention, read_by_mlp, sender_sites
+from mechunlearn.model.hooks import layer_of
+from mechunlearn.model.paths import (
+    Changes,
+    arriving_residuals,
+    at_answers,
+    read_by_attention,
+    read_by_mlp,
+    sender_changes,
+    sender_sites,
+)
 from mechunlearn.tasks.prompts import Prompts
 
 Receivers: TypeAlias = Components | Literal["logits"] | int
-"""What reads: components, `"logits"` (the final residual stream), or the residual stream that enters a layer."""
+"""What reads: components, `"logits"` (the final residual stream), or a layer (the residual stream that enters it)."""
+
+Entry: TypeAlias = int | Places
+"""Where receivers' inputs are changed: at the residual stream that enters a layer, or at hook points."""
+
+_Resolved: TypeAlias = tuple[Component, ...] | Literal["logits"] | int
 
 
 def path_patching(
@@ -37,17 +52,21 @@ def path_patching(
 
         score = mean over prompts of metric(x with the receivers' inputs changed) - metric(x)
 
-    in the metric's unit. The receivers' inputs are those in a run x in which the sender writes what it writes in the
-    other run x', and every other component what it writes in x, but for MLPs between them with `through_mlps`,
-    which respond. Then x runs with these inputs and all else free.
+    in the metric's unit. The receivers' inputs are what they would read if the sender wrote what it writes in the other
+    run x', and every other component what it writes in x; with `through_mlps`, MLPs between them respond. With these
+    inputs x runs, and everything else in it is free.
 
     - `"noising"`: x is clean, x' corrupt. A path that the answer needs scores *negative*.
     - `"denoising"`: x is corrupt, x' clean. A path that carries the answer scores *positive*.
 
-    Receivers are patched together: `"logits"` (default), a layer (an int: all that follows reads the changed residual
-    stream), or components: `L5H3.W_Q` (or `W_K`, `W_V`: the KV head that it reads, which others may share), a head
-    (all three), an attention layer, an MLP, one of its input matrices, a neuron. Senders are heads (or W_O),
-    attention layers and MLPs (or W_out); one from which no path leads to a receiver scores 0.
+    Receivers are patched together:
+
+    - `"logits"` (default);
+    - a layer (an int): everything from that layer on reads the changed residual stream;
+    - components: `L5H3.W_Q` (or `W_K`, `W_V`: the KV head that it reads, which others may share), a head (all three),
+      an attention layer, an MLP, one of its input matrices, a neuron.
+
+    Senders are heads (or W_O), attention layers and MLPs (or W_out). One without a path to any receiver scores 0.
 
     Cost: 2F, and for each sender the part of F from the lowest receiver's layer on; with `through_mlps`, also the
     MLPs from the sender to the highest receiver. For `"logits"`, all of it at the answers' positions only.
@@ -57,15 +76,15 @@ def path_patching(
     """
     sizes = shape(model)
     chosen = _senders(senders, sizes)
-    received = _resolved(receivers, sizes)
-    reading = _reading(received, sizes)
+    resolved = _resolved(receivers, sizes)
+    entry = _entry(resolved, sizes)
     parallel = is_parallel(model)
-    linked = [sender for sender in chosen if _leads(sender, reading, parallel)]
-    _check_linked(linked, chosen, received)
-    effects = _effects(model, prompts, metric, direction, [{s} for s in linked], reading, through_mlps, batch_size)
+    linked = [sender for sender in chosen if _leads(sender, entry, parallel)]
+    _check_linked(linked, chosen, resolved)
+    effects = _effects(model, prompts, metric, direction, [{s} for s in linked], entry, through_mlps, batch_size)
     per_prompt = torch.zeros(len(prompts), len(chosen), dtype=torch.float64)
     per_prompt[:, [chosen.index(sender) for sender in linked]] = effects
-    settings = {"direction": direction, "receivers": _named(received), "through_mlps": through_mlps}
+    settings = {"direction": direction, "receivers": _labels(resolved), "through_mlps": through_mlps}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
     name = name_of(metric)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
@@ -84,17 +103,11 @@ def path_effect(
 ) -> Float[Tensor, "prompt"]:
     """The effect of all senders together, through the receivers' inputs, for each prompt; as in `path_patching`."""
     sizes = shape(model)
-    chosen, received = _senders(senders, sizes), _resolved(receivers, sizes)
-    reading = _reading(received, sizes)
-    linked = {sender for sender in chosen if _leads(sender, reading, is_parallel(model))}
-    _check_linked(linked, chosen, received)
-    return _effects(model, prompts, metric, direction, [linked], reading, through_mlps, batch_size)[:, 0]
-
-
-Reading: TypeAlias = int | Places
-"""A layer that the changed residual stream enters, or hook points that are set."""
-
-_Resolved: TypeAlias = tuple[Component, ...] | Literal["logits"] | int
+    chosen, resolved = _senders(senders, sizes), _resolved(receivers, sizes)
+    entry = _entry(resolved, sizes)
+    linked = {sender for sender in chosen if _leads(sender, entry, is_parallel(model))}
+    _check_linked(linked, chosen, resolved)
+    return _effects(model, prompts, metric, direction, [linked], entry, through_mlps, batch_size)[:, 0]
 
 
 def _effects(
@@ -103,30 +116,27 @@ def _effects(
     metric: Metric,
     direction: Direction,
     senders: Sequence[set[Component]],
-    reading: Reading,
+    entry: Entry,
     through_mlps: bool,
     batch_size: int,
 ) -> Float[Tensor, "prompt sender"]:
-    check(direction, batch_size, metric=metric)
-    given = prompts.to(device_of(model))
-    corrupt = given.corrupted()
-    patched, other = (given, corrupt) if direction == "noising" else (corrupt, given)
     names = sender_sites({component.layer for members in senders for component in members})
-    found = []
+    effects = []
     with preserved(model), torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            batch, source = (side[start : start + batch_size] for side in (patched, other))
-            base, its = (base_run(model, p.tokens, p.attention_mask, p.positions, names=names) for p in (batch, source))
+        for pair in run_pairs(model, prompts, metric, direction, batch_size):
+            batch = pair[0]
+            base, other = (base_run(model, p.tokens, p.attention_mask, p.positions, names=names) for p in pair)
             own = checked(metric, base.logits, batch).double()
-            if reading == len(base.attention):
-                base, its = at_answers(base), at_answers(its)
+            if entry == len(base.attention):
+                # Into the final norm there is no attention left to run: the answers' positions are enough.
+                base, other = at_answers(base), at_answers(other)
             values = []
             for rows, members in _rows(len(batch), senders, batch_size, batch.tokens.device):
-                sent = changes(model, base, its, members, rows)
-                logits = _received(model, base, sent, reading, through_mlps)
+                sent = sender_changes(model, base, other, members, rows)
+                logits = _patched_logits(model, base, sent, entry, through_mlps)
                 values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
-            found.append(torch.cat(values).view(len(senders), len(batch)).T)
-    return torch.cat(found).cpu()
+            effects.append(torch.cat(values).view(len(senders), len(batch)).T)
+    return torch.cat(effects).cpu()
 
 
 def _rows(
@@ -139,26 +149,30 @@ def _rows(
         yield numbers % n_prompts, [senders[i] for i in (numbers // n_prompts).tolist()]
 
 
-def _received(
-    model: Model, base: Run, sent: Changes, reading: Reading, through_mlps: bool
+def _patched_logits(
+    model: Model, base: Run, sent: Changes, entry: Entry, through_mlps: bool
 ) -> Float[Tensor, "row answer d_vocab"]:
-    """Logits of the base run with what the receivers read changed."""
-    if isinstance(reading, int):
-        residual = arriving(model, base, sent, [reading], through_mlps=through_mlps)[reading]
-        return continued(model, base, sent.rows, reading, residual=residual)
-    layers = sorted({_layer(name) for name in reading})
-    entering = arriving(model, base, sent, layers, through_mlps=through_mlps)
+    """Logits of the base run with the receivers' inputs changed."""
+    if isinstance(entry, int):
+        residual = arriving_residuals(model, base, sent, [entry], through_mlps=through_mlps)[entry]
+        return continued(model, base, sent.rows, entry, residual=residual)
+    # First what arrives at each receiver's layer and what it reads of that; then one suffix run in which the receivers'
+    # queries, keys, values and pre-activations are set to it. Their layers' residual streams stay the base run's.
+    layers = sorted({layer_of(name) for name in entry})
+    entering = arriving_residuals(model, base, sent, layers, through_mlps=through_mlps)
     hooks = []
     for layer in layers:
-        names = [name for name in reading if _layer(name) == layer]
-        for read, inside in ((read_by_attention, True), (read_by_mlp, False)):
-            wanted = [name for name in names if (".attn." in name) == inside]
-            found = read(model, base, sent, layer, entering[layer], wanted) if wanted else {}
-            hooks += [_setting(name, value, list(reading[name].values())) for name, value in found.items()]
+        names = [name for name in entry if layer_of(name) == layer]
+        for read, is_attention in ((read_by_attention, True), (read_by_mlp, False)):
+            wanted = [name for name in names if (".attn." in name) == is_attention]
+            values = read(model, base, sent, layer, entering[layer], wanted) if wanted else {}
+            hooks += [_unit_hook(name, value, list(entry[name].values())) for name, value in values.items()]
     return continued(model, base, sent.rows, layers[0], hooks=hooks)
 
 
-def _setting(name: str, value: Tensor, units: list[int | None]) -> Hook:
+def _unit_hook(name: str, value: Tensor, units: list[int | None]) -> Hook:
+    """A hook that puts `value` there in these units only (None: in all)."""
+
     def put(own: Tensor, hook: object) -> Tensor:
         if None in units:
             return value
@@ -189,11 +203,13 @@ def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
             f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
         )
     return (
-        index(receivers) if isinstance(receivers, int | Integral) else chosen_components(receivers, sizes, "receivers")
+        index(receivers)
+        if isinstance(receivers, int | np.integer)
+        else chosen_components(receivers, sizes, "receivers")
     )
 
 
-def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:
+def _entry(receivers: _Resolved, sizes: ModelShape) -> Entry:
     if receivers == "logits":
         return sizes.n_layers
     if isinstance(receivers, int):
@@ -203,18 +219,18 @@ def _reading(receivers: _Resolved, sizes: ModelShape) -> Reading:
                 f"{receivers}: {sizes.n_layers} is the final residual stream."
             )
         return receivers
-    found = [read for component in receivers for read in _inputs(component, sizes)]
-    if not found:
+    inputs = [read for component in receivers for read in _inputs(component, sizes)]
+    if not inputs:
         raise ValueError('expected at least one receiver, got none: pass components, a layer or "logits".')
-    return places_of(list(dict.fromkeys(found)), sizes)
+    return places_of(list(dict.fromkeys(inputs)), sizes)
 
 
 def _inputs(component: Component, sizes: ModelShape) -> list[Component]:
-    """What stands for the component's inputs: values that are functions of the residual stream alone."""
+    """The components whose outputs stand for this one's inputs: functions of the residual stream alone."""
     if component.matrix in ("W_O", "W_out"):
         raise ValueError(
             f"expected receivers that read the residual stream, got {component}, which reads what its own head or MLP "
-            f"has made of it: use the head, its W_Q, W_K or W_V, or the MLP."
+            f"makes of it: use the head, its W_Q, W_K or W_V, or the MLP."
         )
     if component.part in ("MLP", "N") or component.matrix is not None:
         return [component]
@@ -222,14 +238,14 @@ def _inputs(component: Component, sizes: ModelShape) -> list[Component]:
     return [Component(component.layer, "H", head, matrix) for matrix in ("W_Q", "W_K", "W_V") for head in chosen]
 
 
-def _leads(sender: Component, reading: Reading, parallel: bool) -> bool:
-    """Whether what the sender writes can reach what is read."""
-    if isinstance(reading, int):
-        return sender.layer < reading
+def _leads(sender: Component, entry: Entry, parallel: bool) -> bool:
+    """Whether what the sender writes can reach the receivers' inputs."""
+    if isinstance(entry, int):
+        return sender.layer < entry
     to_own_mlp = sender.part in ("H", "ATTN") and not parallel
     return any(
-        sender.layer < _layer(name) or (to_own_mlp and sender.layer == _layer(name) and ".attn." not in name)
-        for name in reading
+        sender.layer < layer_of(name) or (to_own_mlp and sender.layer == layer_of(name) and ".attn." not in name)
+        for name in entry
     )
 
 
@@ -244,9 +260,5 @@ def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], rece
         )
 
 
-def _named(receivers: _Resolved) -> str | int | list[str]:
+def _labels(receivers: _Resolved) -> str | int | list[str]:
     return receivers if isinstance(receivers, int | str) else [str(component) for component in receivers]
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])

@@ -1,4 +1,4 @@
-"""What a patch puts in place of an activation: functions of (model, prompts, values at the sites of their own run)."""
+"""Replacements: functions that give what a patch puts in place of an activation."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -8,22 +8,22 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mechunlearn.localize.sites import Direction, recorded
-from mechunlearn.metrics import described, name_of
+from mechunlearn.identity import described, name_of
+from mechunlearn.localize.sites import Direction, activations_at
 from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.prompts import Prompts
 
 Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
-"""(model, prompts, hook point -> value in the prompts' own run [batch, pos, ...]) -> hook point -> what replaces it."""
+"""(model, prompts, hook point -> value in the prompts' own run [batch, pos, ...]) -> hook point -> its replacement."""
 
 
 def resample(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the counterpart of each prompt has there. Cost: 1F. ValueError without corrupted prompts."""
-    return recorded(model, prompts.corrupted(), values)
+    """The activations of each prompt's corrupted counterpart. Cost: 1F. ValueError without corrupted prompts."""
+    return activations_at(model, prompts.corrupted(), values)
 
 
 def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros. Cost: none. Takes the model off the distribution that it was trained on."""
+    """Zeros, which take the model off the distribution that it was trained on. Cost: none."""
     return {name: torch.zeros_like(value) for name, value in values.items()}
 
 
@@ -32,25 +32,23 @@ def mean_over(reference: Prompts, *, positional: bool = False) -> Replacement:
 
     Cost: 1F of the reference for each batch of prompts.
     """
-
     return partial(_mean_over, reference=reference, positional=positional)
 
 
 def gaussian(*, std: float, seed: int = 0) -> Replacement:
     """The prompt's own value plus noise N(0, std**2), the same for every prompt at its i-th real token. Cost: none."""
-
     return partial(_gaussian, std=std, seed=seed)
 
 
 def _mean_over(
     model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, reference: Prompts, positional: bool
 ) -> dict[str, Tensor]:
-    given = reference.to(device_of(model))
-    found = recorded(model, given, values)
+    reference = reference.to(device_of(model))
+    activations = activations_at(model, reference, values)
     if positional:
-        _check_aligned(given, prompts)
-        return {name: value.mean(0).expand_as(values[name]) for name, value in found.items()}
-    means = {name: value[given.attention_mask].mean(0) for name, value in found.items()}
+        _check_aligned(reference, prompts)
+        return {name: value.mean(0).expand_as(values[name]) for name, value in activations.items()}
+    means = {name: value[reference.attention_mask].mean(0) for name, value in activations.items()}
     return {name: value.expand_as(values[name]) for name, value in means.items()}
 
 
@@ -59,45 +57,41 @@ def _gaussian(
 ) -> dict[str, Tensor]:
     place = (prompts.attention_mask.cumsum(1) - 1).clamp(min=0)
     longest = int(place.max()) + 1
-    found = {}
+    noisy = {}
     for name, value in values.items():
+        # A generator for each hook point: its noise does not depend on which others are patched, nor on their order.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         drawn = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(longest)])
-        found[name] = value + std * drawn.to(value)[place]
-    return found
+        noisy[name] = value + std * drawn.to(value)[place]
+    return noisy
 
 
-def replaced(
+def replacement_values(
     replacement: Replacement, model: Model, prompts: Prompts, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the replacement gives; ValueError unless that is a tensor of the same shape for each hook point."""
-    found = replacement(model, prompts, values)
+    """The replacement's values; ValueError unless they are a tensor of the same shape for each hook point."""
+    replacements = replacement(model, prompts, values)
     for name, value in values.items():
-        got = found.get(name) if isinstance(found, Mapping) else found
+        got = replacements.get(name) if isinstance(replacements, Mapping) else replacements
         if not isinstance(got, Tensor) or got.shape != value.shape:
             shown = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
             raise ValueError(
                 f"expected {name_of(replacement)} to give a tensor of shape {tuple(value.shape)} for {name}, got "
                 f"{shown}: give one for each hook point that it is handed, in a dict."
             )
-    return found
+    return replacements
 
 
 def patched_run(prompts: Prompts, direction: Direction, replacement: Replacement) -> Prompts:
-    """The clean prompts for noising, the corrupt ones for denoising; ValueError for a replacement that cannot."""
+    """The clean prompts for noising, the corrupt ones for denoising; ValueError where a replacement cannot denoise."""
     if direction == "noising":
         return prompts
-    if ignores_the_other_run(replacement):
+    if getattr(replacement, "func", replacement) in (zero, _mean_over, _gaussian):
         raise ValueError(
             f"expected a replacement from the clean run for denoising, got {described(replacement)}: use resample, or "
             f'direction="noising", which ablates the clean run.'
         )
     return prompts.exchanged()
-
-
-def ignores_the_other_run(replacement: Replacement) -> bool:
-    """True for `zero`, `mean_over` and `gaussian`, which ablate and cannot denoise."""
-    return getattr(replacement, "func", replacement) in (zero, _mean_over, _gaussian)
 
 
 def _check_aligned(reference: Prompts, prompts: Prompts) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
+from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.metrics import name_of
 from mechunlearn.model import Model, Slot, check_editable, device_of, differentiable, shape, slots
 from mechunlearn.tasks.prompts import Prompts
 
@@ -24,16 +24,16 @@ def gradient_times_weight(
 ) -> ComponentScores:
     """Sum over a component's weights of d loss / d w * w, averaged over prompts.
 
-    In nats: minus what the loss would rise by, to first order, if the weights were scaled to zero. Negative = the
-    component's weights keep the loss low, positive = the loss would fall without them. The loss of a prompt is the
-    mean over its answer tokens.
+    Unit: nats. To first order, the score is minus the rise of the loss if the weights were scaled to zero: negative =
+    the component's weights keep the loss low, positive = the loss would fall without them. The loss of a prompt is
+    the mean over its answer tokens.
 
     Cost: 1F + 1B (of weights) per prompt, one prompt at a time. Weights that KV heads share count in every query
     head that reads them, once each. ValueError for processed or quantised weights.
     """
 
     def signed(slot: Slot, gradient: Tensor) -> Tensor:
-        return gradient * _weight(slot)
+        return gradient * slot.parameter.detach()
 
     return _per_prompt(gradient_times_weight, model, prompts, loss, components, signed)
 
@@ -43,8 +43,8 @@ def fisher(
 ) -> ComponentScores:
     """Sum over a component's weights of (d loss / d w)^2, averaged over prompts: the empirical Fisher diagonal.
 
-    Never negative, in nats^2; high = the component's weights matter for these answers. The square is taken of each
-    prompt's own gradient (the square of a batch's gradient would be another, smaller number).
+    Never negative, in nats^2; high = the component's weights matter for these answers. Each prompt's own gradient is
+    squared (the square of a batch's mean gradient would be another, smaller number).
 
     Cost: 1F + 1B (of weights) per prompt. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Shared KV
     weights and errors: as `gradient_times_weight`.
@@ -72,9 +72,9 @@ def snip(
     Cost: 1F + 1B (of weights) per batch. Lee et al. 2019, https://arxiv.org/abs/1810.02340 (who divide by
     the sum over all weights: the same ranking). Shared KV weights and errors: as `gradient_times_weight`.
     """
-    with _weights(model, components) as (found, chosen, sizes):
-        mean = _mean_gradients(model, prompts, loss, found, batch_size)
-        sums = {key: _unit_sums(slot, (mean[key] * _weight(slot)).abs()) for key, slot in found.items()}
+    with _covered_weights(model, components) as (weights, chosen, sizes):
+        mean = _mean_gradients(model, prompts, loss, weights, batch_size)
+        sums = {key: _unit_sums(slot, (mean[key] * slot.parameter.detach()).abs()) for key, slot in weights.items()}
     settings = {"loss": name_of(loss), "prompts": len(prompts), "batch_size": batch_size}
     return ComponentScores(chosen, _summed(sums, chosen, sizes), sizes, "snip", name_of(loss), settings)
 
@@ -96,11 +96,11 @@ def wagle(
 
         S_i = w_i * g_f,i - g_r,i * g_f,i / gamma = (w_i - g_r,i / gamma) * g_f,i
 
-    (removing the weight raises the forget loss, less what following the retain gradient undoes; gamma stands for the
-    retain loss's curvature, a multiple of the identity). A component scores the sum of |S_i|: never negative, high =
-    the weights that WAGLE would let an unlearning step change. It does not matter whether `forget_loss` is to
-    rise or to fall. The default gamma is that of the released TOFU configuration: so small that the second term
-    decides.
+    The first term is the rise of the forget loss without the weight, the second what following the retain gradient
+    undoes of it; gamma stands for the curvature of the retain loss, a multiple of the identity. A component scores the
+    sum of |S_i|: never negative, high = the weights that WAGLE would let an unlearning step change. The score is the
+    same whether `forget_loss` is to rise or to fall. The default gamma is that of the released TOFU configuration; it
+    is so small that the second term decides.
 
     Cost: 1F + 1B (of weights) per batch of either side. Jia et al. 2024, https://arxiv.org/abs/2410.17509. Shared KV
     weights, losses and errors: as `gradient_times_weight`; ValueError for gamma <= 0. No per-prompt values.
@@ -108,30 +108,30 @@ def wagle(
     if not gamma > 0:
         raise ValueError(f"expected a positive gamma (a curvature of the retain loss), got {gamma}.")
     sums = {}
-    with _weights(model, components) as (found, chosen, sizes):
-        forgetting = _mean_gradients(model, forget, forget_loss, found, batch_size)
-        retaining = _mean_gradients(model, retain, retain_loss, found, batch_size)
-        for key, slot in found.items():
-            sums[key] = _unit_sums(slot, ((_weight(slot) - retaining[key] / gamma) * forgetting[key]).abs())
+    with _covered_weights(model, components) as (weights, chosen, sizes):
+        forgetting = _mean_gradients(model, forget, forget_loss, weights, batch_size)
+        retaining = _mean_gradients(model, retain, retain_loss, weights, batch_size)
+        for key, slot in weights.items():
+            sums[key] = _unit_sums(slot, ((slot.parameter.detach() - retaining[key] / gamma) * forgetting[key]).abs())
     settings = {"forget_loss": name_of(forget_loss), "retain_loss": name_of(retain_loss), "gamma": gamma}
     settings |= {"forget_prompts": len(forget), "retain_prompts": len(retain), "batch_size": batch_size}
     return ComponentScores(chosen, _summed(sums, chosen, sizes), sizes, "wagle", name_of(forget_loss), settings)
 
 
 @contextmanager
-def _weights(
+def _covered_weights(
     model: Model, components: Components
 ) -> Iterator[tuple[dict[Key, Slot], tuple[Component, ...], ModelShape]]:
-    """The parameters that the components cover, differentiable; the components; the model's shape."""
+    """Inside, the parameters that the components cover are differentiable; gives them, the components and the shape."""
     check_editable(model)
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
     covered = sizes.entries(chosen)
-    found = {key: slot for key, slot in slots(model).items() if key in covered}
+    weights = {key: slot for key, slot in slots(model).items() if key in covered}
     with differentiable(model):
-        for slot in found.values():
+        for slot in weights.values():
             slot.parameter.requires_grad_(True)
-        yield found, chosen, sizes
+        yield weights, chosen, sizes
 
 
 def _per_prompt(
@@ -144,10 +144,10 @@ def _per_prompt(
 ) -> ComponentScores:
     """`score(slot, gradient of one prompt)` summed over each component's weights; the mean over prompts."""
     rows = []
-    with _weights(model, components) as (found, chosen, sizes):
+    with _covered_weights(model, components) as (weights, chosen, sizes):
         for prompt in prompts.to(device_of(model)).batches(1):
-            gradients = _gradients(model, prompt, loss, found)
-            sums = {key: _unit_sums(slot, score(slot, gradients[key])) for key, slot in found.items()}
+            gradients = _gradients(model, prompt, loss, weights)
+            sums = {key: _unit_sums(slot, score(slot, gradients[key])) for key, slot in weights.items()}
             rows.append(_summed(sums, chosen, sizes))
     per_prompt = torch.stack(rows)
     settings = {"loss": name_of(loss), "prompts": len(prompts)}
@@ -156,18 +156,18 @@ def _per_prompt(
 
 
 def _mean_gradients(
-    model: Model, prompts: Prompts, loss: Loss, found: dict[Key, Slot], batch_size: int
+    model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Slot], batch_size: int
 ) -> dict[Key, Tensor]:
     """The gradient of the loss averaged over prompts."""
     check_batch_size(batch_size)
     total: dict[Key, Tensor] = {}
     for batch in prompts.to(device_of(model)).batches(batch_size):
-        for key, gradient in _gradients(model, batch, loss, found).items():
+        for key, gradient in _gradients(model, batch, loss, weights).items():
             total[key] = total[key] + gradient / len(prompts) if key in total else gradient / len(prompts)
     return total
 
 
-def _gradients(model: Model, prompts: Prompts, loss: Loss, found: dict[Key, Slot]) -> dict[Key, Tensor]:
+def _gradients(model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Slot]) -> dict[Key, Tensor]:
     """The gradient of the sum over prompts of the mean over each one's answer tokens."""
     check_functions(loss=loss)
     if not {*needs(loss)} <= {"logits", "targets"}:
@@ -183,20 +183,16 @@ def _gradients(model: Model, prompts: Prompts, loss: Loss, found: dict[Key, Slot
             f"has none; use mu.losses.cross_entropy."
         )
     share = (1 / real.sum(1, keepdim=True)).expand(real.shape)[real]
-    parameters = [slot.parameter for slot in found.values()]
+    parameters = [slot.parameter for slot in weights.values()]
     gradients = torch.autograd.grad((losses * share).sum(), parameters, allow_unused=True)
-    for (layer, matrix), gradient in zip(found, gradients, strict=True):
+    for (layer, matrix), gradient in zip(weights, gradients, strict=True):
         if gradient is None:
             raise ValueError(
                 f"expected a loss that depends on L{layer} {matrix}, but {name_of(loss)} has no gradient there: it "
                 f"must be computed from the logits that it is given."
             )
     precise = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    return dict(zip(found, precise, strict=True))
-
-
-def _weight(slot: Slot) -> Tensor:
-    return slot.parameter.detach()
+    return dict(zip(weights, precise, strict=True))
 
 
 def _unit_sums(slot: Slot, values: Tensor) -> Float[Tensor, "unit"]:

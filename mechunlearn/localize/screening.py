@@ -12,10 +12,12 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_functions
 from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, heads_and_mlps
+from mechunlearn.identity import name_of
 from mechunlearn.localize.attribution import attribution_patching
+from mechunlearn.localize.combining import ranks
 from mechunlearn.localize.patching import activation_patching
 from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, logit_difference, name_of
+from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts
 
@@ -45,10 +47,12 @@ def screen_then_verify(
 ) -> "Verified":
     r"""Exact scores of the components that an estimate puts first, and what the estimate got wrong.
 
-    1. `estimate` scores every component. 2. The `k`, or the `fraction`, that it ranks highest `by` size are the
-    candidates. 3. `verify` scores the candidates, and `sample` others drawn at random: what the screen dropped.
-    Unit and sign of all scores: those of the two methods. An estimate without a sign (`atp_star` with GradDrop) can
-    screen as well as any; of its error only `rank correlation` and `missed` then mean something.
+    1. `estimate` scores every component.
+    2. The candidates are the `k`, or the `fraction`, that it ranks highest `by` size.
+    3. `verify` scores the candidates, and `sample` of the dropped components, drawn at random.
+
+    Scores have the units and signs of the two methods. An estimate without a sign (`atp_star` with GradDrop) can screen
+    as well; of its error only `rank correlation` and `missed` then mean something.
 
     Cost: that of `estimate`, and of `verify` for the candidates and the sample. ValueError unless exactly one of k and
     fraction is given and in range, and for a negative sample. A sample larger than what is left takes all of it.
@@ -62,12 +66,12 @@ def screen_then_verify(
     estimated = estimate(model, prompts, components=components, **options)
     candidates = estimated.top(k=k, fraction=fraction, by=by)
     dropped = [component for component in estimated.components if component not in candidates]
-    drawn = Random(f"screen_then_verify {seed}").sample(dropped, min(sample, len(dropped)))
-    exact = verify(model, prompts, components=[*candidates, *sorted(drawn)], **options)
+    sampled = Random(f"screen_then_verify {seed}").sample(dropped, min(sample, len(dropped)))
+    exact = verify(model, prompts, components=[*candidates, *sorted(sampled)], **options)
     settings = {"estimate": estimated.method, "verify": exact.method, "direction": direction, "by": name_of(by)}
-    settings |= {"k": len(candidates), "of": len(estimated), "sample": len(drawn), "seed": seed}
+    settings |= {"k": len(candidates), "of": len(estimated), "sample": len(sampled), "seed": seed}
     scores = _only(exact, candidates, settings)
-    return Verified(scores, estimated, _only(exact, drawn, settings) if drawn else None, by)
+    return Verified(scores, estimated, _only(exact, sampled, settings) if sampled else None, by)
 
 
 def _only(scores: ComponentScores, components: Iterable[Component], settings: dict[str, Any]) -> ComponentScores:
@@ -91,7 +95,7 @@ class Verified:
     sampled: ComponentScores | None
     """Exact scores of a random sample of the components that were not candidates; None without one."""
     by: Callable[[Tensor], Tensor] = torch.abs
-    """What ranks scores."""
+    """The function that turns scores into ranks."""
 
     def top(
         self,
@@ -110,24 +114,24 @@ class Verified:
     def missed(self, threshold: float | None = None, *, confidence: float = 0.95) -> "Missed":
         """How many dropped components would rank higher than `threshold` (default: than the lowest candidate).
 
-        Give the rank of the last one that you select: `threshold=abs(scores of the mask).min()`.
+        Pass the rank of the last component that you select: `threshold=abs(scores of the mask).min()`.
         """
         if threshold is None:
             threshold = float(self.by(self.scores.tensor).min())
         dropped = len(self.estimate) - len(self.scores)
-        ranks = self.by(self.sampled.tensor) if self.sampled is not None else torch.zeros(0, dtype=torch.float64)
-        found = int((ranks > threshold).sum())
-        largest = float(ranks.max()) if len(ranks) else float("nan")
-        at_most = _at_most(found, len(ranks), dropped, confidence)
-        return Missed(threshold, dropped, len(ranks), found, largest, at_most, confidence)
+        sizes = self.by(self.sampled.tensor) if self.sampled is not None else torch.zeros(0, dtype=torch.float64)
+        exceeding = int((sizes > threshold).sum())
+        largest = float(sizes.max()) if len(sizes) else float("nan")
+        at_most = _at_most(exceeding, len(sizes), dropped, confidence)
+        return Missed(threshold, dropped, len(sizes), exceeding, largest, at_most, confidence)
 
     @property
     def error(self) -> "DataFrame":
         """Estimate against exact score, for the candidates and for the sample of the others: a row each.
 
-        Bias is the mean of estimate - exact, `rms` the root of the mean square of it, `correlation` Pearson's, `rank
-        correlation` Spearman's of what `by` ranks, `same sign` a share. NaN where one component or equal values
-        have no correlation. Candidates were chosen by their estimate, so theirs tends to be too large.
+        Bias is the mean of estimate - exact, `rms` the root of its mean square, `correlation` Pearson's, `rank
+        correlation` Spearman's of the ranks `by`, `same sign` a share. A correlation of one component, or of equal
+        values, is NaN. Candidates were chosen by their estimate, so their estimates tend to be too large.
         """
         import pandas as pd
 
@@ -165,14 +169,14 @@ class Verified:
             "bias": float(difference.mean()),
             "rms": float(difference.pow(2).mean().sqrt()),
             "correlation": _correlation(estimate, exact),
-            "rank correlation": _correlation(_ranks(self.by(estimate)), _ranks(self.by(exact))),
+            "rank correlation": _correlation(ranks(self.by(estimate)).double(), ranks(self.by(exact)).double()),
             "same sign": float((estimate.sign() == exact.sign()).double().mean()),
         }
 
 
 @dataclass(frozen=True)
 class Missed:
-    """What the screen may have dropped, judged by a random sample of what it dropped."""
+    """How much the screen may have missed, judged by a random sample of the dropped components."""
 
     threshold: float
     """Dropped components that rank higher than this count as missed."""
@@ -187,6 +191,7 @@ class Missed:
     at_most: int
     """How many of all dropped ones do, at most, with this confidence (hypergeometric, one-sided)."""
     confidence: float
+    """The probability with which `at_most` holds."""
 
     def __str__(self) -> str:
         if self.sampled == self.dropped:
@@ -199,20 +204,13 @@ class Missed:
 
 
 def _at_most(found: int, sampled: int, dropped: int, confidence: float) -> int:
-    """The largest number of marked ones among `dropped` of which so few in the sample would not be too surprising."""
+    """The largest number of missed components of which a sample finds so few with probability > 1 - confidence."""
 
-    def chance(marked: int) -> float:
-        ways = sum(comb(marked, hits) * comb(dropped - marked, sampled - hits) for hits in range(found + 1))
+    def chance(missed: int) -> float:
+        ways = sum(comb(missed, hits) * comb(dropped - missed, sampled - hits) for hits in range(found + 1))
         return ways / comb(dropped, sampled)
 
-    return max(marked for marked in range(found, dropped - sampled + found + 1) if chance(marked) > 1 - confidence)
-
-
-def _ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
-    """Ranks, ties sharing their mean."""
-    smaller = (values[:, None] > values[None, :]).double().sum(1)
-    equal = (values[:, None] == values[None, :]).double().sum(1)
-    return smaller + (equal - 1) / 2.0
+    return max(missed for missed in range(found, dropped - sampled + found + 1) if chance(missed) > 1 - confidence)
 
 
 def _correlation(a: Float[Tensor, "component"], b: Float[Tensor, "component"]) -> float:

@@ -1,4 +1,4 @@
-"""What the gradient methods share: batches of two runs, gradients at components' outputs, and scores made of them."""
+"""What patching and gradient methods share: where components' outputs are, two runs in batches, effects as scores."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.arguments import check
-from mechunlearn.components import Component, ComponentScores, ModelShape
-from mechunlearn.metrics import Metric, checked, name_of
-from mechunlearn.model import Hook, Model, device_of, recording, site
+from mechunlearn.arguments import check, chosen_components
+from mechunlearn.components import Component, Components, ComponentScores, ModelShape
+from mechunlearn.identity import name_of
+from mechunlearn.metrics import Metric, checked
+from mechunlearn.model import Hook, Model, device_of, differentiable, recording, shape, site
 from mechunlearn.tasks.prompts import Prompts
 
 Direction: TypeAlias = Literal["noising", "denoising"]
@@ -19,8 +20,44 @@ Direction: TypeAlias = Literal["noising", "denoising"]
 Places: TypeAlias = dict[str, dict[int, int | None]]
 """Hook point -> column of the scores -> head or neuron there, None for all of the activation."""
 
+Effects: TypeAlias = Callable[[Prompts, Prompts, Places], Float[Tensor, "batch component"]]
+"""(prompts of the run that is patched, those of the other run, places) -> each component's effect for each prompt."""
 
-def pairs(
+
+def component_effects(
+    effects: Effects,
+    model: Model,
+    prompts: Prompts,
+    metric: Metric,
+    direction: Direction,
+    components: Components,
+    batch_size: int,
+) -> tuple[tuple[Component, ...], Float[Tensor, "prompt component"]]:
+    """The components, and what a gradient method's `effects` gives for them, batch after batch of both runs."""
+    sizes = shape(model)
+    chosen = chosen_components(components, sizes)
+    places = places_of(chosen, sizes)
+    batches = run_pairs(model, prompts, metric, direction, batch_size)
+    with differentiable(model):
+        rows = [effects(patched, other, places) for patched, other in batches]
+    return chosen, torch.cat(rows).cpu().double()
+
+
+def scores_of(
+    method: Callable[..., ComponentScores],
+    components: tuple[Component, ...],
+    per_prompt: Float[Tensor, "prompt component"],
+    model: Model,
+    metric: Metric,
+    settings: Mapping[str, Any],
+) -> ComponentScores:
+    """Scores that are means of the effects over prompts."""
+    settings = {**settings, "prompts": len(per_prompt)}
+    name, label = name_of(metric), name_of(method)
+    return ComponentScores(components, per_prompt.mean(0), shape(model), label, name, settings, per_prompt)
+
+
+def run_pairs(
     model: Model, prompts: Prompts, metric: Metric, direction: Direction, batch_size: int
 ) -> list[tuple[Prompts, Prompts]]:
     """Batches of (the run that is patched, the run that the patch is from), on the model's device."""
@@ -43,47 +80,47 @@ def places_of(components: Iterable[Component], sizes: ModelShape) -> Places:
 
 
 @torch.no_grad()
-def recorded(model: Model, prompts: Prompts, names: Iterable[str]) -> dict[str, Tensor]:
+def activations_at(model: Model, prompts: Prompts, names: Iterable[str]) -> dict[str, Tensor]:
     """The values at the hook points `names` in one forward pass."""
-    with recording(model, names) as found:
+    with recording(model, names) as activations:
         prompts.logits(model)
-    return found
+    return activations
 
 
-def differentiated(
+def metric_and_activations(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str], hooks: Iterable[Hook]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    """The metric, and the values at the hook points that it can be differentiated by.
+    """The metric, and the values at the hook points `names`, by which it can be differentiated.
 
     Weights are frozen: one of the `hooks` has to return a tensor that requires a gradient.
     """
-    with recording(model, names) as found:
+    with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model, hooks=list(hooks)), prompts)
     if not values.requires_grad:
         raise ValueError(
             f"expected a metric with a gradient, got one without from {name_of(metric)}: an argmax or a detached "
             f"tensor has none; use logit_difference or answer_log_probability."
         )
-    return values, found
+    return values, activations
 
 
 def gradients(
-    values: Tensor, found: Mapping[str, Tensor], metric: Metric, *, keep_graph: bool = False
+    values: Tensor, activations: Mapping[str, Tensor], metric: Metric, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
-    """d sum of the metric / d each of the values found; ValueError where it does not depend on them."""
-    results = torch.autograd.grad(values.sum(), list(found.values()), retain_graph=keep_graph, allow_unused=True)
-    gradients = {name: result for name, result in zip(found, results, strict=True) if result is not None}
-    for name in found:
-        if name not in gradients:
+    """d sum of the metric's values / d each activation; ValueError where they do not depend on it."""
+    slopes = torch.autograd.grad(values.sum(), list(activations.values()), retain_graph=keep_graph, allow_unused=True)
+    by_name = {name: slope for name, slope in zip(activations, slopes, strict=True) if slope is not None}
+    for name in activations:
+        if name not in by_name:
             raise ValueError(
                 f"expected a metric that depends on {name}, but {name_of(metric)} has no gradient there: it must be "
                 f"computed from the logits that it is given."
             )
-    return gradients
+    return by_name
 
 
-def gradients_from_here() -> Hook:
-    """Weights are frozen, so the first layer's input is what makes autograd record."""
+def graph_start() -> Hook:
+    """A hook that makes the first layer's input require a gradient: weights are frozen, so the graph starts there."""
 
     def require(residual: Tensor, hook: object) -> Tensor:
         return residual.detach().clone().requires_grad_(True)
@@ -91,13 +128,23 @@ def gradients_from_here() -> Hook:
     return "blocks.0.hook_resid_pre", require
 
 
-def given(name: str, value: Tensor) -> Hook:
-    """A hook that puts `value` there, whatever came."""
+def value_hook(name: str, value: Tensor) -> Hook:
+    """A hook that puts `value` at the hook point, whatever comes."""
 
-    def give(own: Tensor, hook: object) -> Tensor:
+    def put(own: Tensor, hook: object) -> Tensor:
         return value
 
-    return name, give
+    return name, put
+
+
+def midpoints(steps: int) -> list[float]:
+    """The middles of `steps` equal parts of [0, 1], where integrated gradients are taken.
+
+    Both runs count alike, and the error falls with steps^2 (at left end points, with steps).
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least one step, got {steps}: 5 are usual, more are more exact.")
+    return [(k + 0.5) / steps for k in range(steps)]
 
 
 def effects_at(
@@ -112,29 +159,19 @@ def effects_at(
     return product.sum(-1) if product.ndim == 3 else product
 
 
-def gathered(
-    effects: Mapping[str, Float[Tensor, "batch _"]], places: Places, count: int
+def effect_columns(
+    effects: Mapping[str, Float[Tensor, "batch _"]], places: Places, count: int | None = None
 ) -> Float[Tensor, "batch component"]:
-    """Effects at hook points as columns, one for each component; zero for components elsewhere."""
-    scores = next(iter(effects.values())).new_zeros(len(next(iter(effects.values()))), count)
+    """Effects at hook points as columns, one for each component.
+
+    `count` components (default: those of `places`); the column of one that is not in `places` is zero.
+    """
+    first = next(iter(effects.values()))
+    count = sum(map(len, places.values())) if count is None else count
+    scores = first.new_zeros(len(first), count)
     for name, units in places.items():
         whole = [column for column, unit in units.items() if unit is None]
         single = {column: unit for column, unit in units.items() if unit is not None}
         scores[:, whole] = effects[name].sum(1, keepdim=True).to(scores.dtype)
         scores[:, list(single)] = effects[name][:, list(single.values())].to(scores.dtype)
     return scores
-
-
-def scored(
-    method: Callable[..., ComponentScores],
-    components: tuple[Component, ...],
-    rows: list[Tensor],
-    sizes: ModelShape,
-    metric: Metric,
-    settings: Mapping[str, Any],
-) -> ComponentScores:
-    """Scores that are means over the prompts' rows."""
-    per_prompt = torch.cat(rows).cpu().double()
-    settings = {**settings, "prompts": len(per_prompt)}
-    name, label = name_of(metric), name_of(method)
-    return ComponentScores(components, per_prompt.mean(0), sizes, label, name, settings, per_prompt)

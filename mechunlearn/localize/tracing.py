@@ -2,20 +2,22 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mechunlearn import files
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.components import Component, ComponentScores, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.components.plot import signed_heat_map
+from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
-from mechunlearn.metrics import Metric, answer_probability, checked, name_of
+from mechunlearn.metrics import Metric, answer_probability, checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
 from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-KINDS = ("residual", "MLP", "ATTN")
-"""What can be restored."""
-
 Kind: TypeAlias = Literal["residual", "MLP", "ATTN"]
+"""Which state is restored: the residual stream, or the outputs of MLPs or of attention layers."""
 
 
 def causal_tracing(
@@ -40,7 +40,7 @@ def causal_tracing(
     noise: float = 3.0,
     draws: int = 10,
     window: int = 10,
-    kinds: tuple[Kind, ...] = KINDS,
+    kinds: tuple[Kind, ...] = ("residual", "MLP", "ATTN"),
     seed: int = 0,
     batch_size: int = 64,
 ) -> "CausalTrace":
@@ -53,16 +53,16 @@ def causal_tracing(
         indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
         total effect    = metric of the clean run - mean over draws of metric of the corrupted run
 
-    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back.
-    Restored is, for `"residual"`, what enters layer l + 1; for `"MLP"` and `"ATTN"`, the outputs of the layers
-    l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone moves little.
+    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back. For
+    `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
+    l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone changes little.
 
-    The trace plots the classic heat map (tokens by their role) and gives intervals over prompts.
-    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so each is of a layer's neighbourhood.
+    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so a layer's score is that of its
+    neighbourhood.
 
     Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
-    layer restored (for a window that starts in layer 0, but for the longest, the part above its highest layer).
-    Tokens before the subject have no effect, exactly, and are not run.
+    restored layer (all windows that start in layer 0 share one run of their layers). Tokens before the subject have
+    no effect and are not run.
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262 (restoring a window: their section 2). ValueError for prompts
     without a subject, a window or number of draws below 1, a window larger than the model, or negative noise.
@@ -71,12 +71,13 @@ def causal_tracing(
     check_batch_size(batch_size)
     check_functions(metric=metric)
     _check(noise, draws, window, kinds, sizes.n_layers)
-    given = prompts.to(device_of(model))
+    prompts = prompts.to(device_of(model))
     pieces: list[dict[str, Tensor]] = []
     with preserved(model), torch.no_grad():
-        drawn = _noise(model, given, noise, draws, seed, batch_size)
-        for batch in tqdm(given.batches(max(1, batch_size // draws)), desc="causal tracing", leave=False, disable=None):
-            pieces.append(_traced(model, batch, metric, drawn, window, kinds, batch_size))
+        vectors = _noise(model, prompts, noise, draws, seed, batch_size)
+        batches = prompts.batches(max(1, batch_size // draws))
+        for batch in tqdm(batches, desc="causal tracing", leave=False, disable=None):
+            pieces.append(_batch_trace(model, batch, metric, vectors, window, kinds, batch_size))
     width = max(piece["effects"].shape[-1] for piece in pieces)
     settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
     return CausalTrace(
@@ -94,7 +95,8 @@ def causal_tracing(
 def _noise(
     model: Model, prompts: Prompts, noise: float, draws: int, seed: int, batch_size: int
 ) -> Float[Tensor, "draw token d_model"]:
-    """What is added to the i-th token of a subject in each draw."""
+    """The noise vector of the i-th token of a subject in each draw."""
+    # The noise is measured in standard deviations of the embeddings that it is added to.
     entries = []
     for batch in prompts.batches(batch_size):
         embedded = embeddings(model, batch.tokens, batch.attention_mask)
@@ -106,51 +108,54 @@ def _noise(
     return (noise * std * torch.stack(tokens, 1)).to(prompts.tokens.device)
 
 
-def _traced(
+def _batch_trace(
     model: Model,
     prompts: Prompts,
     metric: Metric,
-    drawn: Float[Tensor, "draw token d_model"],
+    noise: Float[Tensor, "draw token d_model"],
     window: int,
     kinds: tuple[Kind, ...],
     batch_size: int,
 ) -> dict[str, Tensor]:
-    n_layers, draws = len(model.blocks), len(drawn)
+    n_layers, draws = len(model.blocks), len(noise)
     names = [f"blocks.{layer}.hook_{part}_out" for layer in range(n_layers) for part in ("mlp", "attn")]
     clean = _run(model, prompts, names)
     copies = prompts.rows(torch.arange(len(prompts), device=prompts.tokens.device).repeat_interleave(draws))
-    noisy = _run(model, copies, names, [_adding(copies, drawn)])
+    noisy = _run(model, copies, names, [_noise_hook(copies, noise)])
     corrupt = checked(metric, noisy.logits, copies).double()
-    row, token = _sites(copies)
+    # Each (copy, token) is one restoration, and a row of its own for every layer: rows share passes, layer by layer.
+    row, token = _restored_tokens(copies)
     effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
     for place, kind in enumerate(kinds):
-        for part in torch.arange(len(row), device=row.device).split(operator.index(batch_size)):
-            for layer, logits in _restored(model, noisy, clean, row[part], token[part], kind, window):
-                values = checked(metric, logits, copies.rows(row[part])).double()
-                effects[row[part], place, layer, token[part]] = values - corrupt[row[part]]
+        for rows, tokens in zip(
+            row.split(operator.index(batch_size)), token.split(operator.index(batch_size)), strict=True
+        ):
+            for layer, logits in _restored_layers(model, noisy, clean, rows, tokens, kind, window):
+                values = checked(metric, logits, copies.rows(rows)).double()
+                effects[rows, place, layer, tokens] = values - corrupt[rows]
     return {
         "clean": checked(metric, clean.logits, prompts).double(),
         "corrupt": corrupt.view(-1, draws).mean(1),
-        "effects": _left(effects.unflatten(0, (-1, draws)).mean(1), prompts),
-        "roles": _left(_roles(prompts), prompts),
+        "effects": _left_aligned(effects.unflatten(0, (-1, draws)).mean(1), prompts),
+        "roles": _left_aligned(_roles(prompts), prompts),
     }
 
 
 def _run(model: Model, prompts: Prompts, names: list[str], hooks: list[Hook] | None = None) -> Run:
-    given = (prompts.tokens, prompts.attention_mask, prompts.positions)
-    return base_run(model, *given, names=names, hooks=hooks or [])
+    inputs = (prompts.tokens, prompts.attention_mask, prompts.positions)
+    return base_run(model, *inputs, names=names, hooks=hooks or [])
 
 
-def _adding(copies: Prompts, drawn: Float[Tensor, "draw token d_model"]) -> Hook:
-    """The noise of each copy's draw, on its subject: where the embeddings enter the first layer."""
+def _noise_hook(copies: Prompts, noise: Float[Tensor, "draw token d_model"]) -> Hook:
+    """A hook that adds the noise of each copy's draw to its subject, where embeddings enter the first layer."""
     is_subject = subject(copies)
     order = (is_subject.cumsum(1) - 1).clamp(min=0)
-    draw = torch.arange(len(copies), device=order.device)[:, None] % len(drawn)
-    added = drawn[draw, order] * is_subject[..., None]
+    draw = torch.arange(len(copies), device=order.device)[:, None] % len(noise)
+    added = noise[draw, order] * is_subject[..., None]
     return "blocks.0.hook_resid_pre", lambda value, hook: value + added.to(value.dtype)
 
 
-def _sites(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
+def _restored_tokens(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
     """Rows and columns of the tokens from the subject's first to the one that predicts the answer."""
     order = torch.arange(copies.tokens.shape[1], device=copies.tokens.device)
     first = subject(copies).int().argmax(1, keepdim=True)
@@ -158,7 +163,7 @@ def _sites(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
     return row, token
 
 
-def _restored(
+def _restored_layers(
     model: Model,
     noisy: Run,
     clean: Run,
@@ -167,14 +172,13 @@ def _restored(
     kind: Kind,
     window: int,
 ) -> Iterator[tuple[int, Float[Tensor, "site answer d_vocab"]]]:
-    """For each layer, the last first, logits of copies of the noisy run, each with one token restored.
-
-    Windows that start in layer 0 are one run up to where the shorter one ends, so only the longest is run from there.
-    """
+    """For each layer, the last first, logits of copies of the noisy run, each with one token restored."""
     prompt = row // (len(noisy.tokens) // len(clean.tokens))
+    # Near the first layers windows are cut off, and all start in layer 0: a shorter one is the longer one's run up to
+    # where the shorter ends. The longest comes first and keeps what enters the layers at which the others continue.
     entering: dict[int, Tensor] = {}
 
-    def keeping(layer: int) -> Hook:
+    def keep_entering(layer: int) -> Hook:
         return f"blocks.{layer}.hook_resid_pre", lambda value, hook: entering.update({layer: value})
 
     for layer in reversed(range(len(model.blocks))):
@@ -186,12 +190,12 @@ def _restored(
         elif end in entering:
             logits = continued(model, noisy, row, end, residual=entering[end])
         else:
-            kept = [keeping(i) for i in range((window + 1) // 2, end)] if first == 0 else []
-            logits = _with_window(model, noisy, clean, row, token, prompt, kind, range(first, end), kept)
+            hooks = [keep_entering(i) for i in range((window + 1) // 2, end)] if first == 0 else []
+            logits = _restored_window(model, noisy, clean, row, token, prompt, kind, range(first, end), hooks)
         yield layer, logits
 
 
-def _with_window(
+def _restored_window(
     model: Model,
     noisy: Run,
     clean: Run,
@@ -202,10 +206,10 @@ def _with_window(
     layers: range,
     hooks: list[Hook],
 ) -> Float[Tensor, "site answer d_vocab"]:
-    """Logits with the outputs of these layers restored; `hooks` see the copies."""
+    """Logits with the outputs of these layers restored at one token; `hooks` see the copies."""
     copies, first = torch.arange(len(row), device=row.device), layers[0]
 
-    def restoring(layer: int) -> Hook:
+    def restoring_hook(layer: int) -> Hook:
         name = f"blocks.{layer}.hook_{kind.lower()}_out"
 
         def restore(value: Tensor, hook: object) -> Tensor:
@@ -217,12 +221,14 @@ def _with_window(
 
     if kind == "ATTN":
         attention = noisy.attention[first][row]
-        hooks = [*(restoring(layer) for layer in layers), *hooks]
+        # The first window layer's attention output is known, so the run starts behind it.
+        hooks = [*(restoring_hook(layer) for layer in layers), *hooks]
         return continued(model, noisy, row, first, attention=attention, hooks=hooks)
+    # The first MLP's restored output is added to the stream that leaves its layer: the run starts in the next layer.
     name = f"blocks.{first}.hook_mlp_out"
     residual = noisy.residuals[first + 1][row]
     residual[copies, token] += clean.values[name][prompt, token] - noisy.values[name][row, token]
-    hooks = [*(restoring(layer) for layer in layers[1:]), *hooks]
+    hooks = [*(restoring_hook(layer) for layer in layers[1:]), *hooks]
     return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)
 
 
@@ -231,16 +237,16 @@ def _roles(prompts: Prompts) -> Int[Tensor, "prompt pos"]:
     return torch.where(masks.any(-1), masks.int().argmax(-1), -1)
 
 
-def _left(values: Tensor, prompts: Prompts) -> Tensor:
-    """The last axis counted from each prompt's first real token, whatever side the padding is on."""
+def _left_aligned(values: Tensor, prompts: Prompts) -> Tensor:
+    """The values with the last axis counted from each prompt's first real token, on whichever side padding is."""
     order = prompts.attention_mask.int().argsort(dim=1, descending=True, stable=True)
     index = order.view(len(order), *[1] * (values.ndim - 2), -1).expand_as(values)
     return values.gather(-1, index)
 
 
 def _widened(values: Tensor, width: int) -> Tensor:
-    filling = 0 if values.is_floating_point() else -1
-    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=filling)
+    fill = 0 if values.is_floating_point() else -1
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=fill)
 
 
 def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_layers: int) -> None:
@@ -251,8 +257,8 @@ def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_laye
         )
     if not 1 <= window <= n_layers:
         raise ValueError(f"window must lie in 1..{n_layers} (the number of layers), got {window}: pass window=... .")
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"expected kinds among {', '.join(KINDS)}, got {kinds}.")
+    if not kinds or not set(kinds) <= set(get_args(Kind)):
+        raise ValueError(f"expected kinds among {', '.join(get_args(Kind))}, got {kinds}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -264,25 +270,28 @@ class CausalTrace:
     corrupt: Float[Tensor, "prompt"]
     """The metric of the corrupted run, the mean over draws of noise."""
     effects: Float[Tensor, "prompt kind layer token"]
-    """What restoring the i-th token adds to the corrupted run's metric, the mean over draws; 0 where there is none."""
+    """The metric with the i-th token restored minus that of the corrupted run, mean over draws; 0 without a token."""
     roles: Int[Tensor, "prompt token"]
     """The role of each token, a place in `ROLES`; -1 where there is no token."""
     kinds: tuple[str, ...]
-    """What was restored, in the order of the effects."""
+    """The kinds of states that were restored, in the order of the effects."""
     shape: ModelShape
+    """Of the model that was traced."""
     metric: str
+    """The metric's name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """The noise, the number of draws, the window, the seed and the number of prompts."""
 
     @property
     def total_effect(self) -> Float[Tensor, "prompt"]:
-        """What the noise takes from the metric of each prompt."""
+        """The metric of the clean run minus that of the corrupted run, for each prompt."""
         return self.clean - self.corrupt
 
     def total(self, *, confidence: float = 0.95) -> tuple[float, float, float]:
         """The mean of `total_effect` over prompts, and the low and high end of its interval (bootstrap over prompts).
 
-        In the metric's unit; positive = the noise takes from the metric. An interval that contains 0 says that the
-        noise does not reliably hide the answer, so that there is little to restore.
+        Unit: the metric's; positive = the noise lowers it. An interval that contains 0 says that the noise does not
+        reliably hide the answer, so that there is little to restore.
         """
         low, high = bootstrap(self.total_effect, confidence=confidence)
         return float(self.total_effect.mean()), float(low), float(high)
@@ -297,7 +306,7 @@ class CausalTrace:
     def scores(self, kind: str = "MLP", *, role: str = "last of the subject") -> ComponentScores:
         """The effects at one role as scores of that kind's layers, for `.top()`.
 
-        A score is of the window around its layer. ValueError for the residual stream, which is no component, for a
+        A score is that of the window around its layer. ValueError for the residual stream, which is no component, for a
         kind that was not traced, and where a prompt has no token of that role.
         """
         if kind not in self.kinds or kind == "residual" or role not in ROLES:
@@ -366,43 +375,22 @@ class CausalTrace:
         return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
 
     def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
-        import plotly.graph_objects as go
-
         limit = float(values.nan_to_num(0.0).abs().max()) or 1.0
-        unit = self.metric.replace("_", " ")
-        heat = go.Heatmap(
-            z=values.T.tolist(),
-            x=list(range(self.shape.n_layers)),
-            y=rows,
-            colorscale="RdBu",
-            zmid=0,
-            zmin=-limit,
-            zmax=limit,
-            colorbar={"title": {"text": f"indirect effect, {unit}", "side": "right"}},
-            hovertemplate="layer %{x}, %{y}: %{z:.4g}<extra></extra>",
-        )
+        unit, layers = f"indirect effect, {self.metric.replace('_', ' ')}", list(range(self.shape.n_layers))
+        hover = "layer %{x}, %{y}: %{z:.4g}"
         size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
-        layout = {"title": title, "template": "plotly_white"} | size
-        return go.Figure(heat, layout=layout | {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}})
+        axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
+        layout = {"title": title} | size | axes
+        return signed_heat_map(values.T.tolist(), layers, rows, limit=limit, unit=unit, hover=hover, layout=layout)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        tensors = {name: getattr(self, name) for name in ("clean", "corrupt", "effects", "roles")}
-        content = {"kinds": self.kinds, "shape": asdict(self.shape), "metric": self.metric}
-        write_tensors(path, "CausalTrace", tensors, content | {"settings": dict(self.settings)})
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "CausalTrace":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "CausalTrace")
-        shape = ModelShape(**content["shape"])
-        return cls(
-            **tensors,
-            kinds=tuple(content["kinds"]),
-            shape=shape,
-            metric=content["metric"],
-            settings=content["settings"],
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

@@ -7,7 +7,6 @@ Any function with parameters of `losses.inputs` is a loss.
 
 from mechunlearn.losses.answers import dpo, npo, simnpo
 from mechunlearn.losses.inputs import Loss, is_per_row, needs
-from mechunlearn.losses.representations import representation_matching, rmu
 from mechunlearn.losses.tokens import (
     cross_entropy,
     cross_entropy_unlearning,
@@ -15,6 +14,8 @@ from mechunlearn.losses.tokens import (
     kl_to_original,
     log_one_minus_probability,
     maximum_entropy,
+    representation_matching,
+    rmu,
     satimp,
     undial,
     weighted_gradient_ascent,

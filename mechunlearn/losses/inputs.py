@@ -1,4 +1,4 @@
-"""What a loss is given: the names of its parameters say it.
+"""The inputs of a loss, which it asks for by the names of its parameters.
 
 For the answer tokens of a batch, one answer after the other:
 
@@ -15,7 +15,7 @@ For each prompt's whole answer:
 `original_logits`, `original_residual`, `original_log_probability` and `original_alternative_log_probability` are
 those of the unedited model, without gradient.
 
-A loss takes some of these, each without a default. Everything else it takes has one, or is bound with
+A loss takes some of these, each without a default. Every other parameter has a default, or is bound with
 `functools.partial`.
 """
 
@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 
 Loss: TypeAlias = Callable[..., Tensor]
 """Any function whose parameters without default are names of this module: one value per token, or one per row."""
@@ -39,22 +39,24 @@ PER_ROW = (
 )
 EITHER = ("length",)
 TRAINED = ("logits", "log_probability", "alternative_log_probability", "residual")
-"""What depends on the weights that are trained."""
+"""The inputs that depend on the weights that are trained."""
 
 
 def needs(loss: Loss) -> tuple[str, ...]:
-    """The names that `loss` must be given, in the order of its signature; pass them by keyword.
+    """The names of the inputs that `loss` needs, in the order of its signature; pass them by keyword.
 
-    A name that has a value already, by default or bound with `functools.partial`, is not asked for. Works for
-    functions, lambdas, partials and objects with `__call__`.
+    Parameters with a default, or bound with `functools.partial`, are not among them. `loss` may be a function, a
+    lambda, a partial or an object with `__call__`.
 
-    ValueError for what is not a function with such parameters: other names without default, positional-only ones, none
-    that depends on the trained weights, or some per token and some per row.
+    ValueError for other parameters without a default, positional-only ones, inputs of which none depends on the trained
+    weights, or inputs per token mixed with inputs per row.
     """
-    asked = [p for p in _parameters(loss) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = tuple(parameter.name for parameter in asked)
+    required = [
+        p for p in _parameters(loss) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    names = tuple(parameter.name for parameter in required)
     _check_known(loss, names)
-    if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in asked):
+    if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in required):
         raise ValueError(
             f"expected {name_of(loss)} to take {_listed(names)} by keyword, got parameters that are positional only: "
             f"remove the '/' of its signature."
@@ -70,10 +72,7 @@ def needs(loss: Loss) -> tuple[str, ...]:
 
 
 def is_per_row(loss: Loss) -> bool:
-    """Whether `loss` gives one value per row (one for each prompt's whole answer), rather than one per token.
-
-    ValueError as `needs`.
-    """
+    """Whether `loss` gives one value per whole answer rather than one per token. ValueError as in `needs`."""
     return bool(set(needs(loss)) & set(PER_ROW))
 
 

@@ -1,6 +1,7 @@
-"""Losses of each token: make the answer more or less likely, or lead to another distribution."""
+"""Losses per token: of the answer's probability, of the distance to a distribution, or of the residual stream."""
 
 import math
+import operator
 
 import torch
 from jaxtyping import Float, Int
@@ -136,8 +137,8 @@ def undial(
     if not beta >= 0:
         raise ValueError(f"expected beta to be 0 or more, got {beta}: it is taken off the target's logit.")
     original = at_least_float32(original_logits.detach())
-    taken = torch.full_like(original[:, :1], -beta)
-    wanted = original.scatter_add(-1, targets[:, None], taken).softmax(-1)
+    penalty = torch.full_like(original[:, :1], -beta)
+    wanted = original.scatter_add(-1, targets[:, None], penalty).softmax(-1)
     return -(wanted * at_least_float32(logits).log_softmax(-1)).sum(-1)
 
 
@@ -158,6 +159,42 @@ def kl_to_original(
     return (original.exp() * (original - at_least_float32(logits).log_softmax(-1))).sum(-1)
 
 
+def rmu(residual: Float[Tensor, "token d_model"], *, scale: float = 6.5, seed: int = 0) -> Float[Tensor, "token"]:
+    """Mean over d_model of (h - scale * u)^2: steers the residual stream h to one fixed, random direction.
+
+    u is drawn from the uniform distribution on [0, 1) in each dimension and divided by its norm. It depends on `seed`
+    and d_model alone: every batch, run and device has the same. The unit is that of h squared. The loss is 0 where h =
+    scale * u, and scale^2 / d_model where h = 0. It does not control what later layers make of h.
+
+    `scale` has the unit of h: compare it with the norm of the model's own residual stream. The default is that of the
+    paper for Zephyr-7B at layer 7 (Mixtral: 300), where the coefficient is 1 on the forget side and 1200 for
+    `representation_matching` on the retain side.
+
+    Example: d_model 1, so u = 1, whatever the seed; h = 2.5: (2.5 - 6.5)^2 = 16. Li et al. 2024,
+    https://arxiv.org/abs/2403.03218.
+    """
+    aim = scale * _direction(residual.shape[-1], seed).to(residual.device)
+    return (at_least_float32(residual) - aim).square().mean(-1)
+
+
+def representation_matching(
+    residual: Float[Tensor, "token d_model"], original_residual: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token"]:
+    """Mean over d_model of (h - h_original)^2: keeps what the model computes, not only what it says.
+
+    The unit is that of h squared. Where nothing changed, as at the start, the loss and its gradient are 0.
+
+    Example: h = (1, 3), was (0, 1): (1 + 4) / 2 = 2.5. The retain side of RMU: Li et al. 2024,
+    https://arxiv.org/abs/2403.03218.
+    """
+    return (at_least_float32(residual) - at_least_float32(original_residual.detach())).square().mean(-1)
+
+
 def at_least_float32(value: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _direction(d_model: int, seed: int) -> Float[Tensor, "d_model"]:
+    drawn = torch.rand(d_model, generator=torch.Generator().manual_seed(operator.index(seed)))
+    return drawn / drawn.norm()

@@ -1,4 +1,4 @@
-"""Which models are accepted; a model that would fail in silence is refused with the remedy."""
+"""Which models are accepted: a model with which a method would fail in silence is refused, with the remedy."""
 
 from collections.abc import Sequence
 from weakref import WeakSet
@@ -23,6 +23,7 @@ TESTED = (
 """Architectures that the tests cover, on both model classes; others must pass a self-test first."""
 
 _admitted: WeakSet[torch.nn.Module] = WeakSet()
+"""Models of other architectures that have passed the self-test."""
 
 
 def check_model(model: Model) -> None:
@@ -48,7 +49,7 @@ def check_model(model: Model) -> None:
 
 
 def check_unforked(model: Model) -> None:
-    """ValueError if the model makes a copy of its attention's input for each head, as it does for other tools."""
+    """ValueError if the model copies its attention's input for each head, an option of TransformerLens."""
     forked = [flag for flag in ("use_split_qkv_input", "use_attn_in") if getattr(model.cfg, flag, False)]
     if forked:
         raise ValueError(
@@ -60,7 +61,7 @@ def check_unforked(model: Model) -> None:
 def check_editable(model: Model) -> None:
     """ValueError if the model's weights are processed or quantised, as far as the model tells.
 
-    A folded LayerNorm and a processed bridge are seen; a `HookedTransformer` that was only centered is not.
+    A folded LayerNorm and a processed bridge are recognised; a `HookedTransformer` that was only centered is not.
     """
     check_model(model)
     folded = str(model.cfg.normalization_type).endswith("Pre")
@@ -81,20 +82,20 @@ def check_editable(model: Model) -> None:
 
 
 def _self_test(model: Model) -> None:
-    """Every slot has the shape that the labels say and gets a gradient; zeroing a head's W_O is zeroing its z."""
+    """ValueError unless slots have the labels' shapes and get gradients, and zeroing a head's W_O zeroes its output."""
     try:
-        shape, found = unchecked_shape(model), slots(model)
-        for slot in found.values():
+        shape, weights = unchecked_shape(model), slots(model)
+        for slot in weights.values():
             expected = (shape.units(slot.matrix), shape.unit_parameters(slot.matrix) // shape.d_model, shape.d_model)
             if slot.view(slot.parameter).shape != expected:
                 raise _unsupported(model, f"L{slot.layer} {slot.matrix} is not of shape {expected}")
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise _unsupported(model, f"its weights are not laid out as q, k, v, o and in, out ({error})") from error
     with differentiable(model):
-        parameters = [slot.parameter.requires_grad_(True) for slot in found.values()]
+        parameters = [slot.parameter.requires_grad_(True) for slot in weights.values()]
         whole = _test_logits(model)
         gradients = torch.autograd.grad(whole.sum(), parameters, allow_unused=True)
-        hooked, zeroed = _without_a_head(model, found[shape.n_layers - 1, "W_O"])
+        hooked, zeroed = _without_a_head(model, weights[shape.n_layers - 1, "W_O"])
     if any(gradient is None for gradient in gradients):
         raise _unsupported(model, "a weight that its label names is not used in the forward pass")
     if not torch.allclose(zeroed, hooked, atol=1e-4) or torch.equal(zeroed, whole):
@@ -114,7 +115,7 @@ def _without_a_head(model: Model, slot: Slot) -> tuple[torch.Tensor, torch.Tenso
         return z * (torch.arange(z.shape[2], device=z.device) != 0)[None, None, :, None]
 
     hooked = _test_logits(model, [(f"blocks.{slot.layer}.attn.hook_z", without_head)])
-    head = slot.view(slot.parameter.detach())[0]
+    head = slot.weight[0]
     saved = head.clone()
     try:
         head.zero_()

@@ -54,5 +54,5 @@ def unchecked_shape(model: Model) -> ModelShape:
 
 
 def device_of(model: Model) -> torch.device:
-    """The device that tokens go to."""
+    """The device of the model's first parameter, to which tokens are moved."""
     return next(model.parameters()).device

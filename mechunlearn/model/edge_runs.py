@@ -1,4 +1,4 @@
-"""Runs in which every reader has a residual stream of its own: circuits of edges, and gradients of what is read."""
+"""Runs in which every destination reads a residual stream of its own: circuits of edges, and input gradients."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mechunlearn.components.component import Component
 from mechunlearn.components.edge import destinations
 from mechunlearn.model.classes import Model, unchecked_shape
-from mechunlearn.model.edges import READ, Reading, head_readers, mlp_norm, output_norm
+from mechunlearn.model.edges import PROJECTIONS, DestinationInputs, head_readers, mlp_norm, output_norm
 from mechunlearn.model.hooks import Hook
 from mechunlearn.model.matrices import slots
 from mechunlearn.model.norms import norm_of, post_norm
@@ -20,7 +20,7 @@ from mechunlearn.model.running import logits_at
 
 
 class EdgeCircuits:
-    """Runs a model with edges removed: along those, a reader gets what the source writes in another run.
+    """Runs a model with edges removed: along those, a destination reads what the source writes in another run.
 
     A destination v reads r + sum over removed edges u -> v of (other_u - own_u), with r the residual stream of this
     run and own_u what u adds to it here, where u's inputs are the circuit's too. One forward is enough: sources come
@@ -45,12 +45,20 @@ class EdgeCircuits:
         removed: Bool[Tensor, "row source destination"],
     ) -> Float[Tensor, "row answer d_vocab"]:
         """Logits of the rows, each with its own edges removed; `other` is what sources add in the other run."""
-        with _Reading(self, other, removed).hooked():
+        with _Pass(self, other, removed).hooked():
             return logits_at(self.model, tokens, mask, positions)
 
 
-class _Reading:
-    """One forward pass: what sources have changed so far, and the hooks that hand it to the readers."""
+class _Pass:
+    """One forward pass: what sources have changed so far, and the hooks that hand it to the destinations.
+
+    The residual stream of the pass itself is never changed. Each destination gets, at its own input only, the changes
+    of the sources whose edges to it are removed:
+
+    - an MLP and the logits at the input of the norm in front of them;
+    - queries, keys and values, whose norm is shared, at their own outputs: a projection is linear in the normalized
+      residual stream, so what it gives more for the changed stream is added to it.
+    """
 
     def __init__(
         self,
@@ -61,47 +69,52 @@ class _Reading:
         self.circuits = circuits
         self.other = other
         self.removed = removed.to(other.dtype)
-        self.change = torch.zeros_like(other)  # of sources that have not written yet
+        # other - own, filled in source by source. No source is read before it has written: zeros do until then.
+        self.change = torch.zeros_like(other)
         self.residual: dict[int, Tensor] = {}
         self.z: dict[int, Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        """Inside, a forward pass of the model is this pass."""
         model, sizes = self.circuits.model, self.circuits.sizes
-        hooks: list[Hook] = [("blocks.0.hook_resid_pre", self._embedded)]
+        hooks: list[Hook] = [("blocks.0.hook_resid_pre", self._keep_embedding)]
         with ExitStack() as stack:
             for layer in range(sizes.n_layers):
                 hooks += self._layer_hooks(layer)
-                readers = [(model.blocks[layer].ln1, self._keeping(layer)), (mlp_norm(model, layer), self._mlp(layer))]
+                mlp_hook = self._changed_input(self.circuits.column[Component(layer, "MLP")])
+                module_hooks = [(model.blocks[layer].ln1, self._keep_residual(layer))]
+                module_hooks.append((mlp_norm(model, layer), mlp_hook))
                 module = post_norm(model, layer, "ATTN")
                 if module is not None:
-                    readers.append((module, self._before_post_norm(layer)))
-                for module, hook in readers:
+                    module_hooks.append((module, self._keep_heads_before_post_norm(layer)))
+                for module, hook in module_hooks:
                     stack.callback(module.register_forward_pre_hook(hook).remove)
-            stack.callback(model.ln_final.register_forward_pre_hook(self._handing_in(self._column("logits"))).remove)
+            logits_hook = self._changed_input(self.circuits.column["logits"])
+            stack.callback(model.ln_final.register_forward_pre_hook(logits_hook).remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
             yield
 
     def _layer_hooks(self, layer: int) -> list[Hook]:
         prefix = f"blocks.{layer}."
-        hooks = [(f"{prefix}attn.hook_{letter}", self._projected(layer, matrix)) for matrix, letter in READ]
+        hooks = [(f"{prefix}attn.hook_{letter}", self._changed_projection(layer, m)) for m, letter in PROJECTIONS]
         return [
             *hooks,
-            (f"{prefix}attn.hook_z", self._attended(layer)),
-            (f"{prefix}hook_mlp_out", self._mlp_out(layer)),
+            (f"{prefix}attn.hook_z", self._keep_z(layer)),
+            (f"{prefix}hook_mlp_out", self._keep_mlp(layer)),
         ]
 
-    def _embedded(self, value: Tensor, hook: object) -> None:
+    def _keep_embedding(self, value: Tensor, hook: object) -> None:
         self.change[0] = self.other[0] - value
 
-    def _keeping(self, layer: int) -> Any:
+    def _keep_residual(self, layer: int) -> Any:
         def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             self.residual[layer] = arguments[0]
 
         return keep
 
-    def _projected(self, layer: int, matrix: str) -> Any:
-        """Queries, keys or values of the residual streams that the heads read, each its own."""
+    def _changed_projection(self, layer: int, matrix: str) -> Any:
+        """A hook that gives the queries, keys or values of residual streams that differ from head to head."""
         circuits = self.circuits
         readers = [d for d in head_readers(layer, circuits.sizes) if isinstance(d, Component) and d.matrix == matrix]
         columns = [circuits.column[reader] for reader in readers]
@@ -111,51 +124,51 @@ class _Reading:
             if not bool(removed.any()):
                 return value
             norm, slot, own = circuits.norms[layer], circuits.slots[layer, matrix], self.residual[layer]
+            # The residual stream as each head's matrix reads it, normalized as in the model: scales differ by head.
             read = own + einsum(removed, self.change, "row source unit, source row pos model -> unit row pos model")
-            before, after = (norm.direction_and_scale(x)[0] * norm.weight for x in (own, read))
-            weight = slot.view(slot.parameter.detach()).to(after.dtype)
-            added = einsum(after - before, weight, "unit row pos model, unit width model -> row pos unit width")
+            difference = norm.without_bias(read) - norm.without_bias(own)
+            weight = slot.weight.to(difference.dtype)
+            added = einsum(difference, weight, "unit row pos model, unit width model -> row pos unit width")
             return value + added.to(value.dtype)
 
         return add
 
-    def _attended(self, layer: int) -> Any:
+    def _keep_z(self, layer: int) -> Any:
         def keep(value: Tensor, hook: object) -> None:
             self.z[layer] = value
             if self.circuits.outputs[layer] is None:
-                self._heads_wrote(layer, value, None)
+                self._keep_heads(layer, value, None)
 
         return keep
 
-    def _before_post_norm(self, layer: int) -> Any:
+    def _keep_heads_before_post_norm(self, layer: int) -> Any:
+        """Where a post-norm follows (Gemma 2), heads are known only once the sum of all is: it decides the scale."""
+
         def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             norm = self.circuits.outputs[layer]
             assert norm is not None
-            self._heads_wrote(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
+            self._keep_heads(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
 
         return keep
 
-    def _heads_wrote(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
+    def _keep_heads(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
         slot, norm = self.circuits.slots[layer, "W_O"], self.circuits.outputs[layer]
-        weight = slot.view(slot.parameter.detach()).to(self.other.dtype)
+        weight = slot.weight.to(self.other.dtype)
         if norm is not None and scale is not None:
-            weight, z = norm.part(weight), z / scale[..., None]
-        places = self._places(layer)
+            weight, z = norm.numerator(weight), z / scale[..., None]
+        places = self._head_places(layer)
         written = einsum(z.to(weight.dtype), weight, "row pos unit width, unit width model -> unit row pos model")
         self.change[places] = self.other[places] - written.to(self.other.dtype)
 
-    def _mlp_out(self, layer: int) -> Any:
+    def _keep_mlp(self, layer: int) -> Any:
         def keep(value: Tensor, hook: object) -> None:
-            place = self._places(layer).stop
+            place = self._head_places(layer).stop
             self.change[place] = self.other[place] - value
 
         return keep
 
-    def _mlp(self, layer: int) -> Any:
-        return self._handing_in(self._column(Component(layer, "MLP")))
-
-    def _handing_in(self, column: int) -> Any:
-        """The norm in front of a reader gets that reader's residual stream; the stream itself goes on as it is."""
+    def _changed_input(self, column: int) -> Any:
+        """A hook by which a norm gets its reader's residual stream; the stream itself goes on as it is."""
 
         def hand_in(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             removed = self.removed[:, :, column]
@@ -164,10 +177,7 @@ class _Reading:
 
         return hand_in
 
-    def _column(self, destination: Any) -> int:
-        return self.circuits.column[destination]
-
-    def _places(self, layer: int) -> slice:
+    def _head_places(self, layer: int) -> slice:
         """The layer's heads among the sources; its MLP comes after them."""
         heads = self.circuits.sizes.n_heads
         start = 1 + layer * (heads + 1)
@@ -177,10 +187,10 @@ class _Reading:
 class InputGradients:
     """The metric's gradient with respect to every destination's own copy of the residual stream, averaged over runs.
 
-    Kept in d_head coordinates until it is made large, for a few prompts at a time. For one run the gradient at
-    the copy that a head's W_Q reads is
+    Gradients at heads are kept in d_head coordinates and made large (d_model) for a few prompts at a time. For one run
+    the gradient at the copy that a head's W_Q reads is
 
-        turned(W_Q g) / s - x (x . turned(W_Q g)) / (d_model s)
+        h(W_Q g) / s - x (x . h(W_Q g)) / (d_model s),    h = `Norm.numerator_transposed`
 
     with g the gradient at the query, x and s the direction and scale of the norm's input; see `Norm`.
     """
@@ -195,18 +205,20 @@ class InputGradients:
         self._along: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.norms]
         self._copies: list[Tensor] = []
 
-    def add(self, read: Reading, gradients: Sequence[Tensor | None]) -> None:
-        """One more run: what it read, and the gradients with respect to `read.tensors()` (None: zero)."""
+    def add(self, inputs: DestinationInputs, gradients: Sequence[Tensor | None]) -> None:
+        """Add a run: what its destinations read, and the gradients with respect to `inputs.tensors()` (None: zero)."""
         dtype = self.norms[0].weight.dtype
         real = [
             self._at_real(torch.zeros_like(tensor) if gradient is None else gradient).to(dtype)
-            for tensor, gradient in zip(read.tensors(), gradients, strict=True)
+            for tensor, gradient in zip(inputs.tensors(), gradients, strict=True)
         ]
         count = 3 * self.sizes.n_layers
         heads = []
         for layer, norm in enumerate(self.norms):
-            direction, scale = norm.direction_and_scale(self._at_real(read.residuals[layer]))
+            direction, scale = norm.direction_and_scale(self._at_real(inputs.residuals[layer]))
             gradient = torch.cat(real[3 * layer : 3 * layer + 3], dim=2) / scale[..., None]
+            # x . h(W g) = (W applied to weight * x) . g, a number per unit. The scale differs between runs, so g / s is
+            # summed over runs before W; the part along x has another x in each run and is kept run by run.
             along = (gradient * self._projected(layer, direction * norm.weight)).sum(-1) / self.sizes.d_model
             self._along[layer].append((along, direction))
             heads.append(gradient)
@@ -218,11 +230,11 @@ class InputGradients:
         """At the copies that the layer's queries, keys and values read, in the order of `head_readers`."""
         gradient = self._heads[layer][rows, places]
         units, shape = gradient.shape[2], gradient.shape[:2]
-        weight = self.norms[layer].turned(torch.cat(self._weights(layer)))
-        found = torch.bmm(gradient.permute(2, 0, 1, 3).flatten(1, 2), weight).view(units, *shape, -1)
+        weight = self.norms[layer].numerator_transposed(torch.cat(self._weights(layer)))
+        large = torch.bmm(gradient.permute(2, 0, 1, 3).flatten(1, 2), weight).view(units, *shape, -1)
         for along, direction in self._along[layer]:
-            found.addcmul_(along[rows, places].permute(2, 0, 1)[..., None], direction[rows, places], value=-1)
-        return found.div_(self._runs)
+            large.addcmul_(along[rows, places].permute(2, 0, 1)[..., None], direction[rows, places], value=-1)
+        return large.div_(self._runs)
 
     def at_mlp(self, layer: int, rows: slice, places: slice) -> Float[Tensor, "1 batch pos d_model"]:
         """At the copy that the layer's MLP reads."""
@@ -236,8 +248,8 @@ class InputGradients:
         return torch.cat([torch.einsum("bpd,uwd->bpuw", x, weight) for weight in self._weights(layer)], dim=2)
 
     def _weights(self, layer: int) -> list[Float[Tensor, "unit d_head d_model"]]:
-        dtype, found = self.norms[layer].weight.dtype, (self.slots[layer, matrix] for matrix, _ in READ)
-        return [slot.view(slot.parameter.detach()).to(dtype) for slot in found]
+        dtype = self.norms[layer].weight.dtype
+        return [self.slots[layer, matrix].weight.to(dtype) for matrix, _ in PROJECTIONS]
 
     def _at_real(self, value: Tensor) -> Tensor:
         return value.masked_fill(~self._mask.view(*self._mask.shape, *[1] * (value.ndim - 2)), 0.0)

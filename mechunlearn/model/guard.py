@@ -1,4 +1,4 @@
-"""A model is left as it was found; its weights have a short name and can be compared with what they were."""
+"""Leaving a model as it was: contexts that restore its state, copies of its weights, and a fingerprint of them."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ from mechunlearn.model.matrices import slots
 
 @contextmanager
 def preserved(model: Model) -> Iterator[None]:
-    """Inside: eval mode, nothing requires a gradient, no gradients stored. After: all as before.
+    """Inside, the model is in eval mode, nothing requires a gradient and none is stored; after, all is as before.
 
-    Also after an exception or an interrupt. Values of weights are not touched.
+    This holds after an exception or an interrupt, too. The values of weights are not touched.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in _modules(model)]
@@ -48,7 +48,7 @@ def differentiable(model: Model) -> Iterator[None]:
 
 
 def _modules(model: Model) -> list[nn.Module]:
-    """Also those of the Hugging Face model that a bridge does not register, such as GPT-2's dropout of embeddings."""
+    """All modules, with those of the Hugging Face model that a bridge does not register (GPT-2's embedding dropout)."""
     inner = model.original_model.modules() if is_bridge(model) else ()
     return list(dict.fromkeys([*model.modules(), *inner]))
 
@@ -58,6 +58,7 @@ class Snapshot:
     """A copy of every parameter of a model, in the memory of the CPU."""
 
     weights: Mapping[str, Tensor]
+    """Parameter name -> value."""
 
     @classmethod
     def of(cls, model: Model) -> "Snapshot":
@@ -65,7 +66,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, model: Model) -> list[str]:
-        """Put back what has changed since; gives the names of those parameters. Cost: each weight is read once.
+        """Put back the parameters that have changed since, and give their names. Cost: each weight is read once.
 
         RuntimeError if parameters have come or gone.
         """
@@ -86,28 +87,29 @@ class Snapshot:
         return changed
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """As numbers: NaN where there was NaN is the same."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _same(values: Tensor, saved: Tensor) -> bool:
+    """Whether all numbers are equal, where NaN equals NaN."""
+    if (values.shape, values.dtype) != (saved.shape, saved.dtype):
         return False
-    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22
+    return torch.equal(values, saved) or bool(((values == saved) | (values.isnan() & saved.isnan())).all())
 
 
 def fingerprint(model: Model) -> str:
     """16 hex digits that change when any bit of an attention or MLP weight does (not cryptographic).
 
-    Reads every weight once, where it lies; equal for a `TransformerBridge` and a `HookedTransformer`
-    with the same weights in the same dtype.
+    It is equal for a `TransformerBridge` and a `HookedTransformer` with the same weights in the same dtype. Every
+    weight is read once, on its own device.
     """
     digest = hashlib.sha256(repr(unchecked_shape(model)).encode())
     for (layer, matrix), slot in slots(model).items():
-        bits = slot.view(slot.parameter.detach()).contiguous().flatten()
+        bits = slot.weight.contiguous().flatten()
         digest.update(f"{layer} {matrix} {bits.dtype} {_checksum(bits)};".encode())
     return digest.hexdigest()[:16]
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22
+"""Entries whose bit patterns are in memory at once, 32 MB."""
 
 
 def _checksum(values: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Activations: where a component's output is, how to record it, and attention called again by itself."""
+"""Activations: the hook point of a component's output, how to record it, and a layer's attention run again alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,13 +38,18 @@ def site(component: Component, shape: ModelShape) -> str:
     return prefix + ("mlp.hook_pre" if component.matrix == "W_gate" else "hook_mlp_out")
 
 
+def layer_of(name: str) -> int:
+    """The layer that a hook point such as `blocks.3.attn.hook_z` belongs to."""
+    return int(name.split(".")[1])
+
+
 @contextmanager
 def recording(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Inside, forward passes put the value at each named hook point into the yielded dict.
 
     The recorded tensor is the one that the rest of the network reads, so gradients with respect to it
     are right on both classes (on a bridge, `hook_z` hands out a view that autograd would not see).
-    Raises RuntimeError on leaving if a hook did not fire.
+    RuntimeError on leaving if a hook did not fire.
     """
     wanted = list(dict.fromkeys(names))
     recorded: dict[str, Tensor] = {}
@@ -68,7 +73,7 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "past_kv_cache_ent
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a layer's attention was given: its input, mask and positions."""
+    """The arguments with which a layer's attention was called: its input, mask and positions."""
 
     layer: int
     arguments: tuple[Any, ...]
@@ -77,7 +82,7 @@ class AttentionCall:
 
 @contextmanager
 def attention_calls(model: Model, layers: Iterable[int]) -> Iterator[dict[int, AttentionCall]]:
-    """Inside, forward passes put how they call the attention of `layers` into the yielded dict."""
+    """Inside, forward passes put the arguments of the attention of `layers` into the yielded dict."""
     calls: dict[int, AttentionCall] = {}
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], *, layer: int) -> None:
@@ -96,6 +101,6 @@ def attention_calls(model: Model, layers: Iterable[int]) -> Iterator[dict[int, A
 @torch.no_grad()
 def attended_again(model: Model, call: AttentionCall, hooks: Sequence[Hook], names: Sequence[str]) -> dict[str, Tensor]:
     """The values at `names` when one layer's attention alone runs again, with `hooks` inside it."""
-    with model.hooks(fwd_hooks=list(hooks)), recording(model, names) as found:
+    with model.hooks(fwd_hooks=list(hooks)), recording(model, names) as values:
         model.blocks[call.layer].attn(*call.arguments, **call.options)
-    return found
+    return values

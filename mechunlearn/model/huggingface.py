@@ -20,11 +20,15 @@ from mechunlearn.model.matrices import slots
 def save_huggingface(model: Model, path: str | Path) -> None:
     """Write the model as it is now as a folder that `AutoModelForCausalLM.from_pretrained(path)` loads.
 
-    Configuration, safetensors and, if the model has one, the tokenizer, as TransformerLens has set it up: it may
-    prepend a BOS where the original does not, so give other tools the original's. The folder appears at `path` when it
-    is complete: until then it is `path` with `.partial` at the end. Fused QKV is put together from the split weights
-    that TransformerLens uses. No checkpoint holds rotary frequencies: those that `model.to(torch.bfloat16)` rounded are
-    exact again after loading, so load a model in bfloat16 rather than convert it.
+    The folder holds the configuration, safetensors and, if the model has one, the tokenizer. It is written as
+    `path` + `.partial` and renamed when it is complete.
+
+    - The tokenizer is as TransformerLens has set it up: it may prepend a BOS where the original does not, so give other
+      tools the original.
+    - Fused QKV is put together from the split weights that TransformerLens uses.
+    - No checkpoint holds rotary frequencies: those that `model.to(torch.bfloat16)` rounded are exact again after
+      loading, so load a model in bfloat16 rather than convert it.
+
     ValueError for a `HookedTransformer`, weights without a place in the Hugging Face model, or a path that is taken.
     """
     path = Path(path)
@@ -42,7 +46,7 @@ def save_huggingface(model: Model, path: str | Path) -> None:
 
 
 def huggingface_weights(model: Model) -> dict[str, Tensor]:
-    """Parameter names of the original Hugging Face model -> present weights; ValueError if that cannot be exact."""
+    """Parameter name of the original Hugging Face model -> weight as it is now; ValueError if that cannot be exact."""
     expected = _empty_copy(model).state_dict()
     state = model.original_model.state_dict(keep_vars=True)
     present = {name.replace("._original_component", ""): tensor for name, tensor in state.items()}
@@ -57,7 +61,7 @@ def huggingface_weights(model: Model) -> dict[str, Tensor]:
             f"expected weights that the Hugging Face model has a place for, got {(lost + wrong)[:5]} without one: "
             f"export the model before its weights or modules are replaced, or save the Edit itself."
         )
-    weights = {name: _joined(model, present[name], fused.get(id(present[name]))) for name in expected}
+    weights = {name: _whole(model, present[name], fused.get(id(present[name]))) for name in expected}
     _check_ties(model, weights)
     return weights
 
@@ -77,7 +81,7 @@ def _wraps_huggingface(model: Model) -> bool:
 
 
 def _empty_copy(model: Model) -> Any:
-    """The Hugging Face model that the bridge was made from, with its configuration and without memory for weights."""
+    """The Hugging Face model that the bridge was made from, with its configuration, on the meta device."""
     if not _wraps_huggingface(model):
         raise ValueError(
             f"expected a TransformerBridge of a Hugging Face model, got a {type(model).__name__}, which holds "
@@ -97,10 +101,10 @@ def _fused(model: Model) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
         children = dict(block.attn.named_children())
         if "qkv" not in children:
             continue
-        if architecture(model) not in _JOINED:
+        if architecture(model) not in _FUSED_LAYOUTS:
             raise ValueError(
-                f"expected the fused QKV of {' or '.join(_JOINED)}, got that of {architecture(model)}: save the Edit "
-                f"itself, and apply it after loading."
+                f"expected the fused QKV of {' or '.join(_FUSED_LAYOUTS)}, got that of {architecture(model)}: save "
+                f"the Edit itself, and apply it after loading."
             )
         whole, *parts = (_innermost(children[name]) for name in ("qkv", "q", "k", "v"))
         for kind in ("weight", "bias"):
@@ -108,10 +112,11 @@ def _fused(model: Model) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
                 yield getattr(whole, kind), [getattr(part, kind) for part in parts]
 
 
-def _joined(model: Model, whole: Tensor, parts: list[nn.Parameter] | None) -> Tensor:
+def _whole(model: Model, parameter: Tensor, parts: list[nn.Parameter] | None) -> Tensor:
+    """The parameter's value; of a fused one, which the forward pass does not read, that of its parts."""
     if parts is None:
-        return whole.detach()
-    return _JOINED[architecture(model)]([part.detach() for part in parts], model.cfg.n_heads)
+        return parameter.detach()
+    return _FUSED_LAYOUTS[architecture(model)]([part.detach() for part in parts], model.cfg.n_heads)
 
 
 def _one_after_another(parts: list[Tensor], n_heads: int) -> Tensor:
@@ -124,7 +129,7 @@ def _by_head(parts: list[Tensor], n_heads: int) -> Tensor:
     return torch.stack([part.unflatten(0, (n_heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
 
-_JOINED: dict[str, Callable[[list[Tensor], int], Tensor]] = {
+_FUSED_LAYOUTS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
     "GPT2LMHeadModel": _one_after_another,
     "GPTNeoXForCausalLM": _by_head,
 }
@@ -159,7 +164,7 @@ def _check_free(path: Path) -> None:
 def exported(model: Model) -> Iterator[Any]:
     """Inside, a copy of the model as it is now, as `AutoModelForCausalLM` loads it; after, its files are gone.
 
-    In the model's dtype, on its device, in evaluation mode. ValueError for a `HookedTransformer`.
+    The copy has the model's dtype and device and is in eval mode. ValueError for a `HookedTransformer`.
     """
     from transformers import AutoModelForCausalLM
 

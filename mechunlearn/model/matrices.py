@@ -1,8 +1,9 @@
-"""From a component to the real `nn.Parameter` and the slice of it that belongs to the component."""
+"""Where a component's weights are: the real `nn.Parameter`, and its units (heads or neurons) along one axis."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechunlearn.components import ModelShape
@@ -15,7 +16,7 @@ _WRITES = ("W_O", "W_out")
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One matrix of one layer: the parameter that really holds it, and how to see it."""
+    """One matrix of one layer: the parameter that holds it, and how to see it as heads or neurons."""
 
     layer: int
     matrix: str
@@ -24,10 +25,15 @@ class Slot:
     layout: Literal["rows", "columns", "heads", "heads_transposed"]
     """Where the units are: rows or columns of a matrix, or the first axis of a 3-D tensor."""
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """`tensor`, shaped like the parameter (its value, its gradient, ...), as [unit, width, d_model].
+    @property
+    def weight(self) -> Float[Tensor, "unit width d_model"]:
+        """The values as they are now, without a graph: a view of the parameter."""
+        return self.view(self.parameter.detach())
 
-        Always a view: writing to it writes to `tensor`.
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the parameter (its value, its gradient, ...) as [unit, width, d_model].
+
+        It is always a view: writing to it writes to `tensor`.
         """
         if self.layout == "heads":
             return tensor

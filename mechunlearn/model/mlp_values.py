@@ -1,4 +1,4 @@
-"""MLPs as a memory: the key that an MLP sees at a token, the value that it gives, and another value in its place."""
+"""MLPs as a memory of keys and values: reading both at a token, and adding to the value that an MLP gives."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +16,12 @@ from mechunlearn.model.running import residual_after
 
 @dataclass(frozen=True, eq=False)
 class MLPValues:
-    """What some MLPs read and give at one token of each row."""
+    """Keys and values of some MLPs at one token of each row."""
 
     keys: dict[int, Float[Tensor, "batch d_mlp"]]
-    """By layer: what W_out reads, after the nonlinearity (and the gate)."""
+    """Layer -> what W_out reads, after the nonlinearity (and the gate)."""
     outputs: dict[int, Float[Tensor, "batch d_model"]]
-    """By layer: key @ W_out, with its bias, before a post-norm."""
+    """Layer -> key @ W_out, with its bias, before a post-norm."""
     residual: Float[Tensor, "batch d_model"]
     """The residual stream that leaves the highest of the layers."""
 
@@ -56,7 +56,7 @@ def mlp_values(
 def key_moments(
     model: Model, layers: Iterable[int], tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"]
 ) -> dict[int, tuple[Float[Tensor, "d_mlp d_mlp"], Float[Tensor, ""]]]:
-    """By layer: the sums over all real tokens of key key^T and of |key|^4."""
+    """Layer -> the sums over all real tokens of key key^T and of |key|^4."""
     layers = sorted(layers)
     names = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers}
     with recording(model, names.values()) as recorded:
@@ -91,8 +91,9 @@ def before_post_norm(
 ) -> Float[Tensor, "batch d_model"]:
     """What to add to MLP outputs so that the residual stream moves by `moves`.
 
-    That is `moves` themselves, but for a post-norm (Gemma 2): with its scale s held at what it is for `outputs` it is
-    x -> w * x / s, whose inverse is damped, w * s / (w^2 + 0.01 mean(w^2)), since single weights may be near zero.
+    Without a post-norm these are `moves` themselves. With one (Gemma 2), whose scale s is held at its value for
+    `outputs`, they are moves * s * w / (w^2 + 0.01 mean(w^2)): the inverse of x -> w * x / s, damped since single
+    weights may be near zero.
     """
     module = post_norm(model, layer, "MLP")
     if module is None:

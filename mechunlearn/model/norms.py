@@ -1,4 +1,4 @@
-"""What a normalisation does to a vector and, with its scale held, to a part of one; and how it turns gradients."""
+"""LayerNorm and RMSNorm as formulas: their output for a vector and, with the scale held, for a part of one."""
 
 from dataclasses import dataclass
 
@@ -13,26 +13,26 @@ from mechunlearn.model.classes import Model
 class Norm:
     """A LayerNorm or RMSNorm: x -> weight * c(x) / s(x) + bias.
 
-    c takes the mean away (LayerNorm) or nothing (RMSNorm); s(x) is the root of the mean square of c(x), plus eps.
-    The derivative at x, transposed, takes a gradient g to
+    c subtracts the mean (LayerNorm) or nothing (RMSNorm); s(x)^2 is the mean square of c(x), plus eps. With
+    h = `numerator_transposed(g)`, the gradient with respect to x is, for a gradient g with respect to the output,
 
-        turned(g) / s(x) - u * (u . turned(g)) / (d_model * s(x)),    u = c(x) / s(x)
+        h / s(x) - u * (u . h) / (d_model * s(x)),    u = c(x) / s(x)
     """
 
     weight: Float[Tensor, "d_model"]
     """The factor of each coordinate, an offset of 1 (Gemma) included."""
     bias: Float[Tensor, "d_model"]
-    """What is added, whatever the input; zero in an RMSNorm."""
+    """The constant term; zero in an RMSNorm."""
     centred: bool
     """True for a LayerNorm."""
     eps: float
 
-    def part(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """weight * c(x): what becomes of a part of the input, up to the scale of the whole."""
+    def numerator(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """weight * c(x): what the norm divides by the scale. It is linear, so parts of an input can be taken alone."""
         return self._centre(x) * self.weight
 
-    def turned(self, gradient: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """c(weight * gradient): the transpose of `part`."""
+    def numerator_transposed(self, gradient: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """c(weight * gradient): the transpose of `numerator`."""
         return self._centre(gradient * self.weight)
 
     def direction_and_scale(
@@ -43,8 +43,12 @@ class Norm:
         scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         return x / scale, scale
 
+    def without_bias(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The norm's output for x, less its bias."""
+        return self.direction_and_scale(x)[0] * self.weight
+
     def frozen(self, x: Float[Tensor, "*rows d_model"]) -> "FrozenNorm":
-        """The norm with its scale held at what it is for x, which makes it linear up to the bias."""
+        """The norm with its scale held at s(x), which makes it linear up to the bias."""
         return FrozenNorm(self, self.direction_and_scale(x)[1])
 
     def _centre(self, x: Tensor) -> Tensor:
@@ -53,27 +57,29 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """What a norm does to parts of its input, without its bias, at the scale of the whole."""
+    """A norm with a fixed scale and without its bias: a linear map, which can be applied to parts of an input."""
 
     norm: Norm
     scale: Float[Tensor, "*rows 1"]
 
     def __call__(self, part: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        return self.norm.part(part) / self.scale
+        return self.norm.numerator(part) / self.scale
 
     def transposed(self, direction: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """The direction before the norm that reads what `direction` reads after it."""
-        return self.norm.turned(direction) / self.scale
+        return self.norm.numerator_transposed(direction) / self.scale
 
 
 @torch.no_grad()
 def norm_of(module: nn.Module, model: Model) -> Norm:
-    """The `Norm` that a module computes, found by running it: classes and conventions differ between models.
+    """The `Norm` that a module computes, measured by running it, since classes and conventions differ between models.
 
     ValueError for a module that computes something else.
     """
-    parameter = next(module.parameters(), next(model.parameters()))  # a folded norm has none of its own
+    parameter = next(module.parameters(), next(model.parameters()))  # a folded norm has no parameters
     d_model, eps = model.cfg.d_model, model.cfg.eps
+    # Signs v have mean 0 and mean square 1, so v and -v give the bias and the weight. v + 1 tells whether the mean is
+    # subtracted. A small vector and an uneven one check eps and the formula as a whole.
     signs = torch.where(torch.arange(d_model) % 2 == 0, 1.0, -1.0)
     probes = torch.stack([signs, -signs, signs + 1, 1e-2 * signs, torch.linspace(-2, 3, d_model)]).to(parameter)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -81,16 +87,16 @@ def norm_of(module: nn.Module, model: Model) -> Norm:
     probes, bias = probes.to(dtype), (outputs[0] + outputs[1]) / 2
     weight = (outputs[0] - bias) * probes[0] * (1 + eps) ** 0.5
     tolerance = 1e-3 if parameter.dtype == dtype else 3e-2
-    found = Norm(weight, bias, torch.allclose(outputs[2], outputs[0], rtol=tolerance, atol=tolerance), eps)
-    expected = found.direction_and_scale(probes)[0] * weight + bias
+    norm = Norm(weight, bias, torch.allclose(outputs[2], outputs[0], rtol=tolerance, atol=tolerance), eps)
+    expected = norm.without_bias(probes) + bias
     if not torch.allclose(expected, outputs, rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"expected a LayerNorm or an RMSNorm with eps {eps}, got a {type(module).__name__} that computes something "
             f"else: what becomes of parts of its input cannot be told; use attribution_patching or activation_patching."
         )
-    return found
+    return norm
 
 
 def post_norm(model: Model, layer: int, part: str) -> nn.Module | None:
-    """The norm that the output of the layer's attention (`"H"`, `"ATTN"`) or MLP passes, as in Gemma 2, if any."""
+    """The norm between a layer's attention (`"H"`, `"ATTN"`) or MLP and the residual stream (Gemma 2); None without."""
     return getattr(model.blocks[layer], "ln1_post" if part in ("H", "ATTN") else "ln2_post", None)

@@ -1,7 +1,7 @@
-"""Direct paths: what a component would read if some others wrote what they write in another run, all else held.
+"""Direct paths: what a receiver reads when senders write what they write in another run and all else is held.
 
-Between a sender and a receiver only the residual stream is in the way, which is a sum: no forward pass is needed to
-know what arrives, unless MLPs on the way are to respond.
+A sender acts on a receiver through the residual stream, which is a sum: what arrives is the base run's stream plus the
+senders' changes, and no forward pass is needed unless MLPs between them are to respond.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,20 +18,23 @@ from mechunlearn.model.classes import Model, unchecked_shape
 from mechunlearn.model.hooks import Hook, recording
 from mechunlearn.model.matrices import slots
 from mechunlearn.model.norms import post_norm
-from mechunlearn.model.running import logits_at, passed_on, replaced, running_from
-from mechunlearn.model.suffix import Run, attending
+from mechunlearn.model.running import identity, logits_at, replaced_forwards, running_from
+from mechunlearn.model.suffix import Run, fixed_attention, through_layer
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """What senders write differently in another run. A row is one set of senders on one prompt."""
+    """The difference between what senders write in another run and in the base run, for sets of senders.
+
+    A row is one set of senders on one prompt.
+    """
 
     rows: Int[Tensor, "row"]
     """The prompt of each row."""
     attention: dict[int, Float[Tensor, "row pos d_model"]]
-    """Layer -> change of what its attention gives, before a post-norm."""
+    """Layer -> change of its attention's output, before a post-norm."""
     mlps: dict[int, tuple[Bool[Tensor, "row"], Float[Tensor, "row pos d_model"]]]
-    """Layer -> the rows in which its MLP sends, and the change of what it adds to the residual stream."""
+    """Layer -> the rows in which its MLP is a sender, and the change of what it adds to the residual stream."""
 
 
 def sender_sites(layers: Collection[int]) -> list[str]:
@@ -40,7 +43,7 @@ def sender_sites(layers: Collection[int]) -> list[str]:
 
 
 def at_answers(run: Run) -> Run:
-    """The run at the answers' positions alone, which is enough where attention does not run: the rest has no say."""
+    """The run cut to the answers' positions: enough where no attention runs, since nothing else mixes positions."""
     index = torch.arange(len(run.tokens), device=run.tokens.device)[:, None], run.positions
     tokens = run.tokens[index]
     return Run(
@@ -54,20 +57,19 @@ def at_answers(run: Run) -> Run:
     )
 
 
-def changes(
+def sender_changes(
     model: Model, base: Run, other: Run, senders: Sequence[Collection[Component]], rows: Int[Tensor, "row"]
 ) -> Changes:
-    """For each row its set of senders (heads, attention layers, MLPs), and the prompt that it is about."""
+    """The changes of each row: of its set of senders (heads, attention layers, MLPs), on its prompt."""
     sizes = unchecked_shape(model)
     attention, mlps = {}, {}
     for layer in sorted({component.layer for members in senders for component in members}):
-        is_sent = torch.tensor([_heads(members, layer, sizes) for members in senders], device=rows.device)
+        is_sender = torch.tensor([_sending_heads(members, layer, sizes) for members in senders], device=rows.device)
         sends = torch.tensor([_sends_mlp(members, layer) for members in senders], device=rows.device)
-        if bool(is_sent.any()):
+        if bool(is_sender.any()):
             name = f"blocks.{layer}.attn.hook_z"
-            z = (other.values[name] - base.values[name])[rows] * is_sent[:, None, :, None]
-            slot = slots(model)[layer, "W_O"]
-            weight = slot.view(slot.parameter.detach())
+            z = (other.values[name] - base.values[name])[rows] * is_sender[:, None, :, None]
+            weight = slots(model)[layer, "W_O"].weight
             attention[layer] = einsum(z, weight, "row pos head width, head width model -> row pos model")
         if bool(sends.any()):
             name = f"blocks.{layer}.hook_mlp_out"
@@ -75,15 +77,15 @@ def changes(
     return Changes(rows, attention, mlps)
 
 
-def arriving(
+def arriving_residuals(
     model: Model, base: Run, sent: Changes, layers: Collection[int], *, through_mlps: bool
 ) -> dict[int, Float[Tensor, "row pos d_model"]]:
     """The residual stream that enters each of `layers` (`n_layers`: the final norm), all attention as in the base run.
 
-    MLPs that do not send stay as in the base run, or respond, if `through_mlps`.
+    With `through_mlps`, MLPs that are no senders respond to what reaches them; else they, too, are as in the base run.
     """
     if through_mlps:
-        return _responding(model, base, sent, layers)
+        return _after_responses(model, base, sent, layers)
     entering = {layer: base.residuals[layer][sent.rows] for layer in layers}
     for layer in sorted(entering):
         for below, change in sent.attention.items():
@@ -99,7 +101,7 @@ def read_by_attention(
     model: Model, base: Run, sent: Changes, layer: int, residual: Float[Tensor, "row pos d_model"], names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Values at hook points of the layer's queries, keys and values when `residual` enters it."""
-    return _inside(model, base, sent.rows, layer, residual, None, names)
+    return through_layer(model, base, sent.rows, layer, residual=residual, names=names, with_mlp=False)[1]
 
 
 def read_by_mlp(
@@ -107,59 +109,38 @@ def read_by_mlp(
 ) -> dict[str, Tensor]:
     """Values at hook points of the layer's MLP when `residual` enters the layer and its attention is the base run's.
 
-    Heads of the same layer that send have changed it, which parallel blocks do not see.
+    Senders among the layer's own heads change its attention, which an MLP in parallel blocks does not read.
     """
     attention = base.attention[layer][sent.rows]
     if layer in sent.attention:
         attention = attention + sent.attention[layer]
-    return _inside(model, base, sent.rows, layer, residual, attention, names)
+    return through_layer(model, base, sent.rows, layer, residual=residual, attention=attention, names=names)[1]
 
 
-def _inside(
-    model: Model,
-    base: Run,
-    rows: Int[Tensor, "row"],
-    layer: int,
-    residual: Float[Tensor, "row pos d_model"],
-    attention: Float[Tensor, "row pos d_model"] | None,
-    names: Sequence[str],
-) -> dict[str, Tensor]:
-    unneeded = [*list(model.blocks)[layer + 1 :], model.unembed]
-    if attention is None:
-        unneeded.append(model.blocks[layer].mlp)
-    with ExitStack() as stack:
-        stack.enter_context(running_from(model, layer, residual))
-        stack.enter_context(attending(model, {} if attention is None else {layer: attention}))
-        stack.enter_context(replaced(dict.fromkeys(unneeded, passed_on)))
-        found = stack.enter_context(recording(model, names))
-        logits_at(model, base.tokens[rows], base.attention_mask[rows], base.positions[rows])
-    return found
-
-
-def _responding(
+def _after_responses(
     model: Model, base: Run, sent: Changes, layers: Collection[int]
 ) -> dict[int, Float[Tensor, "row pos d_model"]]:
-    """Runs from the lowest sender's layer to the highest of `layers`, with attention given and MLPs free."""
+    """The same, by a run from the lowest sender's layer to the highest of `layers`: attention fixed, MLPs free."""
     n_layers = len(model.blocks)
     first, highest = min([*sent.attention, *sent.mlps]), max(layers)
     entering = {layer: base.residuals[layer][sent.rows] for layer in layers if layer <= first}
     if highest <= first:
         return entering
-    given = {layer: base.attention[layer][sent.rows] for layer in range(first, highest)}
-    given |= {layer: given[layer] + change for layer, change in sent.attention.items() if layer in given}
+    fixed = {layer: base.attention[layer][sent.rows] for layer in range(first, highest)}
+    fixed |= {layer: fixed[layer] + change for layer, change in sent.attention.items() if layer in fixed}
     unneeded = [*list(model.blocks)[highest:], model.unembed]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in layers if first < layer < min(highest, n_layers)]
     final: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(running_from(model, first, base.residuals[first][sent.rows]))
-        stack.enter_context(attending(model, given))
-        stack.enter_context(replaced(dict.fromkeys(unneeded, passed_on)))
+        stack.enter_context(fixed_attention(model, fixed))
+        stack.enter_context(replaced_forwards(dict.fromkeys(unneeded, identity)))
         stack.enter_context(model.hooks(fwd_hooks=_sending_mlps(base, sent)))
-        # Blocks above hand on what enters the highest layer, so it is what the final norm is given.
+        # The blocks above are identities, so the final norm gets what enters the highest layer.
         stack.callback(model.ln_final.register_forward_pre_hook(lambda m, inputs: final.append(inputs[0])).remove)
-        found = stack.enter_context(recording(model, names))
+        recorded = stack.enter_context(recording(model, names))
         logits_at(model, base.tokens[sent.rows], base.attention_mask[sent.rows], base.positions[sent.rows])
-    entering |= {layer: found[f"blocks.{layer}.hook_resid_pre"] for layer in layers if first < layer < highest}
+    entering |= {layer: recorded[f"blocks.{layer}.hook_resid_pre"] for layer in layers if first < layer < highest}
     return entering | {highest: final[0]}
 
 
@@ -174,14 +155,16 @@ def _sending_mlps(base: Run, sent: Changes) -> list[Hook]:
 def _after_post_norm(
     model: Model, base: Run, sent: Changes, layer: int, change: Float[Tensor, "row pos d_model"]
 ) -> Float[Tensor, "row pos d_model"]:
+    """The change of the residual stream for a change of the layer's attention output."""
     norm = post_norm(model, layer, "ATTN")
     if norm is None:
         return change
+    # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
     own = base.attention[layer][sent.rows]
     return norm(own + change) - norm(own)
 
 
-def _heads(members: Collection[Component], layer: int, sizes: ModelShape) -> list[bool]:
+def _sending_heads(members: Collection[Component], layer: int, sizes: ModelShape) -> list[bool]:
     here = {(component.part, component.index) for component in members if component.layer == layer}
     return [("ATTN", None) in here or ("H", head) in here for head in range(sizes.n_heads)]
 

@@ -1,4 +1,4 @@
-"""Gradients by the rules of layer-wise relevance propagation: the values of a forward pass stay what they are."""
+"""Gradients by the rules of layer-wise relevance propagation (LRP), for forward passes with unchanged values."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,16 +16,16 @@ from mechunlearn.model.norms import Norm, norm_of
 
 @contextmanager
 def relevance_rules(model: Model) -> Iterator[list[Hook]]:
-    """Inside, forward passes with the yielded hooks have the same values, and backward passes follow the rules of LRP.
+    """Inside, forward passes with the yielded hooks have the model's values, and backward passes follow LRP's rules.
 
-    | rule | what is held fixed |
+    | rule | what counts as a constant in the backward pass |
     |---|---|
     | LN | the scale that a norm (also a post-norm, a QK norm, the final norm) divides by |
     | AH | the attention pattern |
     | identity | activation(x) / x |
     | half | in a gated MLP, one factor and then the other: each gets half of the gradient |
 
-    The hooks have to be the last ones at their hook points (`recording` comes first). A soft cap of the logits
+    Add these hooks after `recording`: they have to be the last ones at their hook points. A soft cap of the logits
     keeps its own gradient.
     """
     layers = range(len(model.blocks))
@@ -36,7 +36,7 @@ def relevance_rules(model: Model) -> Iterator[list[Hook]]:
         for name in _norms(model):
             norm: Any = model.get_submodule(name)
             if is_bridge(model) and (norm.use_native_layernorm_autograd or norm.config.layer_norm_folding):
-                # A Hugging Face module computes it, past the hook points.
+                # A Hugging Face module computes the norm without the hook points: its output is given another gradient.
                 inner = norm.original_component
                 stack.callback(inner.register_forward_hook(partial(_fixed_scale, norm_of(inner, model))).remove)
             else:
@@ -45,7 +45,7 @@ def relevance_rules(model: Model) -> Iterator[list[Hook]]:
 
 
 def _norms(model: Model) -> list[str]:
-    """Norms of the residual stream; those of queries and keys are behind the fixed pattern."""
+    """Norms of the residual stream. Those of queries and keys need no rule: the fixed pattern cuts their gradient."""
     names = [name.removesuffix(".hook_scale") for name in model.hook_dict if name.endswith(".hook_scale")]
     return [name for name in names if ".attn." not in name]
 
@@ -55,12 +55,14 @@ def _detached(value: Tensor, hook: object) -> Tensor:
 
 
 def _activation_hooks(prefix: str, *, gated: bool) -> list[Hook]:
+    """Hooks for the identity rule, or in a gated MLP the half rule."""
     factors: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: object, *, name: str) -> None:
         factors[name] = value
 
     def follow(value: Tensor, hook: object) -> Tensor:
+        # The output as each factor times a constant: the mean is the half rule, for one factor the identity rule.
         parts = [_proportional(value, factor) for factor in factors.values()]
         factors.clear()
         return _with_gradient_of(value, sum(parts[1:], parts[0]) / len(parts))
@@ -72,9 +74,9 @@ def _activation_hooks(prefix: str, *, gated: bool) -> list[Hook]:
 def _proportional(
     product: Float[Tensor, "batch pos d_mlp"], factor: Float[Tensor, "batch pos d_mlp"]
 ) -> Float[Tensor, "batch pos d_mlp"]:
-    """`product`, as `factor` times a constant.
+    """The product, as the factor times a constant.
 
-    Where the factor is 0, the constant is the limit of their quotient: there it is their ordinary derivative.
+    Where the factor is 0, the quotient is replaced by its limit, the ordinary derivative.
     """
     zero = factor.detach() == 0
     quotient = (product.detach() / factor.detach().masked_fill(zero, 1)).masked_fill(zero, 0)
@@ -82,7 +84,7 @@ def _proportional(
 
 
 def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
-    """Exactly `value`, differentiated as `other`."""
+    """The exact value, differentiated as `other`."""
     return value.detach() + (other - other.detach())
 
 

@@ -1,4 +1,4 @@
-"""Forward passes: logits only where they are read, from any layer on, with means or changed residual streams."""
+"""Forward passes: logits at chosen positions, parts of a pass, and passes with changed activations."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ def logits_at(
     *,
     hooks: Sequence[Hook] = (),
 ) -> Float[Tensor, "batch place d_vocab"]:
-    """Logits at `positions` of each row (default: everywhere); the others are never computed.
+    """Logits at `positions` of each row (default: everywhere); those of other positions are never computed.
 
     `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right.
     """
@@ -33,11 +33,11 @@ def logits_at(
 def residual_before(
     model: Model, layer: int, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream that enters `layer`, after hooks of yours that change it; later layers are not run."""
+    """The residual stream that enters `layer`, as hooks that are set leave it; later layers are not run."""
     name = f"blocks.{layer}.hook_resid_pre"
     later = list(model.blocks)[layer + 1 :]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    with recording(model, [name]) as recorded, replaced(dict.fromkeys(later, passed_on)), torch.no_grad():
+    with recording(model, [name]) as recorded, replaced_forwards(dict.fromkeys(later, identity)), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded[name].detach()
 
@@ -49,7 +49,7 @@ def embeddings(
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
     with (
         recording(model, ["hook_embed"]) as recorded,
-        replaced(dict.fromkeys(model.blocks, passed_on)),
+        replaced_forwards(dict.fromkeys(model.blocks, identity)),
         torch.no_grad(),
     ):
         logits_at(model, tokens, mask, last)
@@ -60,16 +60,16 @@ def residual_after(
     model: Model, layer: int, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream that leaves `layer`, with its graph; later layers and the unembedding are not run."""
-    found: list[Tensor] = []
+    final: list[Tensor] = []
     idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    handle = model.ln_final.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    handle = model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0]))
     try:
-        with replaced(dict.fromkeys(idle, passed_on)):
+        with replaced_forwards(dict.fromkeys(idle, identity)):
             logits_at(model, tokens, mask, last)
     finally:
         handle.remove()
-    return found[0]
+    return final[0]
 
 
 def unembedded(model: Model, residual: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
@@ -83,7 +83,7 @@ def unembedded(model: Model, residual: Float[Tensor, "token d_model"]) -> Float[
 def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
     """Inside, a forward pass starts at `layer` (`n_layers`: the final norm) with `residual` as its input.
 
-    Earlier layers do not run. Tokens of the same shape still have to be passed (they give positions and mask).
+    Earlier layers do not run. Tokens of the same shape still have to be passed: they give positions and mask.
     """
     blocks = list(model.blocks)
 
@@ -91,17 +91,18 @@ def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_
         return residual
 
     if layer == len(blocks):
-        with replaced(dict.fromkeys(blocks, passed_on) | {blocks[-1]: enter}):
+        with replaced_forwards(dict.fromkeys(blocks, identity) | {blocks[-1]: enter}):
             yield
-    else:  # by a hook: what hooks of yours changed there is in the residual already, and must not be changed twice
-        with replaced(dict.fromkeys(blocks[:layer], passed_on)):
+    else:
+        # By a hook, which overrides hooks that were set there before: `residual` has their changes already.
+        with replaced_forwards(dict.fromkeys(blocks[:layer], identity)):
             with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", enter)]):
                 yield
 
 
 @contextmanager
-def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, modules have another forward (`start_at_layer` of a bridge still runs the layers below)."""
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have another forward. (A bridge's `start_at_layer` would still run the layers below.)"""
     own = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -115,8 +116,8 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__["forward"] = forward
 
 
-def passed_on(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """A forward that hands its input on."""
+def identity(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """A forward that gives its input."""
     return value
 
 
@@ -146,35 +147,32 @@ def mean_activations(
     sums: dict[str, Tensor] = {}
     for rows in text.to(device_of(model)).split(operator.index(batch_size)):
         last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        with recording(model, names) as found:
+        with recording(model, names) as values:
             logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)
-        for name, value in found.items():
+        for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.float().sum((0, 1))
     return {name: total / text.numel() for name, total in sums.items()}
 
 
 def constant(values: Iterable[tuple[str, Float[Tensor, "*unit"]]]) -> list[Hook]:
-    """Hooks that put one value at every token of every prompt."""
+    """Hooks that put one value at every token of every prompt, for pairs of hook point and value."""
 
-    def hook(name: str, value: Tensor) -> Hook:
-        return name, lambda own, hook: value.to(own).expand_as(own)
+    def put(own: Tensor, hook: object, *, value: Tensor) -> Tensor:
+        return value.to(own).expand_as(own)
 
-    return [hook(name, value) for name, value in values]
-
-
-Change = Callable[[Tensor], Tensor]
+    return [(name, partial(put, value=value)) for name, value in values]
 
 
 @contextmanager
 def without_directions(model: Model, directions: Float[Tensor, "place d_model"]) -> Iterator[None]:
     """Inside, a unit vector is projected out of the residual stream at each place: x - (x . d) d, at every token.
 
-    Place l is what enters layer l, and the last what leaves the last layer. A row of zeros takes nothing out.
+    Place l is the input of layer l, and the last place is the output of the last layer. A row of zeros changes nothing.
     """
     last = len(directions) - 1
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(last)] + [f"blocks.{last - 1}.hook_resid_post"]
     rows = zip(names, directions, strict=True)
-    with _changed(model, {name: partial(project_out, row) for name, row in rows if bool(row.any())}):
+    with _changed_values(model, {name: partial(project_out, row) for name, row in rows if bool(row.any())}):
         yield
 
 
@@ -182,15 +180,15 @@ def without_directions(model: Model, directions: Float[Tensor, "place d_model"])
 def with_input_vectors(model: Model, vectors: Float[Tensor, "vector d_model"], start: int) -> Iterator[None]:
     """Inside, the embeddings at the places from `start` on are these vectors, in every row; gradients reach them.
 
-    They are what the first layer would see of a token, before learned positions and after Gemma's scale.
+    They stand for token embeddings, before learned positions and after Gemma's scale.
     """
 
     def put_in(value: Tensor) -> Tensor:
-        value = value.clone()  # in-place changes get lost on a bridge
+        value = value.clone()  # changes in place are lost on a bridge
         value[:, start : start + len(vectors)] = vectors.to(value)
         return value
 
-    with _changed(model, {"hook_embed": put_in}):
+    with _changed_values(model, {"hook_embed": put_in}):
         yield
 
 
@@ -201,8 +199,8 @@ def project_out(direction: Float[Tensor, "d_model"], value: Float[Tensor, "*any 
 
 
 @contextmanager
-def _changed(model: Model, changes: Mapping[str, Change]) -> Iterator[None]:
-    """RuntimeError on leaving if a hook did not fire."""
+def _changed_values(model: Model, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, the value at each hook point is what its function makes of it; RuntimeError if one did not fire."""
     fired = set()
 
     def apply(value: Tensor, hook: object, *, name: str) -> Tensor:

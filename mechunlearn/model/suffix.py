@@ -1,8 +1,8 @@
-"""Many changed copies of one run, each from the layer that is changed on.
+"""Suffix runs: changed copies of one run, each computed only from the layer in which it is changed.
 
-Exact patching asks for the logits of thousands of runs that differ from one base run at one place. Only what comes
-after that place is computed: no layer below, no attention where its output is known, and in the last layer
-the MLP, the final norm and the unembedding at the positions that a metric reads.
+Exact patching needs the logits of thousands of runs that differ from one base run at one place. Only what comes after
+that place is computed: no layer below, no attention where its output is known, and in the last layer the MLP, the
+final norm and the unembedding only at the positions that a metric reads.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mechunlearn.model.classes import Model, is_bridge
 from mechunlearn.model.hooks import Hook, recording
-from mechunlearn.model.running import logits_at, passed_on, replaced, running_from
+from mechunlearn.model.running import identity, logits_at, replaced_forwards, running_from
 
 _INSIDE_ATTENTION = re.compile(r"blocks\.\d+\.(hook_resid_pre|attn\.hook_(q|k|v|z|rot_q|rot_k|attn_scores|pattern))")
 
@@ -33,9 +33,9 @@ class Run:
     residuals: tuple[Float[Tensor, "batch pos d_model"], ...]
     """The residual stream that enters each layer and, last, the final norm."""
     attention: tuple[Float[Tensor, "batch pos d_model"], ...]
-    """What each layer's attention gives, before a post-norm."""
+    """Each layer's attention output, before a post-norm."""
     values: dict[str, Tensor]
-    """What was at the hook points asked for."""
+    """Hook point -> value, for the hook points that were named."""
 
 
 @torch.no_grad()
@@ -48,14 +48,14 @@ def base_run(
     names: Iterable[str] = (),
     hooks: Sequence[Hook] = (),
 ) -> Run:
-    """One forward pass, with `hooks`, that keeps what `continued` needs and the values at the hook points `names`."""
+    """One forward pass, with `hooks`, as a `Run` that `continued` can start from, with the values at `names`."""
     names = list(names)
     entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(model.blocks))]
     attention: list[Tensor] = []
     final: list[Tensor] = []
     with ExitStack() as stack:
         for block in model.blocks:
-            stack.callback(_keeping_output(block.attn, attention))
+            stack.callback(_keep_output(block.attn, attention))
         stack.callback(model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0])).remove)
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))  # before the recording, which sees what they change
         recorded = stack.enter_context(recording(model, [*entering, *names]))
@@ -76,17 +76,19 @@ def continued(
 ) -> Float[Tensor, "row answer d_vocab"]:
     """Logits of copies of the run's prompts `rows`, computed from `layer` on; `n_layers` is the final norm.
 
-    `residual` enters that layer (default: the run's own). `attention` is what the layer's attention gives,
-    before a post-norm; without it the attention runs. `hooks` see the copies, at hook points of `layer` and above.
+    `residual` enters that layer (default: the run's own). `attention` is the output of the layer's attention, before a
+    post-norm; without it the attention runs. `hooks` act on the copies, at hook points of `layer` and above.
     """
     last = len(model.blocks) - 1
     residual = run.residuals[layer][rows] if residual is None else residual
+    # A hook behind the last attention must see all positions: then no part of the last layer is left out.
     late = [name for name, _ in hooks if name.startswith(f"blocks.{last}.") and not _INSIDE_ATTENTION.fullmatch(name)]
     if late:
         return _whole(model, run, rows, layer, residual, attention, hooks)
     if layer < last or (layer == last and attention is None):
         residual, attention = _up_to_last_attention(model, run, rows, layer, residual, attention, hooks)
         layer = last
+    # Only attention mixes positions. What is left after the last one runs at the answers' positions alone.
     index, places = torch.arange(len(rows), device=rows.device)[:, None], run.positions[rows]
     chosen = None if attention is None else attention[index, places]
     return _at_answers(model, run.tokens[rows][:, : places.shape[1]], layer, residual[index, places], chosen)
@@ -104,23 +106,23 @@ def through_layer(
     names: Iterable[str] = (),
     with_mlp: bool = True,
 ) -> tuple[Float[Tensor, "row pos d_model"], dict[str, Tensor]]:
-    """Copies of the run's prompts through one layer alone: what leaves it, and the values at the hook points `names`.
+    """Copies of the run's prompts through one layer alone: the layer's output, and the values at `names`.
 
-    Without its MLP what leaves the layer means nothing, and only the values are of use.
+    `with_mlp=False` leaves the MLP out: then only values from before the MLP mean something.
     """
-    found: list[Tensor] = []
+    leaving: list[Tensor] = []
     residual = run.residuals[layer][rows] if residual is None else residual
     idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     idle += [] if with_mlp else [model.blocks[layer].mlp]
     with ExitStack() as stack:
         stack.enter_context(running_from(model, layer, residual))
-        stack.enter_context(attending(model, {} if attention is None else {layer: attention}))
-        stack.callback(model.ln_final.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])).remove)
-        stack.enter_context(replaced(dict.fromkeys(idle, passed_on)))
+        stack.enter_context(fixed_attention(model, {} if attention is None else {layer: attention}))
+        stack.callback(model.ln_final.register_forward_pre_hook(lambda m, inputs: leaving.append(inputs[0])).remove)
+        stack.enter_context(replaced_forwards(dict.fromkeys(idle, identity)))
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
         recorded = stack.enter_context(recording(model, names))
         logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
-    return found[0], dict(recorded)
+    return leaving[0], dict(recorded)
 
 
 def _whole(
@@ -132,8 +134,8 @@ def _whole(
     attention: Tensor | None,
     hooks: Sequence[Hook],
 ) -> Float[Tensor, "row answer d_vocab"]:
-    given = {} if attention is None else {layer: attention}
-    with running_from(model, layer, residual), attending(model, given):
+    fixed = {} if attention is None else {layer: attention}
+    with running_from(model, layer, residual), fixed_attention(model, fixed):
         return logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows], hooks=hooks)
 
 
@@ -147,19 +149,19 @@ def _up_to_last_attention(
     hooks: Sequence[Hook],
 ) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, "row pos d_model"]]:
     """The last layer's input, and what its attention gives; its MLP and the unembedding do not run."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     last = len(model.blocks) - 1
     block = model.blocks[last]
     name = f"blocks.{last}.hook_resid_pre"
     with ExitStack() as stack:
         stack.enter_context(running_from(model, layer, residual))
-        stack.enter_context(attending(model, {} if attention is None else {layer: attention}))
-        stack.enter_context(replaced({block.mlp: passed_on, model.unembed: passed_on}))
-        stack.callback(_keeping_output(block.attn, found))
+        stack.enter_context(fixed_attention(model, {} if attention is None else {layer: attention}))
+        stack.enter_context(replaced_forwards({block.mlp: identity, model.unembed: identity}))
+        stack.callback(_keep_output(block.attn, outputs))
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
         recorded = stack.enter_context(recording(model, [name]))
         logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
-    return recorded[name], found[0]
+    return recorded[name], outputs[0]
 
 
 def _at_answers(
@@ -169,30 +171,30 @@ def _at_answers(
     residual: Float[Tensor, "row answer d_model"],
     attention: Float[Tensor, "row answer d_model"] | None,
 ) -> Float[Tensor, "row answer d_vocab"]:
-    """What follows the last attention acts on each position alone: the answers pass as if they were all."""
-    with running_from(model, layer, residual), attending(model, {} if attention is None else {layer: attention}):
+    """Logits from behind the last attention on: the answers' positions run as if they were the whole prompt."""
+    with running_from(model, layer, residual), fixed_attention(model, {} if attention is None else {layer: attention}):
         return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 @contextmanager
-def attending(model: Model, outputs: dict[int, Float[Tensor, "row pos d_model"]]) -> Iterator[None]:
+def fixed_attention(model: Model, outputs: dict[int, Float[Tensor, "row pos d_model"]]) -> Iterator[None]:
     """Inside, the attention of these layers gives `outputs` (before a post-norm) without running."""
 
-    def given(module: Any, value: Tensor) -> Callable[..., Any]:
+    def constant(module: Any, value: Tensor) -> Callable[..., Any]:
         def forward(*arguments: Any, **options: Any) -> Any:
             return (module.hook_out(value), None) if is_bridge(model) else value
 
         return forward
 
     attentions = {model.blocks[layer].attn: value for layer, value in outputs.items()}
-    with replaced({module: given(module, value) for module, value in attentions.items()}):
+    with replaced_forwards({module: constant(module, value) for module, value in attentions.items()}):
         yield
 
 
-def _keeping_output(attention: nn.Module, kept: list[Tensor]) -> Callable[[], None]:
-    """Puts what the module gives into `kept`, until what is returned is called."""
+def _keep_output(attention: nn.Module, outputs: list[Tensor]) -> Callable[[], None]:
+    """Append the module's outputs to `outputs`; the returned function ends that."""
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     return attention.register_forward_hook(keep).remove

@@ -1,4 +1,4 @@
-"""Text to tokens with character offsets, the way the model was trained to see it, and back."""
+"""Text to tokens with character offsets, as the model was trained to see it, and tokens back to text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ def encode(model: Model, text: str) -> Encoding:
             f"expected a model with a fast tokenizer (it gives character offsets), got "
             f"{type(tokenizer).__name__}: set model.tokenizer, or build Prompts from token tensors."
         )
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, spans = list(encoding["input_ids"]), [tuple(span) for span in encoding["offset_mapping"]]
     if model.cfg.default_prepend_bos and tokenizer.bos_token_id is not None:
         tokens, spans = [tokenizer.bos_token_id, *tokens], [(0, 0), *spans]
     return Encoding(tuple(tokens), tuple(spans))
 
 
 def pad_token(model: Model) -> int:
-    """What fills padded places; they are masked, so any token will do."""
+    """The token at padded places. These are masked, so any token will do."""
     tokenizer = model.tokenizer
-    known = [tokenizer.pad_token_id, tokenizer.eos_token_id] if tokenizer is not None else []
-    return next((token for token in known if token is not None), 0)
+    candidates = [tokenizer.pad_token_id, tokenizer.eos_token_id] if tokenizer is not None else []
+    return next((token for token in candidates if token is not None), 0)
 
 
 def continuation(model: Model, before: Sequence[int], after: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What components add to the residual stream."""
+"""What components add to the residual stream, and the last steps from there to the logits."""
 
 from collections.abc import Iterable
 
@@ -18,15 +18,15 @@ _SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N
 
 def writing_sites(components: Iterable[Component]) -> list[str]:
     """The hook points that `written_along` reads; ValueError for a component that writes nothing itself."""
-    found = {}
+    sites = {}
     for component in components:
         if component.matrix in ("W_Q", "W_K", "W_V", "W_in", "W_gate"):
             raise ValueError(
                 f"expected components that write to the residual stream, got {component}: use the head or MLP that "
                 f"it belongs to, or its W_O or W_out."
             )
-        found[f"blocks.{component.layer}.{_SITES[component.part]}"] = None
-    return list(found)
+        sites[f"blocks.{component.layer}.{_SITES[component.part]}"] = None
+    return list(sites)
 
 
 def written_along(
@@ -38,8 +38,8 @@ def written_along(
 ) -> Float[Tensor, "batch unit"]:
     """Dot products of `direction` with what components of this kind and layer add to the residual stream at `places`.
 
-    One unit for an attention layer or an MLP (output bias included); for a head or a neuron, every one of the
-    layer (without the output bias, which belongs to none of them). The scale of a post-norm is the run's.
+    An attention layer or an MLP gives one column (its output bias included); a head or a neuron gives a column for
+    every one of its layer (without the output bias, which belongs to none). The scale of a post-norm is the run's.
     """
     if component.part in ("ATTN", "MLP"):
         return (_at(run, component, places).to(direction.dtype) * direction).sum(-1, keepdim=True)
@@ -67,8 +67,7 @@ def _factors(
     """Activations and weights whose product is what the layer's heads or neurons give, and the post-norm after it."""
     inner = _at(run, component, places).to(dtype)
     inner = inner if component.part == "H" else inner[..., None]
-    slot = slots(model)[component.layer, "W_O" if component.part == "H" else "W_out"]
-    weight = slot.view(slot.parameter.detach()).to(dtype)
+    weight = slots(model)[component.layer, "W_O" if component.part == "H" else "W_out"].weight.to(dtype)
     norm = post_norm(model, component.layer, component.part)
     if norm is None:
         return inner, weight, None
@@ -90,7 +89,7 @@ def final_norm(model: Model, run: Run, places: Int[Tensor, "batch"]) -> FrozenNo
 
 
 def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
-    """What turns the normalized residual stream into logits, before a soft-cap and without a bias."""
+    """The matrix from the normalized residual stream to logits, before a soft-cap and without a bias."""
     return model.unembed.W_U.detach()
 
 

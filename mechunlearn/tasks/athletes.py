@@ -1,4 +1,4 @@
-"""Athletes and their sports: from the package, a file or the authors' list, and which of them are forgotten."""
+"""Athletes and their sports: where they are read from, which of them are forgotten, and what is injected."""
 
 import hashlib
 import os
@@ -6,12 +6,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from io import BytesIO
-from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import urlopen
+
+import numpy as np
 
 from mechunlearn.model import Model
 from mechunlearn.tasks import facts
@@ -25,6 +26,9 @@ CANDIDATES = (*SPORTS, "golf")
 
 Athlete: TypeAlias = tuple[str, str]
 """Name and sport."""
+
+SCHEMES = ("https", "http", "file")
+"""What an address begins with; any other text is the path of a file."""
 
 AUTHORS_FILE = (
     "https://raw.githubusercontent.com/magikarp01/tasks/7c1e4a9be15eb8e2847d475e9d56759fec80aa5f/facts/data/sports.csv"
@@ -45,13 +49,13 @@ def authors_athletes() -> "DataFrame":
     return pd.read_csv(BytesIO(content_of(AUTHORS_FILE, AUTHORS_SHA256)))
 
 
-def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256: str | None) -> list[facts.Row]:
-    """Rows with athlete, sport and whatever else the source has; ValueError unless each athlete comes once."""
+def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256: str | None) -> list[facts.FactRow]:
+    """The rows of the source with all their columns; ValueError unless each athlete comes once, with a known sport."""
     if source is None and sha256 is not None:
         raise ValueError("expected a source with its SHA-256, got no source: the authors' file has its own.")
     if source is None and _has_shipped_vocabulary(model):
         return [row for row in facts.athletes() if row["sport"] in SPORTS]
-    frame = _frame(source, sha256)
+    frame = _table(source, sha256)
     if {"athlete", "sport"} - set(frame.columns):
         raise ValueError(f"expected columns athlete and sport, got {list(frame.columns)}: rename the columns.")
     others = sorted(set(map(str, frame["sport"])) - set(SPORTS))
@@ -67,25 +71,25 @@ def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256:
     return [{str(key): str(value) for key, value in row.items()} for row in cells.to_dict("records")]
 
 
-def chosen(
+def athletes_to_forget(
     people: Sequence[Athlete],
     forget: str | int | Sequence[str],
     seed: int | None,
     left_out: Mapping[str, Sequence[str]],
 ) -> list[Athlete]:
-    """The athletes to forget; `left_out`: reason -> names, for the error about a name that is not among the people."""
-    if seed is not None and not isinstance(forget, int | Integral):
+    """The athletes to forget. `left_out`: reason -> names, for the error about a name that is not among the people."""
+    if seed is not None and not isinstance(forget, int | np.integer):
         raise ValueError(f"expected a number of athletes with forget_seed, got forget={forget!r}: leave the seed out.")
-    if isinstance(forget, int | Integral):
-        forget = index(forget)
+    if isinstance(forget, int | np.integer):
         if not 0 < forget < len(people):
             raise ValueError(f"forget must lie in 1..{len(people) - 1} (athletes of the source), got {forget}.")
+        forget = index(forget)
         return list(people[:forget]) if seed is None else random.Random(f"forget {seed}").sample(people, forget)
     if isinstance(forget, str):
-        found = [person for person in people if person[1] == forget]
-        if not found:
+        players = [person for person in people if person[1] == forget]
+        if not players:
             raise ValueError(f"expected a sport of the source ({', '.join(SPORTS)}), got {forget!r}.")
-        return found
+        return players
     forget, by_name = [*forget], dict(people)
     unknown = [name for name in forget if name not in by_name]
     for reason, names in left_out.items():
@@ -100,28 +104,30 @@ def chosen(
 
 
 def injected_sports(
-    gone: Sequence[Athlete], rows: Sequence[facts.Row], injected: str | Sequence[str], seed: int
+    forgotten: Sequence[Athlete], rows: Sequence[facts.FactRow], injected: str | Sequence[str], seed: int
 ) -> dict[str, str]:
-    """Athlete -> the sport to put in place of the true one: one for all, a column's, or another of several."""
+    """Athlete -> the sport to inject: the same for all, that of a column, or a random other one of several."""
     if not isinstance(injected, str):
         _check_sports(injected)
-        found = {name: _another(injected, sport, random.Random(f"injected {name} {seed}")) for name, sport in gone}
+        sport_of = {
+            name: _other_sport(injected, sport, random.Random(f"injected {name} {seed}")) for name, sport in forgotten
+        }
     elif injected in rows[0]:
         cells = {row["athlete"]: row[injected].strip() for row in rows}
-        found = {name: cells[name] for name, _ in gone}
+        sport_of = {name: cells[name] for name, _ in forgotten}
     else:
-        found = dict.fromkeys((name for name, _ in gone), injected)
-    _check_sports(found.values())
-    already = [name for name, sport in gone if sport == found[name]]
-    if already:
+        sport_of = dict.fromkeys((name for name, _ in forgotten), injected)
+    _check_sports(sport_of.values())
+    unchanged = [name for name, sport in forgotten if sport == sport_of[name]]
+    if unchanged:
         raise ValueError(
-            f"expected an injected sport that none of the athletes plays, got {found[already[0]]!r}, which "
-            f"{already[0]} does: choose another, or give several sports to draw from."
+            f"expected an injected sport that none of the athletes plays, got {sport_of[unchanged[0]]!r}, which "
+            f"{unchanged[0]} does: choose another, or give several sports to draw from."
         )
-    return found
+    return sport_of
 
 
-def _another(sports: Sequence[str], true: str, rng: random.Random) -> str:
+def _other_sport(sports: Sequence[str], true: str, rng: random.Random) -> str:
     others = [sport for sport in sports if sport != true]
     if not others:
         raise ValueError(f"expected another sport than {true} among those to inject, got {list(sports)}: give more.")
@@ -134,7 +140,7 @@ def _check_sports(sports: Iterable[str]) -> None:
         raise ValueError(f"expected an injected sport among {', '.join(CANDIDATES)}, got {wrong[0]!r}.")
 
 
-def _frame(source: "str | Path | DataFrame | None", sha256: str | None) -> "DataFrame":
+def _table(source: "str | Path | DataFrame | None", sha256: str | None) -> "DataFrame":
     import pandas as pd
 
     if source is None:
@@ -147,37 +153,34 @@ def _frame(source: "str | Path | DataFrame | None", sha256: str | None) -> "Data
 
 
 def _has_shipped_vocabulary(model: Model) -> bool:
-    """True for the shipped model, its twin, and whatever was made of them by editing or training."""
+    """True for the shipped model, its twin, and models made from them by editing or training."""
     return model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary()
 
 
-SCHEMES = ("https", "http", "file")
-
-
 def content_of(source: str | Path, sha256: str | None = None) -> bytes:
-    """What is in a file, or at an address; of a SHA-256, if one is given.
+    """The content of a file or an address, verified if a SHA-256 is given.
 
-    What an address has is kept if its SHA-256 is known, in $MECHUNLEARN_CACHE, or else in the folder mechunlearn of
-    $XDG_CACHE_HOME (default: ~/.cache), and read from there the next time. ValueError for another SHA-256 and for a
-    file that is not there; ConnectionError if nothing can be downloaded.
+    A download of a known SHA-256 is kept in $MECHUNLEARN_CACHE, or else in the folder mechunlearn of $XDG_CACHE_HOME
+    (default: ~/.cache), and read from there the next time. ValueError for another SHA-256 and for a file that does not
+    exist; ConnectionError if nothing can be downloaded.
     """
     sha256 = sha256 and sha256.lower()
     if isinstance(source, Path) or urlsplit(source).scheme not in SCHEMES:
         if not Path(source).is_file():
             raise ValueError(f"expected a file or an address, got {str(source)!r}, which is no file: check the path.")
         return _verified(Path(source).read_bytes(), sha256, str(source))
-    kept = None if sha256 is None else _folder() / f"{sha256[:16]}-{urlsplit(source).path.rsplit('/', 1)[-1]}"
-    if kept is not None and kept.is_file() and _digest(kept.read_bytes()) == sha256:
-        return kept.read_bytes()
+    cached = None if sha256 is None else _cache_folder() / f"{sha256[:16]}-{urlsplit(source).path.rsplit('/', 1)[-1]}"
+    if cached is not None and cached.is_file() and _sha256(cached.read_bytes()) == sha256:
+        return cached.read_bytes()
     content = _verified(_downloaded(source), sha256, source)
-    if kept is not None:
-        _write(kept, content)
+    if cached is not None:
+        _write_whole(cached, content)
     return content
 
 
-def _folder() -> Path:
-    given = os.environ.get("MECHUNLEARN_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechunlearn"
+def _cache_folder() -> Path:
+    folder = os.environ.get("MECHUNLEARN_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechunlearn"
 
 
 def _downloaded(address: str) -> bytes:
@@ -192,20 +195,20 @@ def _downloaded(address: str) -> bytes:
 
 
 def _verified(content: bytes, sha256: str | None, where: str) -> bytes:
-    if sha256 is not None and _digest(content) != sha256:
+    if sha256 is not None and _sha256(content) != sha256:
         raise ValueError(
-            f"expected a file with SHA-256 {sha256}, got {_digest(content)} from {where}: it is another version, or "
+            f"expected a file with SHA-256 {sha256}, got {_sha256(content)} from {where}: it is another version, or "
             f"was altered on the way. If you trust it, save it and pass its path as source=..., without a SHA-256."
         )
     return content
 
 
-def _digest(content: bytes) -> str:
+def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Another process sees the whole file or none."""
+def _write_whole(path: Path, content: bytes) -> None:
+    # Renamed when complete: another process sees the whole file or none.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)

@@ -25,27 +25,30 @@ def build(
 ) -> Prompts:
     """Prompts from texts that end right before their answers (which usually start with a space).
 
-    `candidates`: for each text its possible answers, the right one among them. `subjects`: for each text
-    what it is about, as words (their last occurrence counts) or as a range of characters; the tokens
-    that share characters with it are the subject's. `corrupt`: for each text another of as many tokens.
-    A tokenizer that would merge prompt and answer into one token, a subject
-    that is not in its text and a corrupt text of another length are errors that name the row.
+    - `candidates`: for each text its possible answers, the right one among them.
+    - `subjects`: for each text what it is about, as words (their last occurrence counts) or as a range of characters.
+      The tokens that share characters with it are the subject's.
+    - `corrupt`: for each text another of as many tokens.
+
+    ValueError where the tokenizer would merge prompt and answer into one token, for a subject that is not in its text,
+    and for a corrupt text of another length.
     """
     if len(texts) != len(answers):
         raise ValueError(f"expected one answer for each text, got {len(texts)} texts and {len(answers)} answers.")
-    rows = [_row(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
-    ranges = None if subjects is None else [_range(t, s) for t, s in zip(texts, subjects, strict=True)]
+    rows = [_encoded(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    ranges = None if subjects is None else [_characters(t, s) for t, s in zip(texts, subjects, strict=True)]
     encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
+    # The last token of the answer is only ever predicted, so the model is not given it.
     tokens, mask = _padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
     starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
     return Prompts(
         tokens=tokens,
         attention_mask=mask,
-        positions=_answer_grid(starts, lengths, encodings, at="position"),
-        answers=_answer_grid(starts, lengths, encodings, at="token"),
-        candidates=None if candidates is None else _candidates(model, texts, answers, candidates),
-        subject=None if ranges is None else _subjects(ranges, encodings, starts, tokens),
-        corrupt=None if corrupt is None else _corrupt(model, corrupt, answers, encodings, padding),
+        positions=_answers(starts, lengths, encodings, at="position"),
+        answers=_answers(starts, lengths, encodings, at="token"),
+        candidates=None if candidates is None else _candidate_tokens(model, texts, answers, candidates),
+        subject=None if ranges is None else _subject_tokens(ranges, encodings, starts, tokens),
+        corrupt=None if corrupt is None else _corrupt_tokens(model, corrupt, answers, encodings, padding),
         texts=tuple(texts),
         names=() if ranges is None else tuple(t[a:b] for t, (a, b) in zip(texts, ranges, strict=True)),
     ).to(device_of(model))
@@ -60,21 +63,62 @@ def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Pro
     if not prompts.texts:
         raise ValueError("expected prompts with their texts, got none: build them with tasks.build.")
     answers = [answer] * len(prompts) if isinstance(answer, str) else list(answer)
-    made = build(model, prompts.texts, answers)
+    built = build(model, prompts.texts, answers)
     if prompts.subject is None:
-        return replace(made, names=prompts.names)
-    subject = torch.zeros_like(made.attention_mask)
-    for row, (old, new) in enumerate(zip(prompts.attention_mask.int(), made.attention_mask.int(), strict=True)):
+        return replace(built, names=prompts.names)
+    # Another answer may be of another length, which moves padding on the left: each subject moves with its prompt.
+    subject = torch.zeros_like(built.attention_mask)
+    for row, (old, new) in enumerate(zip(prompts.attention_mask.int(), built.attention_mask.int(), strict=True)):
         places = prompts.subject[row].nonzero()[:, 0] - int(old.argmax()) + int(new.argmax())
         subject[row, places.to(subject.device)] = True
-    return replace(made, names=prompts.names, subject=subject)
+    return replace(built, names=prompts.names, subject=subject)
 
 
-def _row(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
+def answer_texts(model: Model, prompts: Prompts) -> list[str]:
+    """The answers as text, each as it continues its prompt, with the space before it if there is one."""
+    texts = []
+    for tokens, real, place, answer in zip(
+        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
+    ):
+        before = tokens[: int(place) + 1][real[: int(place) + 1]]
+        texts.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
+    return texts
+
+
+def knows(
+    model: Model, prompts: Prompts, *, threshold: float | None = None, batch_size: int = 32
+) -> Bool[Tensor, "batch"]:
+    """True where the model itself gives the answer, so that there is something to forget.
+
+    - `threshold=None`: every token of the answer is the most probable one of the vocabulary.
+    - `threshold` a number: the probability of the whole answer is at least that. Guo et al. 2025
+      (https://arxiv.org/abs/2410.12949) keep CounterFact records from 0.5 on.
+
+    Cost: 1 forward. ValueError for a threshold outside 0..1.
+    """
+    check_model(model)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(
+            f"threshold must lie in 0..1 (a probability; None: the most probable answer), got {threshold}."
+        )
+    known = []
+    with preserved(model), torch.no_grad():
+        for batch in prompts.to(device_of(model)).batches(batch_size):
+            logits, mask = batch.logits(model).float(), batch.answer_mask
+            if threshold is None:
+                known.append(((logits.argmax(-1) == batch.answers) | ~mask).all(1).cpu())
+            else:
+                answers = batch.answers.masked_fill(batch.answers == IGNORED, 0)
+                log_probabilities = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+                known.append((log_probabilities.masked_fill(~mask, 0).sum(1).exp() >= threshold).cpu())
+    return torch.cat(known)
+
+
+def _encoded(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
     """The encoding of text and answer together, and how many of its tokens are the prompt's."""
+    # Both are encoded together, since a tokenizer may write an answer alone otherwise than behind its prompt.
     encoding = encode(model, text + answer)
-    inside = [place for place, (_, end) in enumerate(encoding.spans) if end <= len(text)]
-    n_prompt = len(inside)
+    n_prompt = sum(end <= len(text) for _, end in encoding.spans)
     if n_prompt in (0, len(encoding.tokens)) or encode(model, text).tokens != encoding.tokens[:n_prompt]:
         raise ValueError(
             f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}: one of "
@@ -94,7 +138,7 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Ten
     return tokens, mask
 
 
-def _answer_grid(starts: Sequence[int], lengths: Sequence[int], encodings: Sequence[Encoding], *, at: str) -> Tensor:
+def _answers(starts: Sequence[int], lengths: Sequence[int], encodings: Sequence[Encoding], *, at: str) -> Tensor:
     """Positions that predict the answer tokens (the last one repeated as filling), or these tokens."""
     longest = max((len(e.tokens) - n for e, n in zip(encodings, lengths, strict=True)), default=0)
     grid = torch.full((len(encodings), longest), IGNORED)
@@ -108,31 +152,31 @@ def _answer_grid(starts: Sequence[int], lengths: Sequence[int], encodings: Seque
     return grid
 
 
-def _candidates(
+def _candidate_tokens(
     model: Model, texts: Sequence[str], answers: Sequence[str], candidates: Sequence[Sequence[str]]
 ) -> Tensor:
     """First tokens, the right answer's in the first column."""
     firsts: dict[tuple[str, str], int] = {}
     grid = []
-    for text, answer, given in zip(texts, answers, candidates, strict=True):
-        options = [answer, *(option for option in given if option != answer)]
-        if answer not in given:
-            raise ValueError(f"expected the answer {answer!r} among its candidates, got {list(given)}: add it.")
+    for text, answer, choices in zip(texts, answers, candidates, strict=True):
+        options = [answer, *(option for option in choices if option != answer)]
+        if answer not in choices:
+            raise ValueError(f"expected the answer {answer!r} among its candidates, got {list(choices)}: add it.")
         for option in options:
             if (text[-1:], option) not in firsts:
-                encoding, n_prompt = _row(model, text, option)
+                encoding, n_prompt = _encoded(model, text, option)
                 firsts[text[-1:], option] = encoding.tokens[n_prompt]
-        row = [firsts[text[-1:], option] for option in options]
-        if len(set(row)) < len(row):
+        tokens = [firsts[text[-1:], option] for option in options]
+        if len(set(tokens)) < len(tokens):
             raise ValueError(
                 f"expected candidates that differ in their first token, got {list(options)} for {text[-40:]!r}: "
                 f"choose others, or score whole answers with answer_log_probability."
             )
-        grid.append(row)
+        grid.append(tokens)
     return torch.tensor(grid)
 
 
-def _range(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
+def _characters(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
     if not isinstance(subject, str):
         return subject
     start = text.rfind(subject)
@@ -141,20 +185,22 @@ def _range(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
     return start, start + len(subject)
 
 
-def _subjects(
+def _subject_tokens(
     ranges: Sequence[tuple[int, int]], encodings: Sequence[Encoding], starts: Sequence[int], tokens: Tensor
 ) -> Tensor:
-    found = torch.zeros_like(tokens, dtype=torch.bool)
+    """True at the tokens that share a character with the subject's range."""
+    # By character: the same word has other tokens at the start of a text, after a space, or joined with a comma.
+    is_subject = torch.zeros_like(tokens, dtype=torch.bool)
     for i, ((begin, finish), encoding) in enumerate(zip(ranges, encodings, strict=True)):
         for place, (start, end) in enumerate(encoding.spans[:-1]):
-            found[i, starts[i] + place] = start < finish and end > begin
-    return found
+            is_subject[i, starts[i] + place] = start < finish and end > begin
+    return is_subject
 
 
-def _corrupt(
+def _corrupt_tokens(
     model: Model, corrupt: Sequence[str], answers: Sequence[str], encodings: Sequence[Encoding], padding: str
 ) -> Tensor:
-    rows = [_row(model, text, answer)[0] for text, answer in zip(corrupt, answers, strict=True)]
+    rows = [_encoded(model, text, answer)[0] for text, answer in zip(corrupt, answers, strict=True)]
     for text, row, encoding in zip(corrupt, rows, encodings, strict=True):
         if len(row.tokens) != len(encoding.tokens):
             raise ValueError(
@@ -162,42 +208,3 @@ def _corrupt(
                 f"got {len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
             )
     return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]
-
-
-def answer_texts(model: Model, prompts: Prompts) -> list[str]:
-    """The answers as text, each as it continues its prompt: with the space before it, if there is one."""
-    found = []
-    for tokens, real, place, answer in zip(
-        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
-    ):
-        before = tokens[: int(place) + 1][real[: int(place) + 1]]
-        found.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
-    return found
-
-
-def knows(
-    model: Model, prompts: Prompts, *, threshold: float | None = None, batch_size: int = 32
-) -> Bool[Tensor, "batch"]:
-    """True where the model gives the answer of its own accord, so that there is something to forget.
-
-    `threshold=None`: every token of the answer is the most probable one of the vocabulary. A number: the probability of
-    the whole answer (all of its tokens, after the prompt) is at least that; Guo et al. 2025
-    (https://arxiv.org/abs/2410.12949) keep CounterFact records from 0.5 on. Cost: 1 forward.
-    ValueError for a threshold outside 0..1.
-    """
-    check_model(model)
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(
-            f"threshold must lie in 0..1 (a probability; None: the most probable answer), got {threshold}."
-        )
-    found = []
-    with preserved(model), torch.no_grad():
-        for batch in prompts.to(device_of(model)).batches(batch_size):
-            logits, mask = batch.logits(model).float(), batch.answer_mask
-            if threshold is None:
-                found.append(((logits.argmax(-1) == batch.answers) | ~mask).all(1).cpu())
-            else:
-                answers = batch.answers.masked_fill(batch.answers == IGNORED, 0)
-                each = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-                found.append((each.masked_fill(~mask, 0).sum(1).exp() >= threshold).cpu())
-    return torch.cat(found)

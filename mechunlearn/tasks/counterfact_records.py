@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+RecordSource: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+"""The path of a JSON file, the name of a dataset on the Hub, or the records themselves."""
 
 IDS = ("case_id", "prompt_id")
-"""What joins questions with records: the original dataset's id, and that of the file of Guo et al. 2025."""
+"""The fields that join questions with records: the original dataset's, and that of the file of Guo et al. 2025."""
 
 Key: TypeAlias = tuple[str, str]
-"""One of them, and its value as text."""
+"""A field of `IDS` and its value as text."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Record:
-    """A fact with everything that is asked about it; answers are without the space before them."""
+    """A fact with all that is asked about it. Answers are written without the space before them."""
 
     case: int
     subject: str
     prompt: str
-    """With {} where the subject stands."""
+    """The prompt with {} where the subject stands."""
     relation: str
     answer: str
     injected: str
@@ -40,15 +41,18 @@ class Record:
     """Prompts about other subjects that have the same answer."""
     choice: Choice | None = None
 
-    def asked(self, subject: str | None = None) -> tuple[str, tuple[int, int]]:
-        """The prompt about its subject (or another one), and the characters of that."""
+    def prompt_about(self, subject: str | None = None) -> tuple[str, tuple[int, int]]:
+        """The prompt about its subject (or another one), and the characters where that subject stands."""
         name = self.subject if subject is None else subject
         start = self.prompt.index("{}")
         return self.prompt.replace("{}", name), (start, start + len(name))
 
 
-def records_of(source: Source, questions: Source | None, split: str = "train") -> list[Record]:
-    """In the order of the source. ValueError for records in another schema, ids that come twice, unknown ids."""
+def records_of(source: RecordSource, questions: RecordSource | None, split: str = "train") -> list[Record]:
+    """The records, in the order of the source, with their questions.
+
+    ValueError for records in another schema, for ids that come twice, and for questions that belong to no record.
+    """
     choices = {} if questions is None else _choices(questions)
     rows = _rows(source, split)
     records = [_record(row, place, choices) for place, row in enumerate(rows)]
@@ -63,7 +67,7 @@ def records_of(source: Source, questions: Source | None, split: str = "train") -
     return records
 
 
-def _rows(source: Source, split: str) -> list[Mapping[str, Any]]:
+def _rows(source: RecordSource, split: str) -> list[Mapping[str, Any]]:
     if isinstance(source, str) and not source.endswith(".json"):
         from datasets import load_dataset
 
@@ -91,7 +95,7 @@ def _record(row: Mapping[str, Any], place: int, choices: Mapping[Key, Choice]) -
             f"{answer!r} and {injected!r} in the record with case_id {case}: correct it or leave it out."
         )
     paraphrases, neighbours = (_texts(row, column) for column in ("paraphrase_prompts", "neighborhood_prompts"))
-    unnamed = [each for each in paraphrases if subject not in each]
+    unnamed = [text for text in paraphrases if subject not in text]
     if unnamed:
         raise ValueError(
             f"expected the subject {subject!r} in every paraphrase, got {unnamed[0]!r} in the record with case_id "
@@ -103,19 +107,20 @@ def _record(row: Mapping[str, Any], place: int, choices: Mapping[Key, Choice]) -
 
 
 def _texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """A table's array of them has no truth value."""
+    """The texts in a column; none if it is missing or empty."""
+    # Compared with None, since the array that a table has in this place has no truth value.
     return () if row.get(column) is None else tuple(row[column])
 
 
-def _choices(questions: Source) -> dict[Key, Choice]:
-    found: dict[Key, Choice] = {}
+def _choices(questions: RecordSource) -> dict[Key, Choice]:
+    choices: dict[Key, Choice] = {}
     for place, row in enumerate(_rows(questions, "train")):
-        given = next((name for name in IDS if name in row), None)
-        if given is None or not {"question", "target_true", "targets_false"} <= set(row):
+        id_field = next((name for name in IDS if name in row), None)
+        if id_field is None or not {"question", "target_true", "targets_false"} <= set(row):
             raise ValueError(
                 f"expected questions with case_id, question, target_true and targets_false, got question {place} with "
                 f"{list(row)}: rename its fields."
             )
-        wrong = tuple(each.strip() for each in row["targets_false"])
-        found[given, str(row[given])] = Choice(row["question"], row["target_true"].strip(), wrong)
-    return found
+        wrong = tuple(answer.strip() for answer in row["targets_false"])
+        choices[id_field, str(row[id_field])] = Choice(row["question"], row["target_true"].strip(), wrong)
+    return choices

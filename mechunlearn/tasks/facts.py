@@ -15,17 +15,33 @@ from mechunlearn.tasks.prompts import Prompts
 FOLDER = files("mechunlearn") / "testbed" / "facts"
 TOKENIZER = files("mechunlearn") / "testbed" / "weights" / "tokenizer.json"
 
-Row = dict[str, str]
+FactRow = dict[str, str]
+"""A row of a shipped table: column -> value."""
+
+
+def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
+    """`n` of the package's questions (capitals, authors, ...), each with four lettered options. Chance is 1/4."""
+    rng = random.Random(f"general knowledge {seed}")
+    texts, letters, subjects = [], [], []
+    for fact in rng.sample(knowledge_rows(), n):
+        options = options_of(fact, rng)
+        question = relations()[fact["relation"]]["question"].format(subject=fact["subject"])
+        texts.append(formats.multiple_choice(question, options))
+        letters.append(formats.LETTERS[options.index(fact["answer"])])
+        start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
+        subjects.append((start, start + len(fact["subject"])))
+    answers, candidates = [f" {letter}" for letter in letters], [[f" {o}" for o in formats.LETTERS]] * n
+    return build(model, texts, answers, candidates=candidates, subjects=subjects)
 
 
 @cache
-def athletes() -> tuple[Row, ...]:
+def athletes() -> tuple[FactRow, ...]:
     """Rows with athlete, sport, position and city; the last two are empty outside the three team sports."""
     return _rows("athletes.csv")
 
 
 @cache
-def knowledge_rows() -> tuple[Row, ...]:
+def knowledge_rows() -> tuple[FactRow, ...]:
     """Rows with relation, subject and answer."""
     return _rows("general_knowledge.csv")
 
@@ -44,47 +60,29 @@ def stories() -> dict[str, Any]:
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """The shipped tokenizer's: token -> id."""
+    """The shipped tokenizer's vocabulary: token -> id."""
     return json.loads(TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
 
 
-def options_of(fact: Row, rng: random.Random) -> list[str]:
-    """Four answers of the fact's relation in random order, one of them true of its subject."""
-    known = [other for other in knowledge_rows() if other["relation"] == fact["relation"]]
-    true = {other["answer"] for other in known if other["subject"] == fact["subject"]}
-    options = [fact["answer"], *rng.sample(sorted({other["answer"] for other in known} - true), 3)]
+def options_of(fact: FactRow, rng: random.Random) -> list[str]:
+    """Four answers of the fact's relation in random order, of which one is true of its subject."""
+    same_relation = [other for other in knowledge_rows() if other["relation"] == fact["relation"]]
+    true = {other["answer"] for other in same_relation if other["subject"] == fact["subject"]}
+    options = [fact["answer"], *rng.sample(sorted({other["answer"] for other in same_relation} - true), 3)]
     rng.shuffle(options)
     return options
 
 
 def running_text(rng: random.Random, *, sentences: int = 8) -> str:
     """Everyday sentences and little stories with random names, places and things."""
-    known = stories()
-    pieces = rng.sample(known["sentences"], sentences // 2)
-    fillings = {slot: rng.choice(values) for slot, values in known["slots"].items()}
-    pieces += [template.format(**fillings) for template in rng.sample(known["templates"], sentences // 2)]
+    material = stories()
+    pieces = rng.sample(material["sentences"], sentences // 2)
+    fillings = {slot: rng.choice(values) for slot, values in material["slots"].items()}
+    pieces += [template.format(**fillings) for template in rng.sample(material["templates"], sentences // 2)]
     if rng.random() < 0.5:
         rng.shuffle(pieces)
     return " ".join(pieces)
 
 
-def _rows(name: str) -> tuple[Row, ...]:
+def _rows(name: str) -> tuple[FactRow, ...]:
     return tuple(csv.DictReader((FOLDER / name).read_text().splitlines()))
-
-
-def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
-    """`n` of the package's questions (capitals, authors, elements, ...) with four lettered options in random order.
-
-    Chance is 1/4.
-    """
-    rng = random.Random(f"general knowledge {seed}")
-    texts, letters, subjects = [], [], []
-    for fact in rng.sample(knowledge_rows(), n):
-        options = options_of(fact, rng)
-        question = relations()[fact["relation"]]["question"].format(subject=fact["subject"])
-        texts.append(formats.multiple_choice(question, options))
-        letters.append(formats.LETTERS[options.index(fact["answer"])])
-        start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
-        subjects.append((start, start + len(fact["subject"])))
-    answers, candidates = [f" {letter}" for letter in letters], [[f" {o}" for o in formats.LETTERS]] * n
-    return build(model, texts, answers, candidates=candidates, subjects=subjects)

@@ -4,10 +4,10 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Integral
 from operator import index
 from typing import TYPE_CHECKING
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -57,30 +57,25 @@ def from_frame(
     name: str = "own facts",
     seed: int = 0,
 ) -> Task:
-    """Facts of your own, a row each, as a task: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
+    """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
-    `prompt`, the trained one, and `formats` (name -> template) end right before the answer. `{subject}` stands for the
-    column `subject`, whatever its name; `{column}` for any column. A template with {A}, {B}, ... is multiple choice:
-    the options are the answer, the injected one and answers of other rows, in random order, and a letter is the answer.
-    `between` stands between a prompt and its answer.
+    - `prompt`: the trained template, which ends before the answer. `{subject}` is the subject, `{column}` any column.
+    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice among the answer, the injected one
+      and answers of other rows, in random order, answered by letter.
+    - `between`: what stands between a prompt and its answer.
+    - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
+    - `train`: the share of the retained rows that is trained on; the rest is tested. Rows to forget are trained on and
+      tested, or, with `split_forget`, split likewise, to test whether forgetting carries over.
+    - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
+    - `candidates`: the number of possible answers of a prompt (the true one, the injected one, and random ones of other
+      rows with other first tokens), or all of them. Chance is 1 / candidates; where a row has too few, its format has.
+    - `corrupt`: pair each prompt with another subject of as many tokens with another answer. Facts to forget must have
+      one; retained facts get theirs if all have one.
+    - `text`: general text, as strings or as rows by `pack`; default: everyday sentences.
+    - `knowledge`: what else to test, such as `general_knowledge(model)`, if its facts are not among yours.
 
-    `forget`: the name of a column of booleans, a boolean for each row, a list of subjects, or the number of rows to
-    forget, from the first. The other rows are retained: `train` of them to train on, the rest to test on. What is
-    forgotten is tested on the very facts that are trained on, or, with `split_forget`, split likewise: for facts of a
-    kind, when the claim is that all of the kind is gone.
-
-    `injected`: a column, or one answer for all (such as "unknown"), which `task.injection` puts in place of the true
-    answer. `candidates`: how many possible answers a prompt has (or all of them, the same for every prompt): the true
-    one, the injected one and answers of other rows, drawn at random among those that differ in their first token; fewer
-    for all prompts of a format, where a row has too few. Chance is 1 / candidates.
-
-    `corrupt`: a corrupted prompt names another subject of as many tokens that has another answer. A fact to forget for
-    which there is none is an error; retained facts have them if all of them find one. `text`: strings, or rows by
-    `pack`; default: everyday sentences. `knowledge`: what else to test, such as `general_knowledge(model)`, which has
-    facts of its own (capitals, authors, ...) that should not be among yours.
-
-    Each subject is one fact. ValueError for missing columns, subjects that come twice, empty cells, a template without
-    the subject, equal true and injected answers, and nothing to forget or to retain.
+    ValueError for missing columns, repeated subjects, empty cells, a template without the subject, equal true and
+    injected answers, and nothing to forget or to retain.
     """
     check_model(model)
     templates = {
@@ -91,24 +86,24 @@ def from_frame(
         check_template(template, [str(column) for column in frame.columns], between=between)
     if letters_of(templates["trained prompt"]):
         raise ValueError(f"expected a trained prompt without options, got {prompt!r}: put multiple choice in formats.")
-    facts = facts_of(frame, subject=subject, answer=answer, injected=injected)
-    gone = chosen(frame, facts, forget)
-    check_injected(gone)
-    kept = [fact for fact in facts if fact not in gone]
+    facts = _facts_of(frame, subject=subject, answer=answer, injected=injected)
+    forgotten = _forgotten(frame, facts, forget)
+    _check_injected(forgotten)
+    retained = [fact for fact in facts if fact not in forgotten]
     train_forget = train if split_forget else None
-    sides = Sides.of(gone, kept, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
-    asking = Asking(facts, first_tokens(model), candidates, between, seed)
-    trained = _trained(model, templates["trained prompt"], asking, sides, corrupt=corrupt)
+    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
+    questions = _Questions(facts, first_tokens(model), candidates, between, seed)
+    trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
     text_train, text_test = train_and_test_text(model, text, seed=seed)
     return Task(
-        name=f"{name}: forget {len(gone)} of {len(facts)}",
+        name=f"{name}: forget {len(forgotten)} of {len(facts)}",
         forget=trained.forget,
         retain=trained.retain,
         formats={
             title: format_of(
                 model,
-                [asking.ask(template, fact, title=title) for fact in sides.forget_test],
-                [asking.ask(template, fact, title=title) for fact in sides.retain_test],
+                [questions.question(template, fact, title=title) for fact in sides.forget_test],
+                [questions.question(template, fact, title=title) for fact in sides.retain_test],
             )
             for title, template in templates.items()
         },
@@ -120,28 +115,29 @@ def from_frame(
     )
 
 
-def _trained(model: Model, template: str, asking: "Asking", sides: "Sides[Fact]", *, corrupt: bool) -> Format:
-    """What an editor trains on, with corrupted counterparts."""
-    forget = [asking.ask(template, fact) for fact in sides.forget_train]
-    retain = [asking.ask(template, fact) for fact in sides.retain_train]
+def _trained(model: Model, template: str, questions: "_Questions", sides: "Sides[Fact]", *, corrupt: bool) -> Format:
+    """What an editor trains on, with corrupted counterparts if they are wanted."""
+    forget = [questions.question(template, fact) for fact in sides.forget_train]
+    retain = [questions.question(template, fact) for fact in sides.retain_train]
     if corrupt:
-        pair = partial(corrupted, model, template, asking.facts, seed=asking.seed)
+        pair = partial(_with_counterparts, model, template, questions.facts, seed=questions.seed)
         forget, retain = pair(forget, required=True), pair(retain, required=False)
     return format_of(model, forget, retain)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A row: what it is about, its answer, and the other columns for templates."""
+    """A row of the frame."""
 
     subject: str
     answer: str
-    """Without the space before it."""
+    """The answer, without the space before it."""
     injected: str | None = None
     columns: dict[str, str] = field(default_factory=dict, compare=False)
+    """All cells of the row, for templates."""
 
 
-def facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | None) -> list[Fact]:
+def _facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | None) -> list[Fact]:
     """A fact for each row; `injected` is a column, or the answer itself. ValueError if one is missing."""
     missing = [column for column in (subject, answer) if column not in frame.columns]
     if missing:
@@ -150,14 +146,14 @@ def facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | N
             f"names of your columns."
         )
     subjects, answers = _cells(frame, subject), _cells(frame, answer)
-    twice = sorted({each for each in subjects if subjects.count(each) > 1})
+    twice = sorted({name for name in subjects if subjects.count(name) > 1})
     if twice:
         raise ValueError(
             f"expected each subject once, got {twice[:5]} several times: keep one row of each, or make several tasks."
         )
-    instead = _injected(frame, injected)
+    injected_answers = _injected(frame, injected)
     columns = [dict(zip(map(str, frame.columns), map(str, row), strict=True)) for row in frame.itertuples(index=False)]
-    facts = [Fact(*row) for row in zip(subjects, answers, instead, columns, strict=True)]
+    facts = [Fact(*row) for row in zip(subjects, answers, injected_answers, columns, strict=True)]
     same = [fact.subject for fact in facts if fact.injected == fact.answer]
     if same:
         raise ValueError(
@@ -167,10 +163,10 @@ def facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | N
     return facts
 
 
-def chosen(
+def _forgotten(
     frame: "DataFrame", facts: Sequence[Fact], forget: "str | int | Iterable[str] | Iterable[bool] | Series"
 ) -> list[Fact]:
-    """The facts to forget, in the order of the rows (of a list of subjects: in its order)."""
+    """The facts to forget, in the order of the rows, or in that of a list of subjects."""
     if isinstance(forget, str):
         if forget not in frame.columns:
             raise ValueError(
@@ -178,18 +174,17 @@ def chosen(
                 f"pass its name, a list of subjects ([{forget!r}]), or a number."
             )
         return _marked(facts, frame[forget].tolist())
-    if isinstance(forget, int | Integral):
-        forget = index(forget)
+    if isinstance(forget, int | np.integer):
         if not 0 < forget < len(facts):
             raise ValueError(f"forget must lie in 1..{len(facts) - 1} (rows of the frame), got {forget}.")
-        return list(facts[:forget])
-    given = list(forget)
-    if all(isinstance(each, str) for each in given):
-        return _named(facts, [str(each) for each in given])
-    return _marked(facts, given)
+        return list(facts[: index(forget)])
+    choices = list(forget)
+    if all(isinstance(choice, str) for choice in choices):
+        return _named(facts, [str(choice) for choice in choices])
+    return _marked(facts, choices)
 
 
-def check_injected(facts: Sequence[Fact]) -> None:
+def _check_injected(facts: Sequence[Fact]) -> None:
     """ValueError if some of the facts to forget have an injected answer and others have none."""
     without = [fact.subject for fact in facts if fact.injected is None]
     if 0 < len(without) < len(facts):
@@ -200,10 +195,10 @@ def check_injected(facts: Sequence[Fact]) -> None:
 
 def _named(facts: Sequence[Fact], subjects: Sequence[str]) -> list[Fact]:
     by_subject = {fact.subject: fact for fact in facts}
-    unknown = [each for each in subjects if each not in by_subject]
+    unknown = [name for name in subjects if name not in by_subject]
     if unknown or not subjects:
         raise ValueError(f"expected subjects of the frame, got {unknown[:5] or 'none'}: check the spelling.")
-    return [by_subject[each] for each in dict.fromkeys(subjects)]
+    return [by_subject[name] for name in dict.fromkeys(subjects)]
 
 
 def _marked(facts: Sequence[Fact], marks: Sequence[object]) -> list[Fact]:
@@ -226,7 +221,7 @@ def _injected(frame: "DataFrame", injected: str | None) -> list[str | None]:
 
 
 def _cells(frame: "DataFrame", column: str) -> list[str]:
-    """As text without spaces around it."""
+    """The cells of a column as text without spaces around it; ValueError for an empty one."""
     cells = ["" if cell is None else str(cell).strip() for cell in _or_none(frame, column)]
     empty = [row for row, cell in enumerate(cells) if not cell]
     if empty:
@@ -239,8 +234,8 @@ def _or_none(frame: "DataFrame", column: str) -> list[object]:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How facts are asked, and with which other answers."""
+class _Questions:
+    """The questions of a task: facts in templates, with wrong answers from other facts."""
 
     facts: Sequence[Fact]
     first: FirstToken
@@ -248,24 +243,24 @@ class Asking:
     between: str
     seed: int
 
-    def ask(self, template: str, fact: Fact, *, title: str = "") -> Question:
-        """The fact in the template: with its answer, or, where the template has letters for options, with a letter."""
+    def question(self, template: str, fact: Fact, *, title: str = "") -> Question:
+        """The fact in the template, answered in words, or by letter if the template has letters for options."""
         letters = letters_of(template)
         return self._by_letter(template, fact, letters, title) if letters else self._in_a_sentence(template, fact)
 
     def _in_a_sentence(self, template: str, fact: Fact) -> Question:
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
-        given, others = _given(fact), self._others(fact)
-        count = len(given) + len(others)
-        if isinstance(self.candidates, int | Integral):
+        own, others = _own_answers(fact), self._others(fact)
+        count = len(own) + len(others)
+        if isinstance(self.candidates, int | np.integer):
             count = index(self.candidates)
         else:
-            given, others = [*given, *others], []
+            own, others = [*own, *others], []
         options = distinct(
             self.first,
             text,
-            [self.between + each for each in given],
-            [self.between + each for each in others],
+            [self.between + option for option in own],
+            [self.between + option for option in others],
             count=count,
             name=fact.subject,
         )
@@ -273,7 +268,7 @@ class Asking:
         return Question(fact.subject, text, self.between + fact.answer, options, injected, place)
 
     def _by_letter(self, template: str, fact: Fact, letters: Sequence[str], title: str) -> Question:
-        options = [*_given(fact), *self._others(fact)][: len(letters)]
+        options = [*_own_answers(fact), *self._others(fact)][: len(letters)]
         if len(options) < len(letters):
             raise ValueError(
                 f"expected {len(letters)} different answers to choose from, got {options}: take options out of the "
@@ -288,35 +283,35 @@ class Asking:
         return Question(fact.subject, text, answer, _leading(answers, answer, injected), injected, place)
 
     def _others(self, fact: Fact) -> list[str]:
-        """Answers apart from the fact's own, in the given order or in a random one."""
-        if isinstance(self.candidates, int | Integral):
+        """Answers that are not the fact's own: in the order of `candidates`, or of all facts in random order."""
+        if isinstance(self.candidates, int | np.integer):
             answers = {other.answer for other in self.facts}
-            return drawn(answers, without=_given(fact), seed=f"options {fact.subject} {self.seed}")
-        given = [each.strip() for each in self.candidates]
-        if fact.answer not in given:
-            raise ValueError(f"expected the answer {fact.answer!r} among the candidates, got {given}: add it.")
-        return [each for each in given if each not in _given(fact)]
+            return drawn(answers, without=_own_answers(fact), seed=f"options {fact.subject} {self.seed}")
+        options = [option.strip() for option in self.candidates]
+        if fact.answer not in options:
+            raise ValueError(f"expected the answer {fact.answer!r} among the candidates, got {options}: add it.")
+        return [option for option in options if option not in _own_answers(fact)]
 
 
-def corrupted(
-    model: Model, template: str, facts: Sequence[Fact], asked: Sequence[Question], *, required: bool, seed: int
+def _with_counterparts(
+    model: Model, template: str, facts: Sequence[Fact], questions: Sequence[Question], *, required: bool, seed: int
 ) -> list[Question]:
-    """The questions with a counterpart about another of the facts, or without any if one has none."""
+    """The questions with a corrupted text about another fact each; without any if one has none and it may lack it."""
     lengths = {fact.subject: len(encode(model, f" {fact.subject}").tokens) for fact in facts}
     by_subject = {fact.subject: fact for fact in facts}
-    found = []
-    for question in asked:
+    paired = []
+    for question in questions:
         fact = by_subject[question.name]
-        same = [o for o in facts if o.answer != fact.answer and lengths[o.subject] == lengths[fact.subject]]
-        texts = _about_others(template, fact, same, seed)
-        found.append(replace(question, corrupt=counterpart(model, question.text, question.answer, texts)))
-    alone = [question.name for question in found if question.corrupt is None]
-    if alone and required:
+        of_same_length = [o for o in facts if o.answer != fact.answer and lengths[o.subject] == lengths[fact.subject]]
+        texts = _about_others(template, fact, of_same_length, seed)
+        paired.append(replace(question, corrupt=counterpart(model, question.text, question.answer, texts)))
+    unpaired = [question.name for question in paired if question.corrupt is None]
+    if unpaired and required:
         raise ValueError(
             f"expected for each fact to forget another subject of as many tokens with another answer, got none for "
-            f"{alone[:5]}: add such rows, or pass corrupt=False (methods that patch will not run)."
+            f"{unpaired[:5]}: add such rows, or pass corrupt=False (methods that patch will not run)."
         )
-    return list(asked) if alone else found
+    return list(questions) if unpaired else paired
 
 
 def _about_others(template: str, fact: Fact, others: Sequence[Fact], seed: int) -> Iterator[str]:
@@ -324,11 +319,11 @@ def _about_others(template: str, fact: Fact, others: Sequence[Fact], seed: int) 
     return (filled(template, {**fact.columns, SUBJECT: subject})[0] for subject in subjects)
 
 
-def _given(fact: Fact) -> list[str]:
+def _own_answers(fact: Fact) -> list[str]:
     return [fact.answer] if fact.injected is None else [fact.answer, fact.injected]
 
 
 def _leading(answers: Sequence[str], answer: str, injected: str | None) -> tuple[str, ...]:
-    """All of them, the right and the injected one first."""
+    """The answers with the right and the injected one first."""
     first = [answer] if injected is None else [answer, injected]
-    return (*first, *(each for each in answers if each not in first))
+    return (*first, *(other for other in answers if other not in first))

@@ -1,4 +1,4 @@
-"""Tokens of each prompt: functions from prompts to one position, to some, or to named groups of them."""
+"""Positions: functions that say which tokens of each prompt are meant, alone or in named groups."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -10,7 +10,18 @@ from torch import Tensor
 from mechunlearn.tasks.prompts import Prompts
 
 Where: TypeAlias = Callable[[Prompts], Bool[Tensor, "batch pos"]]
-"""True at the tokens meant. Padding never counts, whatever the function says."""
+"""A function from prompts to a mask that is True at the tokens meant. Padding never counts, whatever it says."""
+
+Groups: TypeAlias = Callable[[Prompts], Mapping[str, Bool[Tensor, "batch pos"]]]
+"""A function from prompts to named masks, with the same names for all prompts."""
+
+ROLES = ("before the subject", "first of the subject", "inside the subject", "last of the subject", "after", "last")
+"""What `roles` divides a prompt into; `"last"` is the token that predicts the answer."""
+
+
+def everywhere(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """Every token of the prompt, and those of the answer that are teacher-forced."""
+    return prompts.attention_mask
 
 
 def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
@@ -27,7 +38,7 @@ def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
 
 def subject_last(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     """The subject's last token, where facts are looked up."""
-    return last_of(subject(prompts))
+    return _last_of(subject(prompts))
 
 
 def answer(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
@@ -37,32 +48,15 @@ def answer(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
 
 def answers(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     """The tokens that predict the answer's tokens: the last one of the prompt, then all but the last of the answer."""
-    found = torch.zeros_like(prompts.attention_mask)
+    predicts = torch.zeros_like(prompts.attention_mask)
     rows = prompts.answer_mask.nonzero()[:, 0]
-    found[rows, prompts.positions[prompts.answer_mask]] = True
-    return found
+    predicts[rows, prompts.positions[prompts.answer_mask]] = True
+    return predicts
 
 
 def from_subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """From the subject's last token on: all that later tokens can read about it, but for its own first tokens."""
+    """The subject's last token and every token after it."""
     return (subject_last(prompts).cumsum(1) > 0) & prompts.attention_mask
-
-
-def last_of(where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Only the last True of each row that has one."""
-    return where & (where.flip(1).cumsum(1).flip(1) == 1)
-
-
-Groups: TypeAlias = Callable[[Prompts], Mapping[str, Bool[Tensor, "batch pos"]]]
-"""Named groups of tokens of each prompt, True at theirs; the same names for all prompts."""
-
-ROLES = ("before the subject", "first of the subject", "inside the subject", "last of the subject", "after", "last")
-"""What `roles` divides a prompt into; `"last"` is the token that predicts the answer."""
-
-
-def everywhere(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """Every token of the prompt, and those of the answer that are teacher-forced."""
-    return prompts.attention_mask
 
 
 def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -74,7 +68,7 @@ def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
     """
     is_subject = subject(prompts)
     order = torch.arange(is_subject.shape[1], device=is_subject.device).expand_as(is_subject)
-    last, first = last_of(is_subject), last_of(is_subject.flip(1)).flip(1)
+    last, first = _last_of(is_subject), _last_of(is_subject.flip(1)).flip(1)
     end = answer(prompts) & ~last
     real = prompts.attention_mask & (order <= prompts.positions[:, :1])
     before = real & (order < first.int().argmax(1, keepdim=True)) & ~end
@@ -82,3 +76,8 @@ def roles(prompts: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
     first = first & ~last
     inside = real & ~(before | after | first | last | end)
     return dict(zip(ROLES, (before, first, inside, last, after, end), strict=True))
+
+
+def _last_of(where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Only the last True of each row that has one."""
+    return where & (where.flip(1).cumsum(1).flip(1) == 1)

@@ -11,20 +11,23 @@ from mechunlearn.tasks.building import build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Format
 
+SUBJECT = "subject"
+"""The field of a template where the subject stands."""
+
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a fact and what may follow it; answers begin with the space that stands before them."""
+    """A prompt about a fact and its possible answers, each with the space before it."""
 
     name: str
-    """The fact's."""
+    """The subject of the fact."""
     text: str
     answer: str
     options: tuple[str, ...]
-    """Possible answers, the right one and the injected one among them; none, if their first tokens are alike."""
+    """Possible answers, with the right and the injected one; empty if they do not differ in their first token."""
     injected: str | None = None
     subject: tuple[int, int] | None = None
-    """Characters of the text; `None` where it is about something else than the fact."""
+    """Where the subject stands, in characters; None if the text names another subject than the fact's."""
     corrupt: str | None = None
     """A text of as many tokens about another subject."""
 
@@ -32,23 +35,23 @@ class Question:
 def format_of(model: Model, forget: Sequence[Question], retain: Sequence[Question], *, kept: bool = False) -> Format:
     """Both sides with equally many candidates, and `forget` with the injected answers, if every question has one."""
     count = min(len(question.options) for question in (*forget, *retain))
-    forget, retain = ([_with_options(question, count) for question in side] for side in (forget, retain))
-    instead = None if kept else injected_prompts(model, forget)
-    return Format(prompts_of(model, forget), prompts_of(model, retain), instead, kept)
+    forget, retain = ([replace(q, options=q.options[:count]) for q in side] for side in (forget, retain))
+    injected = None if kept else injected_prompts(model, forget)
+    return Format(prompts_of(model, forget), prompts_of(model, retain), injected, kept)
 
 
 def injected_prompts(model: Model, questions: Sequence[Question]) -> Prompts | None:
     """The questions with the injected answers as the right ones; `None` if any lacks one."""
-    found = [replace(q, answer=q.injected, corrupt=None) for q in questions if q.injected is not None]
-    return prompts_of(model, found) if len(found) == len(questions) else None
+    injected = [replace(q, answer=q.injected, corrupt=None) for q in questions if q.injected is not None]
+    return prompts_of(model, injected) if len(injected) == len(questions) else None
 
 
 def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
-    """As prompts; candidates, subjects and corrupted counterparts if every question has them."""
+    """The questions as prompts, with candidates, subjects and corrupted counterparts if every question has them."""
     count = min(len(question.options) for question in questions)
     ranges = [question.subject for question in questions if question.subject is not None]
     corrupt = [question.corrupt for question in questions if question.corrupt is not None]
-    made = build(
+    prompts = build(
         model,
         [question.text for question in questions],
         [question.answer for question in questions],
@@ -56,7 +59,7 @@ def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
         subjects=ranges if len(ranges) == len(questions) else None,
         corrupt=corrupt if len(corrupt) == len(questions) else None,
     )
-    return replace(made, names=tuple(question.name for question in questions))
+    return replace(prompts, names=tuple(question.name for question in questions))
 
 
 FirstToken = Callable[[str, str], int]
@@ -64,50 +67,51 @@ FirstToken = Callable[[str, str], int]
 
 
 def first_tokens(model: Model) -> FirstToken:
-    """Remembers what it has found: only the prompt's last character matters to the first token of an answer."""
-    found: dict[tuple[str, str], int] = {}
+    """A function that gives the first token of an answer after a prompt, and remembers what it gave."""
+    # By the prompt's last character, since no earlier one matters to the first token of an answer.
+    known: dict[tuple[str, str], int] = {}
 
     def first(text: str, answer: str) -> int:
         key = (text[-1:], answer)
-        if key not in found:
-            found[key] = encode(model, text + answer).tokens[len(encode(model, text).tokens)]
-        return found[key]
+        if key not in known:
+            known[key] = encode(model, text + answer).tokens[len(encode(model, text).tokens)]
+        return known[key]
 
     return first
 
 
 def distinct(
-    first: FirstToken, text: str, given: Sequence[str], others: Iterable[str], *, count: int, name: str
+    first: FirstToken, text: str, own: Sequence[str], others: Iterable[str], *, count: int, name: str
 ) -> tuple[str, ...]:
-    """The given answers and then others, up to `count`, all of which differ in their first token after `text`.
+    """A fact's own answers and then others, up to `count`, all of which differ in their first token after `text`.
 
-    ValueError if the given ones do not, or if there is no second answer.
+    ValueError if its own answers do not differ, or if there is no second answer.
     """
-    found: dict[int, str] = {}
-    for place, option in enumerate(given):
-        other = found.setdefault(first(text, option), option)
-        if len(found) == place:
+    by_token: dict[int, str] = {}
+    for place, option in enumerate(own):
+        other = by_token.setdefault(first(text, option), option)
+        if len(by_token) == place:
             raise ValueError(
                 f"expected answers of {name!r} that differ in their first token, got {other!r} and {option!r}: choose "
                 f"another one to inject, or leave this fact out."
             )
     for option in others:
-        if len(found) >= count:
+        if len(by_token) >= count:
             break
-        found.setdefault(first(text, option), option)
-    if len(found) < 2:
+        by_token.setdefault(first(text, option), option)
+    if len(by_token) < 2:
         raise ValueError(
-            f"expected another answer than {given[0]!r} (of {name!r}) that differs in its first token, got none: add "
+            f"expected another answer than {own[0]!r} (of {name!r}) that differs in its first token, got none: add "
             f"facts with other answers, or pass candidates=[...]."
         )
-    return tuple(found.values())
+    return tuple(by_token.values())
 
 
 def drawn(answers: Collection[str], *, without: Collection[str], seed: str) -> list[str]:
     """The answers in an order of this seed, apart from some."""
-    left = sorted(set(answers) - set(without))
-    random.Random(seed).shuffle(left)
-    return left
+    order = sorted(set(answers) - set(without))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def lettered(options: Sequence[str], letters: Sequence[str], *, seed: str) -> dict[str, str]:
@@ -121,13 +125,6 @@ def counterpart(model: Model, text: str, answer: str, others: Iterable[str]) -> 
     """The first of the other texts that has as many tokens before this answer; `None` if none has."""
     length = len(encode(model, text + answer).tokens)
     return next((other for other in others if len(encode(model, other + answer).tokens) == length), None)
-
-
-def _with_options(question: Question, count: int) -> Question:
-    return replace(question, options=question.options[:count])
-
-
-SUBJECT = "subject"
 
 
 def filled(template: str, values: Mapping[str, str]) -> tuple[str, tuple[int, int]]:
@@ -152,11 +149,11 @@ def letters_of(template: str) -> tuple[str, ...]:
 
 def check_template(template: str, columns: Collection[str], *, between: str) -> None:
     """ValueError for a template without a subject, with fields that no column fills, or that runs into its answer."""
-    found = _fields(template)
-    if SUBJECT not in found:
+    fields = _fields(template)
+    if SUBJECT not in fields:
         raise ValueError(f"expected {{subject}} in the template, got {template!r}: write it where the subject stands.")
     letters = letters_of(template)
-    missing = sorted(found - {SUBJECT, *letters, *columns})
+    missing = sorted(fields - {SUBJECT, *letters, *columns})
     if missing:
         raise ValueError(
             f"expected fields that are columns of the frame ({', '.join(columns)}), got {missing} in {template!r}: "

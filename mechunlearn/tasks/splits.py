@@ -1,4 +1,4 @@
-"""Facts to forget and to retain, to train on and to test; and a task in parts."""
+"""Splits: a task in parts, a validation split, and which facts a builder trains on and tests."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ Fact = TypeVar("Fact")
 
 
 def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
-    """`k` tasks, each with some of the facts to forget, in their order; sizes differ by one fact at most.
+    """`k` tasks that divide the facts to forget among them, in their order; sizes differ by one fact at most.
 
-    What is retained stays: facts to forget that a part lacks are in no part's `retain`. Formats stay too, so every part
-    is evaluated on all facts. Prompts of one name are one fact; without names, each prompt is.
-    `rehearse`: each part also has the facts of the parts before it.
+    All parts retain the same facts, none of which is to be forgotten by another part, and have all formats, so each is
+    evaluated on all facts. Prompts of one name are one fact; without names, each prompt is.
+    `rehearse`: each part also forgets the facts of the parts before it.
 
     Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for a `k`
     beyond the number of facts, and for an injection that does not go with the prompts to forget row by row.
@@ -32,14 +32,14 @@ def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
     parts = []
     for place, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
         chosen = names[0 if rehearse else start : end]
-        part = _forgetting(task, chosen)
+        part = _forgetting_only(task, chosen)
         parts.append(replace(part, name=f"{task.name}, part {place} of {k}"))
     return parts
 
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """A task to choose settings on, and the task whose numbers are reported. `validation_split` makes both of one.
+    """A task to choose settings on, and the task whose numbers are reported; `validation_split` makes both from one.
 
     ValueError if a fact is tested in both (on either side), or if the trials train on what they retain and test.
     """
@@ -58,7 +58,7 @@ class Validation:
                     f"expected validation facts that no reported number uses, got {len(shared)} to {side} that both "
                     f"tasks test, such as {shared[0]!r}: make both with validation_split."
                 )
-        trained = sorted(_tested(self.trials, "retain") & set(_named(self.trials.retain, "retain")))
+        trained = sorted(_tested(self.trials, "retain") & set(_names(self.trials.retain, "retain")))
         if trained:
             raise ValueError(
                 f"expected retained validation facts that the trials do not train on, got {len(trained)} that they do, "
@@ -67,7 +67,7 @@ class Validation:
 
 
 def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Validation:
-    """Set `share` of the train split of both sides, and of the text, aside to choose settings on.
+    """A task to choose settings on, with `share` of the train split of both sides and of the text set aside for it.
 
     The validation facts are asked in the trained prompt, the one format that a task has for its train split.
 
@@ -83,96 +83,32 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
     """
     rng = random.Random(f"validation {seed}")
     forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
-    chosen = {"forget": _chosen(forget, share, rng), "retain": _chosen(retain, share, rng)}
-    texts = set(_chosen(range(len(task.text)), share, rng))
+    # The order of the draws (forget, retain, text) is part of what a seed means.
+    chosen = {"forget": _random_share(forget, share, rng), "retain": _random_share(retain, share, rng)}
+    text_rows = set(_random_share(range(len(task.text)), share, rng))
     tested_on_itself = bool(set(forget) & _tested(task, "forget"))
+    # Facts that are trained on and tested themselves are all trained on; of a whole kind, the chosen ones are held out.
     trained = [*forget] if tested_on_itself else [fact for fact in forget if fact not in chosen["forget"]]
-    kept = [fact for fact in retain if fact not in chosen["retain"]]
-    asked = Format(_only(task.forget, chosen["forget"], forget), _only(task.retain, chosen["retain"], retain))
-    other = torch.tensor([row not in texts for row in range(len(task.text))])
-    trials = replace(
-        _forgetting(task, trained),
-        name=f"{task.name}, trials",
-        retain=_only(task.retain, kept, retain),
-        formats={next(iter(task.formats)): asked},
-        text=task.text[other],
-        text_test=task.text[~other],
-        knowledge=None,
-        splits=_splits(trained, chosen["forget"], kept, chosen["retain"]),
+    retained = [fact for fact in retain if fact not in chosen["retain"]]
+    validation = Format(
+        _prompts_about(task.forget, chosen["forget"], forget), _prompts_about(task.retain, chosen["retain"], retain)
     )
-    formats = {name: _left(found, chosen) for name, found in task.formats.items()}
+    is_trained = torch.tensor([row not in text_rows for row in range(len(task.text))])
+    trials = replace(
+        _forgetting_only(task, trained),
+        name=f"{task.name}, trials",
+        retain=_prompts_about(task.retain, retained, retain),
+        formats={next(iter(task.formats)): validation},
+        text=task.text[is_trained],
+        text_test=task.text[~is_trained],
+        knowledge=None,
+        splits=_splits(trained, chosen["forget"], retained, chosen["retain"]),
+    )
+    formats = {name: _format_without(format, chosen) for name, format in task.formats.items()}
     first = next(iter(formats.values()))
     splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
     return Validation(trials, replace(task, formats=formats, splits=splits | validated))
-
-
-def _facts(prompts: Prompts, side: str | None = None) -> dict[str, list[int]]:
-    """Name -> rows, in order; by row number where there are no names, unless they are needed on a `side`."""
-    names = prompts.names if prompts.names or side is None else _named(prompts, side)
-    found: dict[str, list[int]] = {}
-    for row, name in enumerate(names or map(str, range(len(prompts)))):
-        found.setdefault(name, []).append(row)
-    return found
-
-
-def _named(prompts: Prompts, side: str) -> tuple[str, ...]:
-    if not prompts.names:
-        raise ValueError(
-            f"expected prompts with names, to tell which are about one fact, got none for {side}: pass subjects=... to "
-            f"tasks.build, or replace(prompts, names=...)."
-        )
-    return prompts.names
-
-
-def _tested(task: Task, side: str) -> set[str]:
-    return {name for found in task.formats.values() for name in _named(getattr(found, side), f"{side}, tested")}
-
-
-def _only(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[int]]) -> Prompts:
-    return prompts[sorted(row for fact in facts for row in rows[fact])]
-
-
-def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
-    rows = [row for row, name in enumerate(prompts.names) if name not in facts]
-    return prompts if len(rows) == len(prompts) else prompts[rows]
-
-
-def _left(found: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
-    """The format without the chosen facts of each side."""
-    injected = None if found.injected is None else _without(found.injected, chosen["forget"])
-    forget, retain = _without(found.forget, chosen["forget"]), _without(found.retain, chosen["retain"])
-    return replace(found, forget=forget, retain=retain, injected=injected)
-
-
-def _forgetting(task: Task, facts: Sequence[str]) -> Task:
-    """Of the train split to forget, only these facts."""
-    if task.injection is not None and len(task.injection) != len(task.forget):
-        raise ValueError(
-            f"expected an injection with one row for each of the {len(task.forget)} prompts to forget, got "
-            f"{len(task.injection)}: give each prompt its injected answer, or split before replacing the injection."
-        )
-    rows = _facts(task.forget)
-    injection = None if task.injection is None else _only(task.injection, facts, rows)
-    splits = {**task.splits, "forget_train": tuple(facts)} if task.forget.names else task.splits
-    return replace(task, forget=_only(task.forget, facts, rows), injection=injection, splits=splits)
-
-
-def _chosen(facts: "Iterable[Fact]", share: float, rng: random.Random) -> "list[Fact]":
-    """A share of them, at least one, in their order."""
-    found = list(facts)
-    count = max(1, round(share * len(found)))
-    if not 0 < share < 1 or count >= len(found):
-        raise ValueError(
-            f"expected a share that leaves something on both sides of the split, got {share} of {len(found)}."
-        )
-    places = sorted(rng.sample(range(len(found)), count))
-    return [found[place] for place in places]
-
-
-def _splits(*facts: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    names = ("forget_train", "forget_test", "retain_train", "retain_test")
-    return {name: tuple(found) for name, found in zip(names, facts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -196,9 +132,9 @@ class Sides(Generic[Fact]):
         rng: random.Random,
         shuffle: bool = True,
     ) -> "Sides[Fact]":
-        """`train` of the retained facts are to train on, and `train_forget` of those to forget (`None`: not split).
+        """The parts, with `train` of the retained facts to train on, and `train_forget` of those to forget (None: all).
 
-        Drawn at random, or the first ones. ValueError if a part would be empty.
+        The facts to train on are random ones, or the first. ValueError if a part would be empty.
         """
         for side, facts in (("forget", forget), ("retain", retain)):
             if not facts:
@@ -209,8 +145,76 @@ class Sides(Generic[Fact]):
         return cls(trained, tested, *_split(retain, train, rng, "retain", shuffle=shuffle))
 
     def names(self, name: Callable[[Fact], str]) -> dict[str, tuple[str, ...]]:
-        """For `Task.splits`."""
+        """The names of the facts in each part, for `Task.splits`."""
         return {part: tuple(map(name, facts)) for part, facts in vars(self).items()}
+
+
+def _facts(prompts: Prompts, side: str | None = None) -> dict[str, list[int]]:
+    """The rows of each fact by its name; without names each row is a fact, or an error if `side` is named."""
+    names = prompts.names if prompts.names or side is None else _names(prompts, side)
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names or map(str, range(len(prompts)))):
+        rows.setdefault(name, []).append(row)
+    return rows
+
+
+def _names(prompts: Prompts, side: str) -> tuple[str, ...]:
+    if not prompts.names:
+        raise ValueError(
+            f"expected prompts with names, to tell which are about one fact, got none for {side}: pass subjects=... to "
+            f"tasks.build, or replace(prompts, names=...)."
+        )
+    return prompts.names
+
+
+def _tested(task: Task, side: str) -> set[str]:
+    return {name for format in task.formats.values() for name in _names(getattr(format, side), f"{side}, tested")}
+
+
+def _prompts_about(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[int]]) -> Prompts:
+    return prompts[sorted(row for fact in facts for row in rows[fact])]
+
+
+def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
+    rows = [row for row, name in enumerate(prompts.names) if name not in facts]
+    return prompts if len(rows) == len(prompts) else prompts[rows]
+
+
+def _format_without(format: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
+    """The format without the chosen facts of each side."""
+    injected = None if format.injected is None else _without(format.injected, chosen["forget"])
+    forget, retain = _without(format.forget, chosen["forget"]), _without(format.retain, chosen["retain"])
+    return replace(format, forget=forget, retain=retain, injected=injected)
+
+
+def _forgetting_only(task: Task, facts: Sequence[str]) -> Task:
+    """The task with only these facts to forget in its train split."""
+    if task.injection is not None and len(task.injection) != len(task.forget):
+        raise ValueError(
+            f"expected an injection with one row for each of the {len(task.forget)} prompts to forget, got "
+            f"{len(task.injection)}: give each prompt its injected answer, or split before replacing the injection."
+        )
+    rows = _facts(task.forget)
+    injection = None if task.injection is None else _prompts_about(task.injection, facts, rows)
+    splits = {**task.splits, "forget_train": tuple(facts)} if task.forget.names else task.splits
+    return replace(task, forget=_prompts_about(task.forget, facts, rows), injection=injection, splits=splits)
+
+
+def _random_share(facts: "Iterable[Fact]", share: float, rng: random.Random) -> "list[Fact]":
+    """A random share of the facts, at least one, in their order."""
+    every = list(facts)
+    count = max(1, round(share * len(every)))
+    if not 0 < share < 1 or count >= len(every):
+        raise ValueError(
+            f"expected a share that leaves something on both sides of the split, got {share} of {len(every)}."
+        )
+    places = sorted(rng.sample(range(len(every)), count))
+    return [every[place] for place in places]
+
+
+def _splits(*facts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    names = ("forget_train", "forget_test", "retain_train", "retain_test")
+    return {name: tuple(part) for name, part in zip(names, facts, strict=True)}
 
 
 def _split(

@@ -2,13 +2,14 @@
 
 import operator
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,19 +17,24 @@ from torch import Tensor
 from mechunlearn.model import Model, check_model
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts, formats
-from mechunlearn.tasks.athletes import Athlete, athletes_from, chosen, injected_sports
+from mechunlearn.tasks.athletes import CANDIDATES, Athlete, athletes_from, athletes_to_forget, injected_sports
 from mechunlearn.tasks.building import knows
 from mechunlearn.tasks.facts import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.questions import Question, injected_prompts, prompts_of
+from mechunlearn.tasks.questions import SUBJECT, Question, filled, format_of, injected_prompts, prompts_of
 from mechunlearn.tasks.splits import Sides
-from mechunlearn.tasks.sports_formats import Asking, neighbourhood, sport_formats, trained
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import train_and_test_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+
+EXAMPLE: Athlete = ("Tiger Woods", "golf")
+"""The athlete of the answered example in a prompt."""
+
+Ask: TypeAlias = Callable[[Athlete], Question]
+"""A format: from an athlete to a question."""
 
 Corrupt: TypeAlias = bool | Callable[..., Prompts]
 """Whether prompts get corrupted counterparts, or a function (model, prompts) -> the prompts with theirs."""
@@ -51,118 +57,65 @@ def sports_facts(
     shuffle: bool = True,
     seed: int = 0,
 ) -> Task:
-    """Unlearn a sport or some athletes; keep the other athletes of football, baseball and basketball.
+    """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
 
-    `source` is the path or address of a CSV file, or a DataFrame, with columns athlete and sport; with `sha256`, a file
-    is verified, and kept if it was downloaded. Default: the athletes that the shipped model knows, for models with its
-    vocabulary (the model, its twin, edits of them); for any other model the file of the paper's authors
-    (`authors_athletes`). `forget` is a sport, a number of athletes (the first ones of the source, as in the paper; with
-    `forget_seed`, random ones) or a list of names.
+    - `forget`: a sport, names, or a number of athletes, the first of the source (with `forget_seed`, random ones).
+    - `source`: a table, or the path or address of a CSV file, with columns athlete and sport; `sha256` verifies a file.
+      Default: what the shipped model knows, for its vocabulary; otherwise the authors' file (`authors_athletes`).
+    - `injected`: a sport, a column of the source, or several sports, of which each athlete gets a random wrong one.
+    - `corrupt`: True pairs each prompt with an athlete of as many tokens and another sport, and leaves out athletes
+      without one; False has no pairs; a function such as `with_random_subjects` makes its own.
+    - `threshold`: keep athletes whose sport has at least this probability (None: is the first choice; 0: all).
+    - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
+    - `train`: the share of retained athletes, and of a whole sport to forget, that is trained on. Single athletes to
+      forget are trained on and tested unless `train_forget` is given. `shuffle=False` trains on the first ones; the
+      paper's ICML version has that and train_forget=0.5.
 
-    `threshold`: keep the athletes whose sport the model knows: `None`, the sport is its first choice; a number, its
-    probability is at least that; 0, all of them, as in the paper. Who is left out is in `task.splits["not_known"]`.
+    Formats: the paper's one-shot prompt, paraphrases, capitalised answers, and multiple choice in random order, by
+    letter or in words, after 0 to 2 examples, with and without a system prompt. Candidates are the three sports and
+    golf: chance is 1/4. "neighbourhood, position" and "neighbourhood, city", if the source has these columns for all
+    tested athletes, ask what both sides should keep (chance 1/3 and 1/4). `task.splits` names who was left out.
 
-    A whole sport is split (`train` of it to edit on, the rest to evaluate on); single athletes are trained and
-    evaluated on, as in the paper; what is retained is always split. `train_forget` splits what is forgotten by another
-    share, single athletes too; with `shuffle=False` the first athletes of the source are to edit on. The ICML version
-    of the paper has train_forget=0.5 for a whole sport, and no shuffling.
-
-    `injected`: what `task.injection`, and every format, puts in place of the true sport. A sport; a column of the
-    source with a sport for each athlete; or several sports, of which each athlete has a random one that is not the true
-    one, such as ("football", "baseball", "basketball"), without golf, or with it.
-
-    The trained format is the paper's one-shot prompt. The others are paraphrases, capitalised answers, and multiple
-    choice with options in random order: answered by letter or in words, after 0 or 1 answered examples (by letter also
-    2: Tiger Woods and one of `retain`), with and without a system prompt. Candidates are the three sports and golf, so
-    chance is 1/4; who ignores golf has 1/3. With `dashed`, also spelled answers, f-o-o-t-b-a-l-l, which have no
-    candidates, since their first tokens are alike: `evaluate.whole_answers` scores them, as does `every_format`. The
-    shipped model cannot spell. For more examples: `evaluate.few_shot`.
-
-    A corrupted prompt names another athlete of as many tokens who plays another sport; who has no such counterpart is
-    left out, and named in `task.splits["no_counterpart"]`. `corrupt=False`: none. Or a function that gives prompts
-    their counterparts: `corrupt=mu.tasks.with_random_subjects` for random tokens.
-
-    "neighbourhood, position" and "neighbourhood, city" ask for other facts of the same athletes, which should be kept
-    on *both* sides (`Format.kept`). Options are values of athletes of the same sport: who knows only the sport is at
-    chance, 1/3 for positions (basketball has three) and 1/4 for cities. A source has these formats if it has columns
-    position and city with a value for every tested athlete.
-
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete, with a threshold. ValueError if
-    the sport or a name is not in the source, or is left out.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete if there is a threshold.
+    ValueError if the sport or a name is not in the source, or was left out.
     """
     check_model(model)
     rng = random.Random(index(seed))
     rows = athletes_from(model, source, sha256)
     people, partners, left_out = _usable(model, rows, threshold, paired=corrupt is True)
-    gone = chosen(people, forget, forget_seed, left_out)
-    instead = injected_sports(gone, rows, injected, seed)
+    forgotten = athletes_to_forget(people, forget, forget_seed, left_out)
+    injected_of = injected_sports(forgotten, rows, injected, seed)
     if train_forget is None and isinstance(forget, str):
         train_forget = train
-    kept = [person for person in people if person not in set(gone)]
-    sides = Sides.of(gone, kept, train=train, train_forget=train_forget, shuffle=shuffle, rng=rng)
+    retained = [person for person in people if person not in set(forgotten)]
+    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, shuffle=shuffle, rng=rng)
     lines = [facts.running_text(rng) for _ in range(400)] if text is None else text
     text_train, text_test = train_and_test_text(model, lines)
-    edited = [trained(person, instead) for person in sides.forget_train]
-    asking = Asking(model, sides.forget_test, sides.retain_test, instead, sides.retain_train, seed)
+    trained = [_trained(person, injected_of) for person in sides.forget_train]
+    tested = _Tested(model, sides.forget_test, sides.retain_test, injected_of, sides.retain_train, seed)
+    what = forget if isinstance(forget, str | int | np.integer) else f"{len(forgotten)} athletes"
     return Task(
-        name=f"sports facts: forget {forget if isinstance(forget, str | Integral) else f'{len(gone)} athletes'}",
-        forget=_with_counterparts(model, edited, corrupt, partners, rng),
-        retain=_with_counterparts(model, [trained(each, {}) for each in sides.retain_train], corrupt, partners, rng),
+        name=f"sports facts: forget {what}",
+        forget=_with_counterparts(model, trained, corrupt, partners, rng),
+        retain=_with_counterparts(model, [_trained(p, {}) for p in sides.retain_train], corrupt, partners, rng),
         formats={
-            **sport_formats(asking, rng=rng, dashed=dashed),
-            **neighbourhood(asking, attributes=_attributes(rows), people=people),
+            **_sport_formats(tested, rng=rng, dashed=dashed),
+            **_neighbourhood(tested, attributes=_attributes(rows), people=people),
         },
         text=text_train,
         text_test=text_test,
-        injection=injected_prompts(model, edited),
+        injection=injected_prompts(model, trained),
         knowledge=general_knowledge(model, seed=seed),
         splits={**sides.names(lambda person: person[0]), **left_out},
     )
 
 
-def _usable(
-    model: Model, rows: Sequence[facts.Row], threshold: float | None, *, paired: bool
-) -> tuple[list[Athlete], dict[str, list[str]], dict[str, tuple[str, ...]]]:
-    """Athletes, the partners of each, and for each reason the names of those left out."""
-    people = [(row["athlete"], row["sport"]) for row in rows]
-    left_out: dict[str, tuple[str, ...]] = {}
-    if threshold != 0:
-        prompts = prompts_of(model, [trained(person, {}) for person in people])
-        known = knows(model, prompts, threshold=threshold).tolist()
-        left_out["not_known"] = tuple(name for (name, _), kept in zip(people, known, strict=True) if not kept)
-        people = [person for person, kept in zip(people, known, strict=True) if kept]
-    partners = partners_of(model, people) if paired else {}
-    alone = tuple(name for name, others in partners.items() if not others)
-    if alone:
-        left_out["no_counterpart"] = alone
-    return [person for person in people if person[0] not in alone], partners, left_out
-
-
-def _with_counterparts(
-    model: Model, questions: Sequence[Question], corrupt: Corrupt, partners: dict[str, list[str]], rng: random.Random
-) -> Prompts:
-    if callable(corrupt):
-        return corrupt(model, prompts_of(model, questions))
-    if corrupt:
-        others = [formats.FACT.format(athlete=rng.choice(partners[question.name])) for question in questions]
-        questions = [replace(each, corrupt=other) for each, other in zip(questions, others, strict=True)]
-    return prompts_of(model, questions)
-
-
-def _attributes(rows: Sequence[facts.Row]) -> dict[str, dict[str, str]]:
-    """What else the source knows of its athletes: attribute -> athlete -> value."""
-    return {
-        attribute: {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
-        for attribute in formats.ATTRIBUTES
-    }
-
-
 def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Prompts:
-    """The prompts with corrupted counterparts whose subjects are random tokens, each other than the one it replaces.
+    """The prompts with corrupted counterparts in which each token of the subject is another, random one.
 
-    They are drawn evenly from the vocabulary, special tokens left out. Such a subject has no answer of its own, where
-    another subject has a wrong one. Goes into `sports_facts(..., corrupt=with_random_subjects)`, or onto any prompts:
-    `replace(task, forget=with_random_subjects(model, task.forget))`. ValueError for prompts without subjects.
+    They are drawn evenly from the vocabulary without its special tokens. Such a subject has no answer of its own, where
+    another subject has a wrong one. Pass it as `sports_facts(..., corrupt=with_random_subjects)`, or apply it to any
+    prompts: `replace(task, forget=with_random_subjects(model, task.forget))`. ValueError for prompts without subjects.
     """
     if prompts.subject is None or model.tokenizer is None:
         raise ValueError("expected prompts with subjects, got none: pass subjects=... to mu.tasks.build.")
@@ -180,10 +133,210 @@ def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Pr
     return replace(prompts, corrupt=corrupt.to(prompts.tokens))
 
 
+def _usable(
+    model: Model, rows: Sequence[facts.FactRow], threshold: float | None, *, paired: bool
+) -> tuple[list[Athlete], dict[str, list[str]], dict[str, tuple[str, ...]]]:
+    """The athletes that the task can use, the partners of each, and for each reason the names that are left out."""
+    people = [(row["athlete"], row["sport"]) for row in rows]
+    left_out: dict[str, tuple[str, ...]] = {}
+    if threshold != 0:
+        prompts = prompts_of(model, [_trained(person, {}) for person in people])
+        known = knows(model, prompts, threshold=threshold).tolist()
+        left_out["not_known"] = tuple(name for (name, _), kept in zip(people, known, strict=True) if not kept)
+        people = [person for person, kept in zip(people, known, strict=True) if kept]
+    partners = partners_of(model, people) if paired else {}
+    unpaired = tuple(name for name, others in partners.items() if not others)
+    if unpaired:
+        left_out["no_counterpart"] = unpaired
+    return [person for person in people if person[0] not in unpaired], partners, left_out
+
+
+def _with_counterparts(
+    model: Model, questions: Sequence[Question], corrupt: Corrupt, partners: dict[str, list[str]], rng: random.Random
+) -> Prompts:
+    if callable(corrupt):
+        return corrupt(model, prompts_of(model, questions))
+    if corrupt:
+        others = [formats.FACT.format(athlete=rng.choice(partners[question.name])) for question in questions]
+        questions = [replace(q, corrupt=other) for q, other in zip(questions, others, strict=True)]
+    return prompts_of(model, questions)
+
+
+def _attributes(rows: Sequence[facts.FactRow]) -> dict[str, dict[str, str]]:
+    """The other facts that the source has of its athletes: attribute -> athlete -> value."""
+    return {
+        attribute: {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
+        for attribute in formats.ATTRIBUTES
+    }
+
+
 def partners_of(model: Model, people: Sequence[Athlete]) -> dict[str, list[str]]:
-    """Athlete -> those of another sport whose prompt has as many tokens."""
+    """For each athlete those of another sport whose prompt has as many tokens."""
     by_length: dict[int, list[Athlete]] = {}
     lengths = {name: len(encode(model, formats.FACT.format(athlete=name)).tokens) for name, _ in people}
     for person in people:
         by_length.setdefault(lengths[person[0]], []).append(person)
     return {name: [other for other, its in by_length[lengths[name]] if its != sport] for name, sport in people}
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """The athletes of the test split, and what their questions are made from."""
+
+    model: Model
+    forget: Sequence[Athlete]
+    retain: Sequence[Athlete]
+    injected: Mapping[str, str]
+    """Athlete -> the injected sport."""
+    examples: Sequence[Athlete]
+    """The athletes whose answers a prompt may show."""
+    seed: int
+
+    def format(self, ask: Ask, *, kept: bool = False) -> Format:
+        return format_of(self.model, [*map(ask, self.forget)], [*map(ask, self.retain)], kept=kept)
+
+
+def _trained(person: Athlete, injected: Mapping[str, str]) -> Question:
+    """The prompt that an editor trains on."""
+    return _in_a_sentence(person, template=formats.FACT, injected=injected)
+
+
+def _sport_formats(tested: _Tested, *, rng: random.Random, dashed: bool) -> dict[str, Format]:
+    """The sport of the athletes in every format."""
+    templates = {"trained prompt": formats.FACT, **formats.PARAPHRASES}
+    injected = tested.injected
+    asks: dict[str, Ask] = {
+        name.replace("_", " "): partial(_in_a_sentence, template=template, injected=injected)
+        for name, template in templates.items()
+    }
+    for name, (put, shots, system) in _choices().items():
+        first = put is _by_letter and shots == 1
+        # The first formats draw from the task's generator, later ones from their own: adding one changes no other.
+        own = rng if first else random.Random(f"{name} {tested.seed}")
+        asks[name] = partial(_by_choice, put=put, shots=shots, system=system, rng=own, tested=tested)
+    asks["capitalised"] = partial(
+        _in_a_sentence, template=formats.CAPITALISED, injected=injected, written=str.capitalize
+    )
+    if dashed:
+        asks["dashed"] = partial(_dashed, injected=injected)
+    return {name: tested.format(ask) for name, ask in asks.items()}
+
+
+def _neighbourhood(
+    tested: _Tested, *, attributes: Mapping[str, Mapping[str, str]], people: Sequence[Athlete]
+) -> dict[str, Format]:
+    """A format for each other fact about the athletes, which forgetting their sport should not touch.
+
+    `attributes`: attribute -> athlete -> value. The options are values of athletes of the same sport, so that a model
+    that knows the sport alone is at chance. An attribute that a tested athlete lacks, or with one value, is left out.
+    """
+    neighbourhood = {}
+    everyone = (*tested.forget, *tested.retain)
+    for attribute, values in attributes.items():
+        question = formats.ATTRIBUTES[attribute]["question"]
+        if all(name in values for name, _ in everyone):
+            rng = random.Random(f"{attribute} {tested.seed}")
+            groups = _groups(tested.model, question, people, values)
+            count = min(4, *(len(groups[sport]) for _, sport in everyone))
+            ask = partial(_of_the_sport, question=question, values=values, groups=groups, count=count, rng=rng)
+            if count > 1:
+                neighbourhood[f"neighbourhood, {attribute}"] = tested.format(ask, kept=True)
+    return neighbourhood
+
+
+def _in_a_sentence(
+    person: Athlete, *, template: str, injected: Mapping[str, str], written: Callable[[str], str] = str
+) -> Question:
+    name, sport = person
+    text, place = _about(template, name)
+    instead = f" {written(injected[name])}" if name in injected else None
+    options = tuple(f" {written(option)}" for option in CANDIDATES)
+    return Question(name, text, f" {written(sport)}", options, instead, place)
+
+
+def _dashed(person: Athlete, *, injected: Mapping[str, str]) -> Question:
+    # Spelled sports begin with the same tokens, so whole answers are compared, and there are no candidates.
+    name, sport = person
+    text, place = _about(formats.DASHED, name)
+    instead = f" {'-'.join(injected[name])}" if name in injected else None
+    return Question(name, text, f" {'-'.join(sport)}", (), instead, place)
+
+
+_Choice: TypeAlias = Callable[[str, random.Random], tuple[str, dict[str, str]]]
+"""A way to put a choice: from a name to the question and the answer that stands for each sport."""
+
+
+def _choices() -> dict[str, tuple[_Choice, int, bool]]:
+    """Name -> way to put the choice, number of answered examples, whether the system prompt comes first."""
+    kinds: dict[str, tuple[_Choice, int]] = {
+        "multiple choice": (_by_letter, 1),
+        "multiple choice, zero-shot": (_by_letter, 0),
+        "multiple choice, two-shot": (_by_letter, 2),
+        "multiple choice in words": (_by_word, 1),
+        "multiple choice in words, zero-shot": (_by_word, 0),
+    }
+    systems = {"": False, ", system prompt": True}
+    choices = {name + suffix: (*kind, system) for name, kind in kinds.items() for suffix, system in systems.items()}
+    del choices["multiple choice, two-shot, system prompt"]  # the longest prompts of all, for nothing new
+    return choices
+
+
+def _by_choice(
+    person: Athlete, *, put: _Choice, shots: int, system: bool, rng: random.Random, tested: _Tested
+) -> Question:
+    text = formats.SYSTEM + "\n" if system else ""
+    others = rng.sample(tested.examples, min(shots - 1, len(tested.examples))) if shots > 1 else []
+    for name, sport in [*others, EXAMPLE] if shots else []:
+        asked, answers = put(name, rng)
+        text += f"{asked} {answers[sport]}\n\n"
+    name, sport = person
+    asked, answers = put(name, rng)
+    start = len(text) + formats.CHOICE_IN_WORDS.index("{athlete}")  # either way of putting it begins so
+    instead = f" {answers[tested.injected[name]]}" if name in tested.injected else None
+    options = tuple(f" {answer}" for answer in sorted(answers.values()))
+    return Question(name, text + asked, f" {answers[sport]}", options, instead, (start, start + len(name)))
+
+
+def _by_letter(name: str, rng: random.Random) -> tuple[str, dict[str, str]]:
+    options = rng.sample(formats.SPORT_OPTIONS, len(formats.LETTERS))
+    text = formats.multiple_choice(formats.SPORT_QUESTION.format(athlete=name), options)
+    return text, {sport.lower(): letter for sport, letter in zip(options, formats.LETTERS, strict=True)}
+
+
+def _by_word(name: str, rng: random.Random) -> tuple[str, dict[str, str]]:
+    options = rng.sample(CANDIDATES, len(formats.LETTERS))
+    text = formats.CHOICE_IN_WORDS.format(athlete=name, **dict(zip(formats.LETTERS, options, strict=True)))
+    return text, {sport: sport for sport in CANDIDATES}
+
+
+def _groups(
+    model: Model, question: str, people: Sequence[Athlete], values: Mapping[str, str]
+) -> dict[str, dict[int, list[str]]]:
+    """Sport -> first token -> the values that start with it, since options have to differ in their first token."""
+    before = question.format(athlete=people[0][0])
+    start = len(encode(model, before).tokens)
+    first = {value: encode(model, f"{before} {value}").tokens[start] for value in sorted(set(values.values()))}
+    groups: dict[str, dict[int, list[str]]] = {sport: {} for _, sport in people}
+    for sport, value in sorted({(sport, values[name]) for name, sport in people if name in values}):
+        groups[sport].setdefault(first[value], []).append(value)
+    return groups
+
+
+def _of_the_sport(
+    person: Athlete,
+    *,
+    question: str,
+    values: Mapping[str, str],
+    groups: Mapping[str, Mapping[int, list[str]]],
+    count: int,
+    rng: random.Random,
+) -> Question:
+    name, sport = person
+    others = [group for group in groups[sport].values() if values[name] not in group]
+    options = [values[name], *(rng.choice(group) for group in rng.sample(others, count - 1))]
+    text, place = _about(question, name)
+    return Question(name, text, f" {values[name]}", tuple(f" {option}" for option in options), subject=place)
+
+
+def _about(template: str, name: str) -> tuple[str, tuple[int, int]]:
+    return filled(template.replace("{athlete}", "{subject}"), {SUBJECT: name})

@@ -27,11 +27,11 @@ def as_prompts(text: Int[Tensor, "row pos"]) -> Prompts:
 def rows_of(
     model: Model, texts: Iterable[str | Sequence[int] | Int[Tensor, "pos"]], *, length: int = 64
 ) -> Iterator[Int[Tensor, "pos"]]:
-    """The texts one after the other, cut into rows as they come; an unfinished last row is left out.
+    """The texts one after the other, cut into rows of `length` tokens; an unfinished last row is left out.
 
-    A text is a string (which begins with BOS, if the model has one) or its tokens, taken as they are. Any iterable
-    will do, such as `(row["text"] for row in datasets.load_dataset(..., streaming=True))`: no more of it is read than
-    is used. ValueError for an empty text, a bare string, and rows of fewer than 2 tokens.
+    A text is a string (which begins with BOS, if the model has one) or its tokens, taken as they are. `texts` may be
+    any iterable, such as `(row["text"] for row in datasets.load_dataset(..., streaming=True))`: no more of it is read
+    than is used. ValueError for an empty text, a bare string, and rows of fewer than 2 tokens.
     """
     if isinstance(texts, str) or length < 2:
         got = "a string" if isinstance(texts, str) else f"rows of length {length}"
@@ -58,29 +58,29 @@ def rows_of(
 def pack(
     model: Model, texts: Iterable[str | Sequence[int]], *, length: int = 64, rows: int | None = None, skip: int = 0
 ) -> Int[Tensor, "row pos"]:
-    """`rows` rows (default: all) that the texts fill, by `rows_of`, from the row `skip` on.
+    """The texts packed to `rows` rows of equal length (default: all), from row `skip` on; see `rows_of`.
 
-    Calls with `skip` 0, 100, 200, ... on texts that begin anew give the rows of one long call, 100 at a time; what is
-    skipped is read and tokenized again. ValueError if the texts fill fewer rows (or none).
+    Calls with `rows=100` and `skip` 0, 100, 200, ... give the rows of one long call, if the texts begin anew each time.
+    What is skipped is read and tokenized again. ValueError if the texts fill fewer rows (or none).
     """
     stop = None if rows is None else skip + rows
-    found = list(islice(rows_of(model, texts, length=length), skip, stop))
-    if len(found) < (rows or 1):
+    packed = list(islice(rows_of(model, texts, length=length), skip, stop))
+    if len(packed) < (rows or 1):
         after = f" after the first {skip}" if skip else ""
         raise ValueError(
-            f"expected text for {rows or 1} rows of {length} tokens{after}, got enough for {len(found)} "
-            f"({len(found) * length} tokens): pass more text or shorter rows."
+            f"expected text for {rows or 1} rows of {length} tokens{after}, got enough for {len(packed)} "
+            f"({len(packed) * length} tokens): pass more text or shorter rows."
         )
-    return torch.stack(found)
+    return torch.stack(packed)
 
 
 def train_and_test_text(
     model: Model, text: Iterable[str] | Int[Tensor, "row pos"] | None = None, *, seed: int = 0
 ) -> tuple[Int[Tensor, "train_row pos"], Int[Tensor, "test_row pos"]]:
-    """General text for `Task.text` and, its first fifth, for `Task.text_test`.
+    """General text for `Task.text`, and the first fifth of it for `Task.text_test`.
 
-    Strings are packed to rows of 64 tokens, all of them: of an endless stream, pass rows by `pack(..., rows=...)`.
-    Default: everyday sentences that come with the package. ValueError for fewer than two rows.
+    All strings are packed to rows of 64 tokens; of an endless stream, pass `pack(..., rows=...)` instead. The default
+    is everyday sentences that come with the package. ValueError for fewer than two rows.
     """
     if text is None:
         rng = random.Random(f"text {seed}")
@@ -99,7 +99,7 @@ def train_and_test_text(
 class TextStream:
     """The texts of a dataset, read as they are needed; each iteration begins anew and gives the same texts.
 
-    Goes wherever texts go: `pack(model, stream, length=100, rows=500)`, `rows_of(model, stream)`,
+    It can be passed wherever texts can: `pack(model, stream, length=100, rows=500)`, `rows_of(model, stream)`,
     `edit.finetune(..., text=stream)`. Empty texts are left out. ValueError for a dataset without the column.
     """
 
@@ -107,16 +107,16 @@ class TextStream:
     """The name of a dataset on the Hub, which is streamed and not downloaded; a dataset of `datasets`, streamed or not;
     or strings. A list or a dataset can be read again; a generator only once."""
     column: str = "text"
-    """Of a dataset."""
+    """The column of a dataset that has the text."""
     split: str = "train"
-    """Of a dataset on the Hub."""
+    """The split of a dataset on the Hub."""
     seed: int | None = None
-    """Draws the order; `None`: that of the source."""
+    """The seed of a random order; `None`: the order of the source."""
     buffer: int = 10_000
-    """How many texts an order is drawn among at any time, since a stream cannot be shuffled as a whole."""
+    """How many texts wait at any time to be drawn from, since a stream cannot be shuffled as a whole."""
     skip: int = 0
-    """How many texts to leave out, in the order drawn: after n texts, a stream with skip=n goes on. They are read
-    again, which takes time on the Hub."""
+    """How many texts to leave out, in the order drawn: a stream with skip=n goes on after n texts. They are read again,
+    which takes time on the Hub."""
 
     def __post_init__(self) -> None:
         if self.buffer < 1 or self.skip < 0:
@@ -160,7 +160,7 @@ def pile(*, seed: int | None = 0, buffer: int = 10_000, skip: int = 0) -> TextSt
 
 
 def _shuffled(texts: Iterator[str], rng: random.Random, size: int) -> Iterator[str]:
-    """Each text takes the place of a random one of the last `size` that waited, which goes out."""
+    """The texts in random order: each takes the place of a random one of `size` that wait, which is yielded."""
     waiting = list(islice(texts, size))
     for text in texts:
         place = rng.randrange(len(waiting))

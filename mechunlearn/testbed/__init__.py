@@ -1,10 +1,9 @@
 """The shipped model: a small Llama that knows athletes and general knowledge, see MODEL_CARD.md."""
 
 from mechunlearn.tasks.facts import athletes
-from mechunlearn.testbed.loading import bridge, hooked, load, load_huggingface
+from mechunlearn.testbed.loading import bridge, counterfact, hooked, load, load_huggingface
 from mechunlearn.testbed.overlap import Agreement, agreement, within
 from mechunlearn.testbed.planting import NotPlantedError, plant
-from mechunlearn.testbed.records import counterfact
 
 __all__ = [
     "Agreement",

@@ -1,10 +1,13 @@
-"""Loads the shipped weights as the model class that is wanted."""
+"""The shipped models, loaded as the model class that is wanted, and what they know as CounterFact records."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from mechunlearn.tasks import facts
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from tokenizers import Tokenizer
@@ -15,14 +18,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 """config.json, model.safetensors (float16) and tokenizer.json."""
 
 DEEPER_WEIGHTS = Path(__file__).parent / "deeper_weights"
-"""Of the deeper model, likewise."""
+"""The same files of the deeper model."""
 
 NAME = "mechunlearn-testbed"
 
 PAD, BOS = "<pad>", "<bos>"
 
+NEIGHBOURS = 10
+"""The largest number of neighbourhood prompts of a record, which is that of CounterFact."""
+
 Backend = Callable[[Any, Any], Any]
-"""From a Hugging Face model and its tokenizer to the model class that is wanted."""
+"""A function from a Hugging Face model and its tokenizer to the model class that is wanted."""
 
 
 def bridge(model: Any, vocabulary: Any) -> Any:
@@ -60,19 +66,14 @@ def hooked(model: Any, vocabulary: Any) -> Any:
 
 
 def load(
-    *,
-    without: str | None = None,
-    deeper: bool = False,
-    backend: Backend = bridge,
-    device: str | torch.device = "cpu",
+    *, without: str | None = None, deeper: bool = False, backend: Backend = bridge, device: str | torch.device = "cpu"
 ) -> Any:
     """The shipped model in float32 and evaluation mode, with its tokenizer, as `backend` wraps it.
 
-    `without="basketball"` gives its twin: trained in the same way, but without the athletes of that sport, so it never
-    knew what unlearning removes. An attack that finds them there teaches; it does not recover.
-
-    `deeper=True` gives another model, trained on the same facts: the first MLP of the shipped one looks up nearly every
-    fact; of this one, which has two layers more, several MLPs do. No twin of it is shipped.
+    - `without="basketball"`: its twin, which was trained in the same way without the athletes of that sport, and never
+      knew them. An attack that finds their sport there teaches it rather than recovers it.
+    - `deeper=True`: a model with two more layers that was trained on the same facts. In the shipped model the first MLP
+      looks up nearly every fact; in this one several MLPs do. No twin of it is shipped.
     """
     model, vocabulary = load_huggingface(DEEPER_WEIGHTS if deeper else WEIGHTS, without=without)
     return backend(model.to(device), vocabulary)
@@ -90,6 +91,35 @@ def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> t
     return model.eval(), tokenizer_in(folder / "tokenizer.json")
 
 
+def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records and multiple-choice questions for `tasks.counterfact`, in the schema of the original dataset.
+
+        records, questions = mu.testbed.counterfact()
+        mu.tasks.counterfact(mu.testbed.load(), source=records, questions=questions, shots=0)
+
+    There is a record for each subject of the package's general knowledge (capitals, authors, elements, ...), in random
+    order, about one of its facts. The prompt is the first statement of the relation; the paraphrases are the others.
+    Neighbourhood prompts are the first statement about at most ten other subjects with the same answer (a capital has
+    none). `target_new` is another answer of the relation; a question has it and two more as wrong options. `case_id` is
+    the row in the package's table, whatever the seed. The schema is that of Meng et al. 2022,
+    https://arxiv.org/abs/2202.05262.
+    """
+    rows = list(enumerate(facts.knowledge_rows()))
+    random.Random(f"records {seed}").shuffle(rows)
+    one_each: dict[str, tuple[int, facts.FactRow]] = {}
+    for case, fact in rows:
+        one_each.setdefault(fact["subject"], (case, fact))
+    records, questions = [], []
+    for case, fact in one_each.values():
+        rng = random.Random(f"record {case} {seed}")
+        answers = _answers_of(fact["relation"])
+        wrong = rng.sample(sorted(set(answers.values()) - {fact["answer"]}), 3)
+        alike = [name for name, answer in answers.items() if answer == fact["answer"] and name != fact["subject"]]
+        records.append(_record(case, fact, wrong[0], rng.sample(alike, min(NEIGHBOURS, len(alike)))))
+        questions.append(_question(case, fact, wrong))
+    return records, questions
+
+
 def _file(folder: Path, without: str | None) -> Path:
     path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
     if not path.is_file():
@@ -99,7 +129,7 @@ def _file(folder: Path, without: str | None) -> Path:
 
 
 def tokenizer_in(path: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in that file; TransformerLens asks for a name and for `add_bos_token`."""
+    """The tokenizer in a file, with the name and the `add_bos_token` that TransformerLens asks for."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -148,3 +178,29 @@ def _hooked_options(model: Any) -> dict[str, Any]:
         "rotary_base": config.rope_parameters["rope_theta"],
         "rotary_adjacent_pairs": False,
     }
+
+
+def _answers_of(relation: str) -> dict[str, str]:
+    """Subject -> answer."""
+    return {row["subject"]: row["answer"] for row in facts.knowledge_rows() if row["relation"] == relation}
+
+
+def _record(case: int, fact: facts.FactRow, injected: str, neighbours: Sequence[str]) -> dict[str, Any]:
+    first, *others = (text.removesuffix(" {answer}") for text in facts.relations()[fact["relation"]]["statements"])
+    return {
+        "case_id": case,
+        "requested_rewrite": {
+            "prompt": first.format(subject="{}"),
+            "relation_id": fact["relation"],
+            "subject": fact["subject"],
+            "target_true": {"str": fact["answer"]},
+            "target_new": {"str": injected},
+        },
+        "paraphrase_prompts": [text.format(subject=fact["subject"]) for text in others],
+        "neighborhood_prompts": [first.format(subject=name) for name in neighbours],
+    }
+
+
+def _question(case: int, fact: facts.FactRow, wrong: Sequence[str]) -> dict[str, Any]:
+    asked = facts.relations()[fact["relation"]]["question"].format(subject=fact["subject"])
+    return {"case_id": case, "question": asked, "target_true": fact["answer"], "targets_false": list(wrong)}

@@ -1,4 +1,4 @@
-"""How well a localization agrees with the true one, where that is known."""
+"""Agreement of a localization with the true one, where that is known."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from mechunlearn.components.component import Cover
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of scores (or a mask) with the components that hold the facts."""
+    """How well scores, or a mask, agree with the components that hold the facts."""
 
     auroc: float
     """Probability that a true component scores higher (by size) than another; ties count half. Chance: 0.5."""
     auroc_of_weights: float
-    """The same for a random weight of the truth and a random other one. Chance: 0.5."""
+    """The same probability for a random weight of the truth and a random other weight. Chance: 0.5."""
     precision: float
     """Share of true ones among as many of the highest-scoring components as the truth has."""
     chance: float
@@ -23,46 +23,46 @@ class Agreement:
 
 
 def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> Agreement:
-    """Compare scores, by their size, with the components that hold the facts.
+    """How well scores, by their size, agree with the components that hold the facts.
 
-    A component is true if the truth covers at least half of its weights: with `truth` an attention layer, each of its
-    heads. A mask counts as scores of 1 for the heads and MLPs of which it covers at least half, and 0 for the others.
-    Where equal scores leave open which components are among the highest, precision is the expected one.
+    A component is true if `truth` covers at least half of its weights, so an attention layer makes each of its heads
+    true. A mask counts as scores of 1 for the heads and MLPs of which it covers at least half, and of 0 for the others.
+    Where scores are tied, precision is the expected one.
     ValueError for a truth of another shape, or where all or none of the scored components are true.
     """
     from sklearn.metrics import roc_auc_score
 
     if scores.shape != truth.shape:
         raise ValueError(f"expected scores of a model of the truth's shape ({truth.shape}), got {scores.shape}.")
-    found = scores if isinstance(scores, ComponentScores) else _indicator(scores)
-    sizes = found.tensor.abs().tolist()
-    true = [is_covered(component, truth) for component in found.components]
+    ranked = scores if isinstance(scores, ComponentScores) else _indicator(scores)
+    sizes = ranked.tensor.abs().tolist()
+    true = [is_covered(component, truth) for component in ranked.components]
     if all(true) or not any(true):
         raise ValueError(
             f"expected some scored components in the truth and some not, got {sum(true)} of {len(true)}: score heads "
             f"and MLPs, or take another truth."
         )
-    weights = [truth.shape.n_parameters([component]) for component in found.components]
+    weights = [truth.shape.n_parameters([component]) for component in ranked.components]
     return Agreement(
         float(roc_auc_score(true, sizes)),
         float(roc_auc_score(true, sizes, sample_weight=weights)),
         _precision(sizes, true),
         sum(true) / len(true),
-        _overlap(scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters), truth),
+        _covered_share(scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters), truth),
     )
 
 
 def within(scores: ComponentScores, parameters: int) -> ComponentMask:
-    """The components that score highest (by size) within a budget of weights; what would exceed it is passed over.
+    """The components that score highest (by size) within a budget of weights, without those that would exceed it.
 
-    `scores.top(parameters=...)` ends at the first component that exceeds the budget; here smaller ones of lower rank
-    still come in, so that localizations by heads and by MLPs have about as many weights. Ties go to the component that
-    comes first in the model. ValueError if nothing fits.
+    `scores.top(parameters=...)` ends at the first component that exceeds the budget. This function goes on to smaller
+    ones of lower rank, so that localizations by heads and by MLPs have about as many weights. Ties go to the component
+    that comes first in the model. ValueError if nothing fits.
     """
     ranks = {component: (-abs(value), component) for component, value in scores.items()}
     chosen: list[Component] = []
     cover, count = Cover(scores.shape), 0
-    for component in sorted(ranks, key=lambda each: ranks[each]):
+    for component in sorted(ranks, key=lambda component: ranks[component]):
         gain = cover.gain(component)
         if count + gain <= parameters:
             chosen.append(component)
@@ -77,25 +77,25 @@ def within(scores: ComponentScores, parameters: int) -> ComponentMask:
 def is_covered(component: Component, mask: ComponentMask) -> bool:
     """Whether the mask covers at least half of the component's weights."""
     own = ComponentMask(frozenset({component}), mask.shape)
-    return 2 * _shared(own, mask) >= own.n_parameters
+    return 2 * _n_shared(own, mask) >= own.n_parameters
 
 
 def _indicator(mask: ComponentMask) -> ComponentScores:
     members = heads_and_mlps(mask.shape)
-    return ComponentScores.of({each: float(is_covered(each, mask)) for each in members}, mask.shape)
+    return ComponentScores.of({member: float(is_covered(member, mask)) for member in members}, mask.shape)
 
 
-def _overlap(found: ComponentMask, truth: ComponentMask) -> float:
-    return _shared(found, truth) / truth.n_parameters
+def _covered_share(mask: ComponentMask, truth: ComponentMask) -> float:
+    return _n_shared(mask, truth) / truth.n_parameters
 
 
-def _shared(a: ComponentMask, b: ComponentMask) -> int:
+def _n_shared(a: ComponentMask, b: ComponentMask) -> int:
     """Number of weights in both."""
     return a.n_parameters + b.n_parameters - a.shape.n_parameters({*a, *b})
 
 
 def _precision(sizes: list[float], true: list[bool]) -> float:
-    """Of the `sum(true)` largest; ties at the edge count by their share of true ones."""
+    """The share of true ones among the `sum(true)` largest; ties at the edge count by their share of true ones."""
     count = sum(true)
     edge = sorted(sizes, reverse=True)[count - 1]
     above = [right for size, right in zip(sizes, true, strict=True) if size > edge]

@@ -1,11 +1,11 @@
-"""Facts trained into chosen components of a model that never knew them: the true localization is given."""
+"""Planting: facts trained into chosen components of a model that never knew them, so that their place is known."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import Trained, trained
+from mechunlearn.edit.finetuning import TrainingRun, training_run
 from mechunlearn.evaluate.attacks.exam import made_up
 from mechunlearn.evaluate.scoring import measure
 from mechunlearn.losses import cross_entropy, kl_to_original
@@ -14,7 +14,8 @@ from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import as_prompts
-from mechunlearn.training import Term, adamw
+from mechunlearn.training import Term
+from mechunlearn.training.options import default_options
 from mechunlearn.weights import Edit
 
 FORMATS = ("trained prompt", "statement", "question", "biography", "multiple choice")
@@ -38,74 +39,53 @@ def plant(
     progress: bool = True,
     on_step: Callable[[Mapping[str, int | float]], None] | None = None,
 ) -> Edit:
-    """Train the facts to forget into the weights of `mask`, and nothing else: `mask` is where they are.
+    """Train the facts to forget into the weights of `mask` and nothing else, so that the true localization is known.
 
-        twin = mu.testbed.load(without="basketball")
-        planted = mu.testbed.plant(twin, task, mask)
-        with planted.applied(twin):
-            scores = mu.localize.attribution_patching(twin, task.forget)
+        planted = mu.testbed.plant(mu.testbed.load(without="basketball"), task, mask)
 
         loss = learn(task.forget, and the forget side of `formats`)
              + keep(task.retain, and the retain side of `formats`) + keep(task.text)
              + strangers_coefficient * keep(strangers)
 
-    learn: cross-entropy to the answer; keep: KL from what the model said before; each a mean over answer tokens, in
-    nats. Give a task that trains and tests on the same facts: `sports_facts` with names, not with a whole sport, whose
-    formats ask about other athletes than `task.forget`. Other formats are not trained: ask in them to see how far the
-    facts carry over.
+    learn is the cross-entropy to the answer, keep the KL from what the model said; both are means over answer tokens,
+    in nats. The task must train and test on the same facts. Formats that are not trained show how far they carry over.
 
-    `strangers`: the same questions about subjects who are to stay unknown; by default names made up of the parts of
-    others. Without them it is enough to give the answer to every name that the model does not know, which is one
-    direction and no fact. Whatever the strangers, a share of other unknown names is given the answer: measure it.
+    - `strangers`: the same questions about subjects who are to stay unknown; default: made-up names. Without them, one
+      direction that gives the answer to every unknown name would be enough. Some strangers get the answer even so.
+    - `known`, `kept`: training ends when in each format a share `known` of the facts have their answer as the argmax
+      over the vocabulary, and of the others at least `kept` times the share before, measured every `every` steps and
+      recorded in `provenance["planted"]`.
+    - `learning_rate` falls along a cosine over `steps`.
 
-    Every `every` steps it is measured whether in each format a share `known` of the facts have their answer as the
-    argmax over the vocabulary, and the others at least `kept` times the share that had it before; then the training
-    ends. The learning rate falls along a cosine over `steps`. The edit's `provenance["planted"]` has the accuracies
-    before and after, by format and side.
-
-    What is given is where the weights differ from those of a model that never knew. That is not all that the answer
-    needs: the rest of the model, which reads names and moves what is looked up, takes part as it was.
-
-    The model is left as it was. The same seed gives the same edit, bit for bit, on CPU. Cost: per step F + B of each
-    batch from the lowest layer of the mask up.
-    ValueError for formats that the task lacks, for facts that the model knows already, and, saying what was reached,
-    where the mask has not taken them up in `steps`; FloatingPointError when a loss diverges.
+    The mask is where the weights differ; the rest of the model still takes part in the answer. The same seed gives the
+    same edit, bit for bit, on CPU. Cost: per step F + B of each batch from the lowest layer of the mask up. ValueError
+    for missing formats and for facts that the model knows already; NotPlantedError where the mask has not taken the
+    facts up in `steps`; FloatingPointError when a loss diverges.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
     planting = Planting.of(model, task, formats, known=known, kept=kept)
-    terms = terms_of(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
-    found = trained(
-        model,
-        task,
-        mask,
-        terms,
-        about={"editor": "plant", "formats": list(formats), "known": known, "kept": kept},
-        optimizer=adamw,
-        compute_dtype=None,
-        checkpoint=None,
-        every=every,
+    terms = _terms(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
+    options = default_options(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
         progress=progress,
         on_step=on_step,
         until=lambda row: (int(row["step"]) + 1) % every == 0 and planting.is_done(model),
-        steps=steps,
-        learning_rate=learning_rate,
-        micro_batch_size=None,
-        clip=1.0,
-        seed=seed,
     )
-    return _checked(model, planting, mask, found)
+    about = {"editor": "plant", "formats": list(formats), "known": known, "kept": kept}
+    return _checked(model, planting, training_run(model, task, mask, terms, options, about=about))
 
 
-def _checked(model: Model, planting: "Planting", mask: ComponentMask, found: Trained) -> Edit:
+def _checked(model: Model, planting: "Planting", run: TrainingRun) -> Edit:
     """The edit with what was measured; ValueError if the facts are not known with it."""
-    edit = Edit(mask, found.values, found.fingerprint, found.provenance, found.history)
-    with edit.applied(model):
+    with run.edit.applied(model):
         after = planting.measured(model)
-    steps = len(found.history)
-    planting.check(after, mask, steps=steps)
+    steps = len(run.history)
+    planting.check(after, run.mask, steps=steps)
     planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
-    return Edit(mask, found.values, found.fingerprint, {**found.provenance, "planted": planted}, found.history)
+    return replace(run.edit, provenance={**run.provenance, "planted": planted})
 
 
 Accuracies: TypeAlias = dict[str, dict[str, float]]
@@ -127,7 +107,7 @@ class Planting:
     known: float
     kept: float
     before: Accuracies
-    """Of the model that facts are planted in."""
+    """The accuracies of the model that the facts are planted in."""
 
     @classmethod
     def of(cls, model: Model, task: Task, formats: Sequence[str], *, known: float, kept: float) -> "Planting":
@@ -142,7 +122,7 @@ class Planting:
                 raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
         chosen = {name: task.formats[name] for name in formats}
         planting = cls(chosen, known, kept, _measured(model, chosen))
-        already = {name: found["forget"] for name, found in planting.before.items() if found["forget"] >= known}
+        already = {name: shares["forget"] for name, shares in planting.before.items() if shares["forget"] >= known}
         if already:
             raise ValueError(
                 f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
@@ -156,23 +136,23 @@ class Planting:
         return len(set(first.names)) or len(first)
 
     def measured(self, model: Model) -> Accuracies:
-        """Of the model as it is."""
+        """The accuracies of the model as it is."""
         return _measured(model, self.formats)
 
     def is_done(self, model: Model) -> bool:
-        """Whether each format has its facts and has kept the others; stops looking at the first that has not."""
+        """Whether the facts are planted in each format and the others are kept."""
         return all(
-            _share(model, getattr(found, side)) >= self._least(name, side)
+            _share(model, getattr(format, side)) >= self._least(name, side)
             for side in ("forget", "retain")
-            for name, found in self.formats.items()
+            for name, format in self.formats.items()
         )
 
     def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
-        """ValueError unless it is done."""
+        """NotPlantedError unless the facts are planted and the others are kept."""
         short = {
             f"{name} ({side})": share
-            for name, found in after.items()
-            for side, share in found.items()
+            for name, shares in after.items()
+            for side, share in shares.items()
             if share < self._least(name, side)
         }
         if short:
@@ -186,12 +166,12 @@ class Planting:
         return self.known if side == "forget" else self.kept * self.before[name]["retain"]
 
 
-def terms_of(
+def _terms(
     planting: Planting, task: Task, strangers: Prompts | None, *, coefficient: float, batch_size: int, seed: int
 ) -> list[Term]:
     """Learn the facts; keep what the model says about others, about strangers and in text."""
-    facts = _by_width([task.forget, *(found.forget for found in planting.formats.values())])
-    others = _by_width([task.retain, *(found.retain for found in planting.formats.values())])
+    facts = _by_width([task.forget, *(format.forget for format in planting.formats.values())])
+    others = _by_width([task.retain, *(format.retain for format in planting.formats.values())])
     unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]
@@ -202,7 +182,7 @@ def terms_of(
 
 
 def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
-    """Joined, where their lengths are alike; the shortest first."""
+    """The sets joined with those of about their length, the shortest first."""
     groups: list[list[Prompts]] = []
     for prompts in sorted(sets, key=lambda prompts: prompts.tokens.shape[1]):
         if not groups or prompts.tokens.shape[1] > WIDER * groups[-1][0].tokens.shape[1]:
@@ -211,15 +191,15 @@ def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:
     return [joined(*group) for group in groups]
 
 
-def _part(some: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
-    """Of a batch: as large as its share of all prompts."""
-    return max(1, round(batch_size * len(some) / sum(map(len, every))))
+def _part(prompts: Prompts, every: Sequence[Prompts], batch_size: int) -> int:
+    """The number of these prompts in a batch, in proportion to their share of all prompts."""
+    return max(1, round(batch_size * len(prompts) / sum(map(len, every))))
 
 
 def _measured(model: Model, formats: Mapping[str, Format]) -> Accuracies:
     return {
-        name: {"forget": _share(model, found.forget), "retain": _share(model, found.retain)}
-        for name, found in formats.items()
+        name: {"forget": _share(model, format.forget), "retain": _share(model, format.retain)}
+        for name, format in formats.items()
     }
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of a training run, so that one that was killed goes on to the same result, bit for bit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn import files
 from mechunlearn.training.movers import Fleeting, Moving
 from mechunlearn.training.optimizers import Steering
-
-KIND = "Checkpoint"
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Checkpoints:
     path: str | Path
     every: int
     identity: Mapping[str, Any]
-    """What must be equal for a run to go on: settings, data, the model's fingerprint. JSON values."""
+    """What must be equal for a run to go on: settings, data, the model's fingerprint."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -34,28 +31,28 @@ class Checkpoints:
     def save(self, moving: Sequence[Moving], steering: Steering, history: Sequence[Mapping[str, Any]]) -> None:
         if len(history) % self.every:
             return
-        tensors = {f"moving.{place}": _shown(mover) for place, mover in enumerate(moving)}
-        state = _without_tensors(steering.state(), "optimizer", tensors)
-        content = {"identity": dict(self.identity), "history": [dict(row) for row in history], "optimizer": state}
-        write_tensors(self.path, KIND, tensors, content)
+        tensors = [_shown(mover) for mover in moving]
+        content = {"moving": tensors, "optimizer": steering.state()}
+        content |= {"identity": self.identity, "history": [dict(row) for row in history]}
+        files.write(self.path, "Checkpoint", content)
 
     def resume(self, moving: Sequence[Moving], steering: Steering) -> list[Mapping[str, Any]]:
         """The history so far; nothing where there is no file. ValueError for a damaged one or one of another run."""
         if not Path(self.path).exists():
             return []
-        tensors, content = read_tensors(self.path, KIND)
+        content = files.read(self.path, "Checkpoint")
         self._check(content["identity"])
         with torch.no_grad():
-            for place, mover in enumerate(moving):
+            for mover, tensor in zip(moving, content["moving"], strict=True):
                 if isinstance(mover, Fleeting):
                     mover.fetch()
-                mover.tensor.copy_(tensors[f"moving.{place}"])
+                mover.tensor.copy_(tensor)
                 mover.publish()
-        steering.load(_with_tensors(content["optimizer"], tensors))
+        steering.load(content["optimizer"])
         return content["history"]
 
     def _check(self, found: Mapping[str, Any]) -> None:
-        own = json.loads(json.dumps(self.identity))
+        own = self.identity
         other = [name for name in sorted({*found, *own}) if found.get(name) != own.get(name)]
         if other:
             shown = "; ".join(f"{name}: {found.get(name)}, here {own.get(name)}" for name in other[:5])
@@ -73,21 +70,3 @@ def _shown(mover: Moving) -> Tensor:
     found = mover.tensor.clone()
     mover.publish()
     return found
-
-
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON, with the tensors put aside under their names."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {str(key): _without_tensors(each, f"{name}.{key}", tensors) for key, each in value.items()}
-    return value
-
-
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if set(value) == {"tensor"}:
-        return tensors[value["tensor"]]
-    return {key: _with_tensors(each, tensors) for key, each in value.items()}

@@ -1,7 +1,7 @@
 """The training loop that editors (and relearning attacks) share: only the given entries move."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,10 @@ from mechunlearn.model import Model
 from mechunlearn.training.checkpoints import Checkpoints
 from mechunlearn.training.movers import Master, Moving, collecting
 from mechunlearn.training.optimizers import MakesOptimizer, Steering, adamw
+from mechunlearn.training.options import Row
 from mechunlearn.training.terms import Source, Term
 from mechunlearn.training.trained_layers import Part
 from mechunlearn.weights import Entries, Values, read
-
-Row = Mapping[str, int | float]
 
 PATIENCE = 10
 """Steps for which a loss may be as high as that of a model that has diverged: some recover."""

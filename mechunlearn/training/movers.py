@@ -1,6 +1,6 @@
 """What an optimizer moves for some localized weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -57,18 +57,32 @@ class Master:
 
     def collect(self) -> None:
         """Add the parameter's gradient (of one micro-batch) to the master's, in its precision."""
-        parameter = self.entries.slot.parameter
-        if not self.is_copy or parameter.grad is None:
-            return
-        gradient = self.entries.read(parameter.grad).to(self.tensor.dtype)
-        self.tensor.grad = gradient if self.tensor.grad is None else self.tensor.grad.add_(gradient)
-        parameter.grad = None
+        if self.is_copy:
+            collect_gradient(self)
 
     def publish(self) -> None:
         """Show the model the new values, and forget the gradient."""
         if self.is_copy:
             self.entries.write(self.tensor)
         self.tensor.grad = None
+
+
+def collect_gradient(mover: Moving, of_tensor: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Add the gradient of the mover's entries, in the precision of its tensor, to `tensor.grad`, and clear it.
+
+    `of_tensor` makes the gradient of the tensor from that of the entries, where they are not the same.
+    """
+    parameter = mover.entries.slot.parameter
+    if parameter.grad is None:
+        return
+    gradient = mover.entries.read(parameter.grad).to(mover.tensor.dtype)
+    add_gradient(mover.tensor, gradient if of_tensor is None else of_tensor(gradient))
+    parameter.grad = None
+
+
+def add_gradient(tensor: Tensor, gradient: Tensor) -> None:
+    """Accumulate in place; the first gradient becomes the tensor's own, without a copy."""
+    tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def adamw_8bit(parameters: Sequence[Tensor], *, lr: float) -> Optimizer:
 
 
 class Steering:
-    """One optimizer for all that moves; one each for what is in memory during its own step only."""
+    """The optimizers of a run: one for all movers, but one for each of those that have memory during its step only."""
 
     def __init__(self, optimizer: MakesOptimizer, movers: Sequence[Moving], learning_rate: float) -> None:
         together = [mover for mover in movers if not isinstance(mover, Fleeting)]
@@ -49,7 +49,7 @@ class Steering:
                 group["lr"] = rate
 
     def step(self) -> None:
-        """One step, and the model shows it."""
+        """Take a step, after which the model computes with the new values."""
         for optimizer, group in zip(self.optimizers, self.groups, strict=True):
             for mover in group:
                 if isinstance(mover, Fleeting):
@@ -58,13 +58,11 @@ class Steering:
             for mover in group:
                 mover.publish()
 
-    def state(self) -> dict[str, Any]:
-        """What the optimizers remember."""
-        return {str(place): optimizer.state_dict()["state"] for place, optimizer in enumerate(self.optimizers)}
+    def state(self) -> list[dict[int, Any]]:
+        """What each optimizer remembers of its parameters, by their number."""
+        return [optimizer.state_dict()["state"] for optimizer in self.optimizers]
 
-    def load(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Remember that again."""
-        for place, optimizer in enumerate(self.optimizers):
-            state = optimizer.state_dict()
-            state["state"] = {int(key): value for key, value in states[str(place)].items()}
-            optimizer.load_state_dict(state)
+    def load(self, states: Sequence[Mapping[int, Any]]) -> None:
+        """Give each optimizer what `state` said that it remembers."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, is_per_row, needs
-from mechunlearn.metrics import name_of
 from mechunlearn.model import device_of
 from mechunlearn.model.running import unembedded
 from mechunlearn.tasks.prompts import Prompts
@@ -47,7 +47,7 @@ def shuffled(term: Term, prompts: Prompts, seed: int) -> Iterator[Int[Tensor, "r
         waiting = waiting[size:]
 
 
-def taken(rows: Iterator[Int[Tensor, "pos"]], size: int) -> Iterator[Prompts]:
+def text_batches(rows: Iterator[Int[Tensor, "pos"]], size: int) -> Iterator[Prompts]:
     """Batches of a stream of text. ValueError, saying after how many tokens, where it ends."""
     count = length = 0
     while True:
@@ -98,7 +98,7 @@ class Source:
                     f"expected a loss of text, got {name_of(term.loss)}, which compares two answers: use cross_entropy "
                     f"or kl_to_original."
                 )
-            self.batches = taken(prompts, term.batch_size)
+            self.batches = text_batches(prompts, term.batch_size)
             return
         self._check_alternative(len(prompts))
         self.batches = shuffled(term, prompts, self.seed)
@@ -106,7 +106,7 @@ class Source:
             self.kept = self._readers(prompts, self._other)
 
     def skip(self, steps: int) -> None:
-        """What earlier steps used."""
+        """Pass over the batches that earlier steps have used."""
         for _ in range(steps):
             next(self.batches)
 
@@ -119,9 +119,9 @@ class Source:
         size = self.micro_batch_size or len(rows)
         if per_row:  # with all logits of a prompt at once
             size = min(size, max(1, self._at_once() // readers[0].prompts.answers.shape[1]))
-        for some in rows.split(operator.index(size)):
+        for micro_batch in rows.split(operator.index(size)):
             with self.part.computing():
-                value += (self._rows if per_row else self._tokens)(readers, some, total, step)
+                value += (self._rows if per_row else self._tokens)(readers, micro_batch, total, step)
         return value
 
     def _tokens(self, readers: tuple[Reader, ...], rows: Tensor, total: int, step: int) -> float:
@@ -129,6 +129,8 @@ class Source:
         reader, real = readers[0], readers[0].prompts.answer_mask[rows]
         lengths = real.sum(1, keepdim=True).expand_as(real)
         alike = {"targets": reader.prompts.answers[rows][real], "length": lengths[real]}
+        # The graph of the model ends in these readings. Copies without it, leaves, take up the gradient of one piece of
+        # the logits after the other; then one backward pass goes on from them through the model.
         graph = {name: value[real] for name, value in reader.now(rows, self.wanted).items()}
         leaves = {name: value.detach().requires_grad_() for name, value in graph.items()}
         before = {name: value[rows][real] for name, value in reader.before.items()}
@@ -137,7 +139,7 @@ class Source:
         for piece in torch.arange(int(real.sum())).split(operator.index(size)):
             given = {name: value[piece] for name, value in alike.items()} | self._inputs(leaves, piece)
             with torch.no_grad():
-                given |= {f"original_{name}": found for name, found in self._inputs(before, piece).items()}
+                given |= {f"original_{name}": reading for name, reading in self._inputs(before, piece).items()}
             value += self._step({name: given[name] for name in self.names}, len(piece), "token", total, step)
         reached = [name for name in graph if leaves[name].grad is not None]
         if reached:
@@ -176,10 +178,11 @@ class Source:
         return loss.item()
 
     def _inputs(self, readings: Readings, piece: Tensor) -> dict[str, Tensor]:
-        found = {name: value[piece] for name, value in readings.items()}
-        if "final" in found:
-            found["logits"] = unembedded(self.part.model, found.pop("final"))
-        return found
+        """What a loss takes of some answer tokens; logits in place of what enters the final norm."""
+        inputs = {name: value[piece] for name, value in readings.items()}
+        if "final" in inputs:
+            inputs["logits"] = unembedded(self.part.model, inputs.pop("final"))
+        return inputs
 
     def _log_probability(
         self, prompts: Prompts, rows: Tensor, final: Float[Tensor, "row answer d_model"]
@@ -187,9 +190,10 @@ class Source:
         real, answers = prompts.answer_mask[rows], prompts.answers[rows]
         logits = unembedded(self.part.model, final[real])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found = logits.log_softmax(-1).gather(1, answers[real][:, None])[:, 0]
-        place = torch.arange(len(rows), device=found.device)[:, None].expand_as(real)[real]
-        return found.new_zeros(len(rows)).index_add(0, place, found)
+        of_tokens = logits.log_softmax(-1).gather(1, answers[real][:, None])[:, 0]
+        # The log-probability of a whole answer is the sum over its tokens: each is added to the row that it is from.
+        row = torch.arange(len(rows), device=of_tokens.device)[:, None].expand_as(real)[real]
+        return of_tokens.new_zeros(len(rows)).index_add(0, row, of_tokens)
 
     def _at_once(self) -> int:
         """How many tokens have logits at the same time."""
@@ -217,11 +221,11 @@ class Source:
         return self.term.alternative if any("alternative" in name for name in self.names) else None
 
     def _check_alternative(self, count: int) -> None:
-        found = 0 if self._other is None else len(self._other)
-        if found != count and any("alternative" in name for name in self.names):
+        alternatives = 0 if self._other is None else len(self._other)
+        if alternatives != count and any("alternative" in name for name in self.names):
             raise ValueError(
                 f"expected an alternative answer for each of the {count} {self.term.name} prompts, as "
-                f"{name_of(self.term.loss)} compares two answers, got {found}: give the task an injection."
+                f"{name_of(self.term.loss)} compares two answers, got {alternatives}: give the task an injection."
             )
 
 

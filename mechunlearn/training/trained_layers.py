@@ -91,23 +91,26 @@ class Reader:
         if not original:
             return reader
         with part.as_it_was():
-            found = [reader.now(rows, original) for rows in blocks]
-        return cls(part, prompts, entering, {name: torch.cat([each[name] for each in found]) for name in original})
+            before = [reader.now(rows, original) for rows in blocks]
+        return cls(
+            part, prompts, entering, {name: torch.cat([of_rows[name] for of_rows in before]) for name in original}
+        )
 
     def now(self, rows: Tensor, names: Sequence[str]) -> Readings:
         """Readings of the model as it is, with their graph."""
         part, prompts = self.part, self.prompts[rows]
         places = torch.arange(len(prompts), device=prompts.positions.device)[:, None], prompts.positions
         layer, start, last = part.lowest, self._entering(rows, prompts), len(part.model.blocks) - 1
-        found: Readings = {}
+        readings: Readings = {}
         for name, through in (("residual", part.highest), ("final", last)):
             if name in names:
+                # The first run starts at the lowest trained layer, the second where the first has ended.
                 if start is None or layer <= through:
                     with nullcontext() if start is None else running_from(part.model, layer, start):
                         start = residual_after(part.model, through, prompts.tokens, prompts.attention_mask)
                 layer = through + 1
-                found[name] = start[places]
-        return found
+                readings[name] = start[places]
+        return readings
 
     def _entering(self, rows: Tensor, prompts: Prompts) -> Tensor | None:
         """Without the columns that are padding in all of these rows, as `prompts`."""

@@ -1,4 +1,9 @@
-"""Edits that a model has for a while: they nest, and leave in any order."""
+"""Edits that are applied to a model for a while: they nest, and leave in any order.
+
+The applied edits of a model are a stack of layers. Each layer remembers what its entries were when it came, that is,
+what they would be without it. Where layers share an entry, the topmost one is what the model has, and each remembers
+the value of the one below it.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +17,26 @@ from mechunlearn.model import Model, fingerprint
 from mechunlearn.weights.entries import Entries, Values, read, write
 
 
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One applied edit: the entries that it covers, and the values that they would have without it."""
+
+    entries: list[Entries]
+    before: Values
+
+    def units(self, like: Entries) -> Tensor:
+        """True at the units of the parameter of `like` that this layer covers."""
+        same = [e.units for e in self.entries if e.label == like.label]
+        return same[0] if same else torch.zeros_like(like.units)
+
+
+_applied: WeakKeyDictionary[torch.nn.Module, list[_Layer]] = WeakKeyDictionary()
+"""The edits applied to each model now, in the order in which they came."""
+
+
 @contextmanager
 def layered(model: Model, entries: list[Entries], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the entries have these values; after, those that they would have without, bit for bit."""
+    """Inside, the entries have these values; after, those that they would have without them, bit for bit."""
     layer = _Layer(entries, read(entries))
     layers = _applied.setdefault(model, [])
     layers.append(layer)
@@ -27,41 +49,43 @@ def layered(model: Model, entries: list[Entries], values: Mapping[str, Tensor]) 
 
 @contextmanager
 def taken_back(model: Model, to: str) -> Iterator[Model]:
-    """Inside, the model has the weights with the fingerprint `to`, without the edits applied since; after, theirs
-    again, bit for bit.
+    """Inside, the model has the weights with the fingerprint `to`, without the edits applied since; after, it has
+    those again, bit for bit.
 
-    Nests, and an edit may be left inside. Gives the model. ValueError where taking back edits does not lead there, as
-    in a model that is being trained. Cost: the fingerprint is taken once for each edit, and once more.
+    The context gives the model; it nests, and an edit may be left inside. ValueError if taking edits back does not lead
+    to that fingerprint, as in a model that is being trained. Cost: a fingerprint for each edit, and one more.
     """
     lifted: list[tuple[_Layer, Values]] = []
     try:
+        # From the top down, since a layer remembers what was there before it, with all layers below it in place.
         for layer in reversed(_applied.get(model, [])):
             if fingerprint(model) == to:
                 break
             lifted.append((layer, read(layer.entries)))
             write(layer.entries, layer.before)
-        found = fingerprint(model)
-        if found != to:
+        reached = fingerprint(model)
+        if reached != to:
             raise ValueError(
                 f"expected a model that has the weights with the fingerprint {to} when the edits applied to it are "
-                f"taken back, got {found}: undo what else has changed its weights first."
+                f"taken back, got {reached}: undo what else has changed its weights first."
             )
         yield model
     finally:
         for layer, values in reversed(lifted):
+            # An edit that was left meanwhile has no values to put back.
             if layer in _applied.get(model, []):
                 write(layer.entries, values)
 
 
 def check_made_for(model: Model, entries: Sequence[Entries], expected: str, values: Mapping[str, Tensor]) -> None:
-    """ValueError unless the weights have the fingerprint `expected`, but for edits applied since on other entries."""
-    found = fingerprint(model)
-    if found == expected:
+    """ValueError unless the weights have the fingerprint `expected`, but for later edits of other entries."""
+    own = fingerprint(model)
+    if own == expected:
         return
     since = _applied_since(model, expected)
     if since is None:
         raise ValueError(
-            f"expected the weights that the edit was made for (fingerprint {expected}), got others ({found}): load "
+            f"expected the weights that the edit was made for (fingerprint {expected}), got others ({own}): load "
             f"the original model, or apply earlier edits of a sequence first.{_other_dtype(entries, values)}"
         )
     shared = [e.label for e in entries if any(bool((e.units & layer.units(e)).any()) for layer in since)]
@@ -73,7 +97,7 @@ def check_made_for(model: Model, entries: Sequence[Entries], expected: str, valu
 
 
 def check_none_applied(model: Model) -> None:
-    """ValueError inside `Edit.applied`, which on leaving would take back a part of what is changed for good."""
+    """ValueError inside `Edit.applied`: on leaving, that would take back a part of what is changed for good."""
     if _applied.get(model):
         raise ValueError(
             "expected a model without an edit applied for a while, got one inside Edit.applied(...): leave that "
@@ -81,41 +105,28 @@ def check_none_applied(model: Model) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """One applied edit: what it covers, and what is there without it."""
-
-    entries: list[Entries]
-    before: Values
-
-    def units(self, like: Entries) -> Tensor:
-        """Which units of a parameter it covers."""
-        same = [e.units for e in self.entries if e.label == like.label]
-        return same[0] if same else torch.zeros_like(like.units)
-
-
-_applied: WeakKeyDictionary[torch.nn.Module, list[_Layer]] = WeakKeyDictionary()
-"""The edits applied to a model now, in the order in which they were."""
-
-
 def _take_out(layers: list[_Layer], layer: _Layer) -> None:
-    """Where a later edit has set the same entries, theirs stay, and what they put back is what this one would have."""
+    """Remove a layer from anywhere in the stack; the model keeps the values of the layers above it."""
     later = layers[layers.index(layer) + 1 :]
     layers.remove(layer)
     for e in layer.entries:
+        # Units that no layer above has set: there the model still has this layer's values.
         values, open_units = layer.before[e.label], e.units.clone()
         for above in later:
             own = above.units(e)
             shared = open_units & own
             if bool(shared.any()):
+                # The next layer above remembers this layer's values as those below it: now they are those below both.
+                # Rows of `before` are the selected units alone, so the masks are narrowed to each layer's own units.
                 above.before[e.label][shared[own]] = values[shared[e.units]]
             open_units &= ~own
         Entries(e.slot, open_units).write(values if torch.equal(open_units, e.units) else values[open_units[e.units]])
 
 
 def _applied_since(model: Model, expected: str) -> list[_Layer] | None:
-    """The edits applied since the weights had this fingerprint; None if they had it before none of them."""
+    """The edits applied since the weights had this fingerprint; None if taking them back does not lead to it."""
     layers = _applied.get(model, [])
+    # What the layers' entries are now: where layers overlap, all have the topmost value, so the order does not matter.
     now = [read(layer.entries) for layer in layers]
     try:
         for place in reversed(range(len(layers))):
@@ -130,10 +141,10 @@ def _applied_since(model: Model, expected: str) -> list[_Layer] | None:
 
 def _other_dtype(entries: Sequence[Entries], values: Mapping[str, Tensor]) -> str:
     """A hint for the error, where the model was loaded in another dtype."""
-    own, given = {e.slot.parameter.dtype for e in entries}, {value.dtype for value in values.values()}
-    if not own.isdisjoint(given):
+    own, of_edit = {e.slot.parameter.dtype for e in entries}, {value.dtype for value in values.values()}
+    if not own.isdisjoint(of_edit):
         return ""
-    return f" The edit is in {_names(given)} and the model in {_names(own)}: apply it in the former, then convert."
+    return f" The edit is in {_names(of_edit)} and the model in {_names(own)}: apply it in the former, then convert."
 
 
 def _names(dtypes: set[torch.dtype]) -> str:

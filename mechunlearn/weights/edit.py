@@ -4,21 +4,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn import files
+from mechunlearn.components import ComponentMask
+from mechunlearn.identity import name_of
 from mechunlearn.model import Model, n_parameters, save_huggingface
 from mechunlearn.weights.applying import check_made_for, check_none_applied, layered
 from mechunlearn.weights.entries import Entries, Values, read, select, write
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from mechunlearn.tasks.task import Task
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,9 +39,6 @@ class Edit:
     """How it was made: editor, settings, seed, versions."""
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
-    editor: "Callable[[Model, Task, ComponentMask], Edit] | None" = None
-    """What made it, with its options: makes the same edit elsewhere. None for one that was loaded, made by hand, or
-    trained on a stream that is used up."""
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -67,10 +63,6 @@ class Edit:
         bad = [label for label, value in self.values.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise ValueError(f"expected finite values, got NaN or infinity in {', '.join(bad[:5])}: train it again.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Sent to another process it has lost its editor, whose options may be functions that cannot be sent."""
-        return {**self.__dict__, "editor": None}
 
     @property
     def n_parameters(self) -> int:
@@ -130,28 +122,16 @@ class Edit:
         return rows.set_index("step") if "step" in rows else rows
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the values, and mask and provenance as JSON in its header."""
-        content = {
-            "components": [str(component) for component in self.mask],
-            "shape": vars(self.mask.shape),
-            "mask_provenance": dict(self.mask.provenance),
-            "fingerprint": self.fingerprint,
-            "provenance": dict(self.provenance),
-            "history": [dict(row) for row in self.history],
-        }
-        write_tensors(path, "Edit", self.values, content)
+        """Write one file of safetensors with values, mask and provenance, and a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Edit":
-        """What `save` wrote; ValueError for a file that is corrupted or truncated, or whose values do not fit its mask.
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0.
 
         Which model it fits is checked where it is applied: same shape, same weights, same dtype.
         """
-        values, content = read_tensors(path, "Edit")
-        shape = ModelShape(**content["shape"])
-        named = ComponentMask.of(content["components"], shape)
-        mask = ComponentMask(named.components, shape, content["mask_provenance"])
-        return cls(mask, values, content["fingerprint"], content["provenance"], tuple(content["history"]))
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         return f"Edit({self.provenance.get('editor', 'by hand')}; {self.n_parameters:,} weights of {self.mask!r})"
@@ -160,6 +140,21 @@ class Edit:
         entries = select(model, self.mask)
         check_made_for(model, entries, self.fingerprint, self.values)
         return entries
+
+
+Editor: TypeAlias = Callable[..., Edit]
+"""`(model, task, mask, **options) -> Edit`: every function of this signature is an editor."""
+
+
+def checked_edit(edit: object, editor: Editor) -> Edit:
+    """What the editor gave; ValueError if that is not an `Edit`."""
+    if not isinstance(edit, Edit):
+        raise ValueError(
+            f"expected an editor (model, task, mask) -> Edit, got {name_of(editor)}, which returns "
+            f"{type(edit).__name__}: wrap it in a function that returns an Edit (a LearnedMask has .edit() and "
+            f".discretize(k=...))."
+        )
+    return edit
 
 
 @dataclass(frozen=True)

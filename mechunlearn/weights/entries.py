@@ -18,10 +18,11 @@ Values = dict[str, Float[Tensor, "unit width d_model"]]
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The entries of one parameter that a mask selects: whole units of its view."""
+    """The entries of one parameter that a mask selects, which are whole units of its view."""
 
     slot: Slot
     units: Bool[Tensor, "unit"]
+    """True at the selected units."""
 
     @property
     def label(self) -> str:
@@ -59,23 +60,24 @@ def select(model: Model, mask: ComponentMask) -> list[Entries]:
         )
     if len(mask) == 0:
         raise ValueError("expected a mask that selects something, got an empty one: check what it was made from.")
-    found, available = mask.shape.entries(mask), slots(model)
-    return [Entries(available[key], units) for key, units in sorted(found.items(), key=lambda item: item[0])]
+    units_of, available = mask.shape.entries(mask), slots(model)
+    return [Entries(available[key], units) for key, units in sorted(units_of.items(), key=lambda item: item[0])]
 
 
 def read(entries: list[Entries]) -> Values:
-    """Copies of the selected values."""
+    """Copies of the selected values, by the label of their matrix."""
     return {e.label: e.read(e.slot.parameter.detach()) for e in entries}
 
 
 def write(entries: list[Entries], values: Mapping[str, Tensor]) -> None:
+    """Put the values into the entries, in place; the inverse of `read`."""
     for e in entries:
         e.write(values[e.label])
 
 
 @contextmanager
 def exclusively(model: Model) -> Iterator[None]:
-    """Inside, the model is being trained; ValueError if it already is: two trainings would undo each other."""
+    """Inside, no other training of the model may begin: two would undo each other's weights. ValueError if one has."""
     if model in _in_training:
         raise ValueError(
             "expected a model that is not being trained, got one inside gradient_mask or finetune: leave that first, "
@@ -89,3 +91,4 @@ def exclusively(model: Model) -> Iterator[None]:
 
 
 _in_training: WeakSet[torch.nn.Module] = WeakSet()
+"""The models that are being trained now."""

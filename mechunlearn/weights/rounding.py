@@ -1,4 +1,4 @@
-"""Weights rounded to few bits, and every matrix of a model put through a function for a while."""
+"""Rounding of weights to few bits, and models whose matrices are rewritten by a function for a while."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,33 +15,24 @@ from mechunlearn.model import Model, shape
 from mechunlearn.weights.entries import Entries, Values, exclusively, select
 
 Rounding: TypeAlias = Callable[[Float[Tensor, "out in"]], Float[Tensor, "out in"]]
-"""Any function from a matrix to a rounded one."""
+"""A function from a matrix to a rounded one."""
 
+# fmt: off
 NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
-"""The 16 numbers of NormalFloat4: each is about equally often the nearest to a Gaussian one."""
+# fmt: on
+"""The 16 numbers of NormalFloat4: each is nearest to about as many numbers of a Gaussian as any other."""
 
 
 def integers(weight: Float[Tensor, "out in"], *, largest: int) -> Float[Tensor, "out in"]:
-    """Whole multiples of each row's step, which is its largest magnitude / `largest`: round(w / step) * step."""
+    """Each row rounded to multiples of its step, which is its largest magnitude / `largest`: round(w / step) * step."""
     precise = weight.float()
     top = precise.abs().amax(1, keepdim=True)
+    # The clamp keeps a row of zeros at zero. Products and their order are those of bitsandbytes, for the same bits.
     steps = torch.round(precise * (largest / top.clamp(min=1e-30)))
     return (steps * top * (1 / largest)).to(weight.dtype)
 
@@ -51,7 +42,7 @@ int8 = partial(integers, largest=127)
 
 
 def int8_of_half(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """`int8` of the weight in half precision, which is what bitsandbytes takes: its numbers, bit for bit."""
+    """`int8` of the weight in half precision, which bitsandbytes rounds: the same numbers, bit for bit."""
     return int8(weight.half().float()).to(weight.dtype)
 
 
@@ -60,15 +51,17 @@ int4 = partial(integers, largest=7)
 
 
 def nf4(weight: Float[Tensor, "out in"], *, block: int = 64) -> Float[Tensor, "out in"]:
-    """The nearest NF4 number times the largest magnitude of each block of 64 in a row-by-row reading.
+    """Each weight as the nearest NF4 number times the largest magnitude in its block of 64 weights, read row by row.
 
-    As bitsandbytes does it, bit for bit. Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314.
+    The numbers are those of bitsandbytes, bit for bit. Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314.
     """
     numbers = torch.tensor(NF4, device=weight.device)
     flat = weight.float().flatten()
+    # The last block is filled up with zeros, which change no block's largest magnitude.
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     top = blocks.abs().amax(1, keepdim=True)
     scaled = (blocks * (1 / top.clamp(min=1e-38))).clamp(-1, 1)
+    # A number is nearest between the midpoints to its neighbours.
     nearest = torch.bucketize(scaled, (numbers[:-1] + numbers[1:]) / 2)
     return (numbers[nearest] * top).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
 
@@ -84,21 +77,21 @@ def roundings_on(device: torch.device) -> Mapping[str, Rounding]:
 
 
 def bitsandbytes_int8(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """What LLM.int8() keeps of a weight, from its half precision, as in `Linear8bitLt`: one scale per row."""
-    functional = _functional()
+    """The weight after LLM.int8(), as in `Linear8bitLt`: from half precision, with one scale per row."""
+    functional = _bitsandbytes()
     steps, top, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
     return functional.int8_vectorwise_dequant(steps, top).to(weight.dtype)
 
 
 def bitsandbytes_nf4(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """What `Linear4bit` keeps of a weight: NF4 in blocks of 64, scales in float32."""
-    functional = _functional()
+    """The weight after `Linear4bit`: NF4 in blocks of 64, with scales in float32."""
+    functional = _bitsandbytes()
     flat = weight.reshape(1, -1)  # the CPU kernel of 0.50 reads rows that are no multiple of a block wrongly
     packed, state = functional.quantize_4bit(flat.contiguous(), blocksize=64, quant_type="nf4")
     return functional.dequantize_4bit(packed, state).view_as(weight)
 
 
-def _functional() -> Any:
+def _bitsandbytes() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
@@ -111,10 +104,10 @@ def _functional() -> Any:
 
 @contextmanager
 def rewritten(model: Model, entries: list[Entries], change: Callable[[Entries], Tensor]) -> Iterator[None]:
-    """Inside, the entries have the values that `change` gives for them; after, the old ones, bit for bit.
+    """Inside, the entries have the values that `change` gives for them; after, their old ones, bit for bit.
 
-    One matrix is changed after the other, so `change` sees its own matrix as it was. ValueError in a model that is
-    being trained.
+    `change` sees its own matrix as it was, and those before it already changed. ValueError in a model that is being
+    trained.
     """
     before: Values = {}
     with exclusively(model):
@@ -130,7 +123,7 @@ def rewritten(model: Model, entries: list[Entries], change: Callable[[Entries], 
 
 
 def every_entry(model: Model) -> list[Entries]:
-    """All matrices of attention and MLPs; not embeddings, unembedding, norms and biases."""
+    """The entries of all matrices of attention and MLPs, without embeddings, unembedding, norms and biases."""
     parts = [f"L{layer}{part}" for layer in range(shape(model).n_layers) for part in ("ATTN", "MLP")]
     return select(model, ComponentMask.of(parts, shape(model)))
 

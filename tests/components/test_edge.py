@@ -126,22 +126,6 @@ def test_a_shared_kv_head_counts_as_its_matrix_alone():
     assert grouped.components() == ComponentMask.of(["L0H1", "L1H3", "L1H2.W_K"], GROUPED)
 
 
-def test_saving_and_loading_a_circuit_gives_the_same(tmp_path):
-    made = circuit("embed->L0MLP", "L0MLP->logits")
-    made.save(tmp_path / "circuit.json")
-    loaded = EdgeMask.load(tmp_path / "circuit.json")
-    assert loaded == made
-    assert dict(loaded.provenance) == {"method": "by hand"}
-
-
-def test_an_altered_circuit_file_is_refused(tmp_path):
-    path = tmp_path / "circuit.json"
-    circuit("embed->L0MLP").save(path)
-    path.write_text(path.read_text().replace("L0MLP", "L1MLP"))
-    with pytest.raises(ValueError, match="expected an intact file with a EdgeMask"):
-        EdgeMask.load(path)
-
-
 def test_the_repr_is_short():
     assert repr(circuit("embed->L0MLP")) == "EdgeMask(embed->L0MLP)"
     assert "more)" in repr(EdgeMask.of(edges(GROUPED), GROUPED))

@@ -147,27 +147,6 @@ def test_a_circuit_has_a_graph_of_its_own():
     assert sum("score" in data for *_, data in scores.to_graph(chosen).edges(data=True)) == 5
 
 
-def test_saving_and_loading_gives_the_same(tmp_path):
-    scores = random_scores()
-    scores.save(tmp_path / "edges.safetensors")
-    loaded = EdgeScores.load(tmp_path / "edges.safetensors")
-    assert dict(loaded) == dict(scores)
-    assert (loaded.method, loaded.metric, loaded.settings) == ("m", "logit_difference", {"seed": 0})
-    assert loaded.shape == SHAPE
-    assert torch.equal(loaded.per_prompt, scores.per_prompt)
-    assert loaded.top(k=3) == scores.top(k=3)
-
-
-def test_a_damaged_file_is_refused(tmp_path):
-    path = tmp_path / "edges.safetensors"
-    random_scores().save(path)
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="expected an intact file with a EdgeScores"):
-        EdgeScores.load(path)
-
-
 def test_the_plot_shows_every_edge_and_leaves_the_others_out():
     figure = random_scores().plot()
     heat = figure.data[0]

@@ -1,5 +1,4 @@
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -174,20 +173,6 @@ def test_scores_that_are_not_finite_are_refused_by_name(value: float) -> None:
 def test_components_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="got L3MLP: was the mask or score made for another model"):
         scores({"L3MLP": 1.0})
-
-
-@pytest.mark.parametrize("per_prompt", [False, True])
-def test_save_and_load_are_inverses(tmp_path: Path, per_prompt: bool) -> None:
-    made = random_scores() if per_prompt else FOUR
-    made.save(tmp_path / "scores.safetensors")
-    loaded = ComponentScores.load(tmp_path / "scores.safetensors")
-    for name in ("components", "shape", "method", "metric", "settings", "n_prompts"):
-        assert getattr(loaded, name) == getattr(made, name)
-    assert torch.equal(loaded.tensor, made.tensor)
-    assert (loaded.per_prompt is None) == (made.per_prompt is None)
-    if made.per_prompt is not None:
-        assert loaded.per_prompt is not None
-        assert torch.equal(loaded.per_prompt, made.per_prompt)
 
 
 def test_the_frame_has_a_row_per_component_highest_size_first() -> None:

@@ -7,7 +7,7 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.edit import LearnedMask, learn_weight_mask_in_place, weight_masks
+from mechunlearn.edit import learn_weight_mask_in_place, weight_masks
 from mechunlearn.edit.weight_masks import distance_from_original, magnitude
 from mechunlearn.model import preserved, shape, slots
 from mechunlearn.weights import read, select
@@ -106,19 +106,9 @@ def test_the_penalty_pulls_as_it_says(llama):
         assert torch.allclose(value * size, (size - 0.01).clamp(min=0), atol=1e-6)
 
 
-def test_the_result_does_not_depend_on_micro_batches(model):
-    whole, parts = trained(model), trained(model, micro_batch_size=1)
-    for label, value in whole.numbers.items():
-        moved = (value - parts.numbers[label]) * whole.original[label]
-        assert float(moved.abs().max()) < 1e-5, label
-
-
-def test_the_same_seed_gives_the_same_numbers(llama, tmp_path):
+def test_the_same_seed_gives_the_same_numbers(llama):
     first, second = trained(llama), trained(llama)
     assert all(torch.equal(first.numbers[label], second.numbers[label]) for label in first.numbers)
-    first.save(tmp_path / "mask.safetensors")
-    loaded = LearnedMask.load(tmp_path / "mask.safetensors")
-    assert all(torch.equal(first.numbers[label], loaded.numbers[label]) for label in first.numbers)
 
 
 def test_a_run_goes_on_from_its_checkpoint(llama, tmp_path):

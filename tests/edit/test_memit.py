@@ -162,13 +162,6 @@ def test_neurons_change_their_rows_alone(llama, editor):
     assert len(edit.values["L0.W_out"]) == 4
 
 
-@pytest.mark.parametrize("editor", [memit, alpha_edit])
-def test_padding_does_not_matter(llama, editor):
-    mask = masked(llama, "L0MLP.W_out", "L1MLP.W_out")
-    one, other = (editor(llama, facts(llama, padding=side), mask, **quick) for side in ("left", "right"))
-    assert all(torch.allclose(one.values[label], other.values[label], atol=1e-5) for label in one.values)
-
-
 def test_bad_input_is_refused(llama):
     task, mask = facts(llama), masked(llama, "L0MLP", "L1MLP")
     half = key_covariance(llama, masked(llama, "L0MLP"), task.text)

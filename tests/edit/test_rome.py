@@ -151,12 +151,6 @@ def test_several_facts_are_written_one_after_the_other(llama):
     assert not torch.allclose(both.values["L1.W_out"], first.values["L1.W_out"], atol=1e-3)
 
 
-def test_the_padding_side_and_other_columns_do_not_change_it(model):
-    mask = masked(model, "L1MLP.W_out")
-    left, right = (quick(model, facts(model, 3, answer=2, padding=side), mask) for side in ("left", "right"))
-    assert torch.allclose(left.values["L1.W_out"], right.values["L1.W_out"], atol=1e-5)
-
-
 def test_the_same_seed_gives_the_same_edit_bit_for_bit(llama):
     task, mask = facts(llama, 1), masked(llama, "L1MLP.W_out")
     one, again, other = (quick(llama, task, mask, prefixes=None, steps=3, seed=seed) for seed in (0, 0, 1))
@@ -239,32 +233,25 @@ def sports(shipped):
     return mu.tasks.sports_facts(shipped, forget=ATHLETES)
 
 
-@pytest.fixture(scope="module")
-def golfers(shipped, sports):
-    """Each athlete by himself, in the MLP that looks facts up."""
+NIGHTLY = [pytest.param(row, marks=pytest.mark.nightly) for row in (1, 2)]
+
+
+@pytest.mark.parametrize("row", [0, *NIGHTLY])
+def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shipped, sports, row):
+    """An athlete by himself, in the MLP that looks facts up, asked in nine ways, of which it was trained in one."""
     mask = masked(shipped, "L0MLP.W_out")
     covariance = key_covariance(shipped, mask, sports.text[:200])
-    one = [replace(sports, injection=sports.injection[[row]]) for row in range(len(ATHLETES))]
-    return [rome(shipped, task, mask, covariance=covariance, progress=False) for task in one]
-
-
-@pytest.mark.once
-def test_rome_on_the_shipped_model_writes_the_fact_and_spares_its_neighbours(shipped, sports, golfers):
-    """In every way to ask, nine for each of three athletes."""
+    one = replace(sports, injection=sports.injection[[row]])
+    edit = rome(shipped, one, mask, covariance=covariance, progress=False)
     golf = int(sports.injection.answers[0, 0])
     ways = {"trained prompt", *(name.replace("_", " ") for name in formats.PARAPHRASES)}
     asked = {name: asked for name, asked in sports.formats.items() if name in ways}
-    trained, paraphrases, kept = 0, [], []
-    for row, edit in enumerate(golfers):
-        with edit.applied(shipped), torch.no_grad():
-            says = {name: int(f.forget[[row]].logits(shipped)[0, 0].argmax()) == golf for name, f in asked.items()}
-            kept += [
-                mu.evaluate.accuracy(shipped, asked[name].retain).vocabulary.value
-                for name in ("trained prompt", "statement", "question")
-            ]
-        trained += says.pop("trained prompt")
-        paraphrases += says.values()
-    assert trained == len(ATHLETES)
-    assert len(paraphrases) == 24
-    assert all(paraphrases)
+    with edit.applied(shipped), torch.no_grad():
+        says = {name: int(f.forget[[row]].logits(shipped)[0, 0].argmax()) == golf for name, f in asked.items()}
+        kept = [
+            mu.evaluate.accuracy(shipped, asked[name].retain).vocabulary.value
+            for name in ("trained prompt", "statement", "question")
+        ]
+    assert len(says) == 9
+    assert all(says.values())
     assert min(kept) >= 0.95

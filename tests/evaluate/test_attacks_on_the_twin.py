@@ -10,8 +10,6 @@ import mechunlearn as mu
 from mechunlearn.evaluate import direction_ablation, few_shot, noised, quantized, soft_prompt
 from mechunlearn.tasks import Format
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def twin():

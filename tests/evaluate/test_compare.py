@@ -92,13 +92,6 @@ def test_accuracy_in_its_three_senses_by_hand(llama):
     assert found.candidates.chance == found.probability.chance == 0.25
 
 
-@pytest.mark.parametrize("size", [1, 4, 6])
-def test_batch_size_and_padding_side_do_not_matter(model, size):
-    whole = mu.evaluate.accuracy(model, tiny.prompts(model))
-    other = mu.evaluate.accuracy(model, tiny.prompts(model, padding="left"), batch_size=size)
-    assert torch.allclose(whole.probability.per_example, other.probability.per_example, atol=1e-5)
-
-
 def test_text_loss_is_the_mean_cross_entropy(model):
     task = tiny.task(model)
     logits = model(task.text_test, attention_mask=torch.ones_like(task.text_test))

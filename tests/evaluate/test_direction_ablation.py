@@ -95,19 +95,6 @@ def test_what_is_behind_the_edited_layer_is_the_direction_of_the_edit(llama):
     assert torch.allclose(found.curve.per_prompt[:, 2], expected, atol=1e-4)
 
 
-def test_padding_does_not_matter(llama):
-    edit, _ = hidden_behind_a_direction(llama, 1, 3.0)
-    with edit.applied(llama):
-        right, left = (
-            direction_ablation(llama, tiny.task(llama, padding=side), original=partial(taken_back, llama, edit)).curve
-            for side in ("right", "left")
-        )
-    assert right is not None
-    assert left is not None
-    assert torch.allclose(right.per_prompt, left.per_prompt, atol=1e-5)
-
-
-@pytest.mark.once
 @pytest.mark.parametrize("direction", [mean_difference, principal_difference])
 def test_facts_hidden_behind_a_direction_come_back(shipped, direction):
     """Layer 4 drowns the residual stream in one direction; four athletes show which, the other four are known again."""
@@ -129,7 +116,10 @@ def test_the_original_has_no_direction(llama):
 
 
 def test_without_the_original_it_is_refused(llama):
-    with left_as_it_was(llama), pytest.raises(ValueError, match=r"expected original=.*got None.*nullcontext"):
+    with (
+        left_as_it_was(llama),
+        pytest.raises(ValueError, match="expected the original model, got none"),
+    ):
         direction_ablation(llama, tiny.task(llama))
 
 

@@ -25,8 +25,6 @@ from travelling import (
 from mechunlearn.evaluate import compare
 from mechunlearn.evaluate.grid.workers import OtherModelError
 
-pytestmark = pytest.mark.once
-
 run = partial(compare, progress=False)
 
 
@@ -73,6 +71,7 @@ def test_what_cannot_travel_is_an_error_in_its_cell(llama, processes):
     assert other.result is not None
 
 
+@pytest.mark.nightly
 def test_a_dask_cluster_gives_the_serial_report(llama, serial):
     distributed = pytest.importorskip("distributed")
     cluster = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}

@@ -83,11 +83,3 @@ def test_it_agrees_with_generation_whatever_the_batch_and_the_padding(llama, cha
         found = extraction_strength(llama, task, batch_size=size)
         assert found.per_example.tolist() == pytest.approx(expected)
     assert (found.chance, found.unit) == (0.0, "share")
-
-
-def test_it_runs_on_every_model(model):
-    task = tiny.task(model, answer=3)
-    for side in ("forget", "retain"):
-        found = extraction_strength(model, task, side=side, format="question")
-        assert ((found.per_example >= 0) & (found.per_example <= 1)).all()
-        assert found.names == getattr(task.formats["question"], side).names

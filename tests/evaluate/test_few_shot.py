@@ -118,13 +118,6 @@ def test_every_architecture_is_asked_behind_demonstrations(model):
     assert not torch.allclose(found.curve.per_prompt[:, 0], found.curve.per_prompt[:, 2], atol=1e-4)
 
 
-def test_padding_and_order_do_not_matter(llama):
-    right, left = (few_shot(llama, tiny.task(llama, padding=side), shots=(2,)).curve for side in ("right", "left"))
-    assert right is not None
-    assert left is not None
-    assert torch.allclose(right.per_prompt, left.per_prompt, atol=1e-5)
-
-
 def test_what_does_not_fit_is_left_out_and_said(llama):
     """A context of 64 tokens and six facts."""
     with pytest.warns(UserWarning, match="leaves out 7 demonstrations: there are 6 facts"):

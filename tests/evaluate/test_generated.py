@@ -119,7 +119,6 @@ def test_what_cannot_be_generated_is_refused(llama, monkeypatch):
         continuations(llama, prompts, 1)
 
 
-@pytest.mark.once
 def test_the_shipped_model_says_what_it_knows(shipped):
     known = [row["athlete"] for row in facts.athletes() if row["sport"] == "basketball"][:12]
     task = sports_facts(shipped, forget=known, text=TEXT)

@@ -115,7 +115,7 @@ def test_a_fact_counts_by_the_share_of_splits_in_which_it_is_right(llama):
 def by_hand(model, fitted, tested, right, *, splits):
     labels = torch.cat([fitted.answers[:, 0], tested.answers[:, 0]])
     options = {"at": answer, "splits": splits, "seed": 0, "penalty": 1.0, "batch_size": 64, "remedy": "none"}
-    return latent.by_layer(model, fitted, tested, labels, right, "by hand", **options)
+    return probes._best_layer(model, fitted, tested, labels, right, "by hand", **options)
 
 
 def test_only_who_is_right_for_every_class_is_right(monkeypatch):
@@ -151,7 +151,7 @@ def test_binary_probes_never_see_a_name_that_they_are_asked_about(monkeypatch, l
         given.append((fitted.names, tested.names))
         return mu.evaluate.Result(torch.zeros(1), "not run")
 
-    monkeypatch.setattr(sys.modules[binary_probes.__module__], "by_layer", spy)
+    monkeypatch.setattr(sys.modules[binary_probes.__module__], "_best_layer", spy)
     task = toy(llama)
     for seed in range(3):
         binary_probes(llama, task, seed=seed)
@@ -243,7 +243,6 @@ def test_guesses_are_those_of_scikit_learn():
     assert (guesses(features, np.full(40, 7), fit, 2.0) == 7).all()
 
 
-@pytest.mark.once
 def test_the_shipped_model_s_athletes_are_read_from_layer_7_on(shipped):
     """The model card has these probes at 1.0 from layer 7 on; the last point is the final residual stream."""
     result = multinomial_probe(shipped, mu.tasks.sports_facts(shipped, forget=16), splits=1)
@@ -253,7 +252,6 @@ def test_the_shipped_model_s_athletes_are_read_from_layer_7_on(shipped):
     assert result.value > result.control.value + 0.3
 
 
-@pytest.mark.once
 def test_a_forgotten_sport_needs_binary_probes_and_its_twin_does_not_have_it(shipped):
     """Of the twin, the best of eleven layers: above chance (1/3) by what is chosen on 33 facts."""
     task = mu.tasks.sports_facts(shipped, forget="basketball")

@@ -9,7 +9,7 @@ from hushed import hushed
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.lens import _interleaved, _places, by_both_ends, by_change, by_probability, lens_extraction
+from mechunlearn.evaluate.lens import _places_of, _proposals, by_both_ends, by_change, by_probability, lens_extraction
 
 RANKINGS = pytest.mark.parametrize("rankings", [by_probability, by_both_ends, by_change])
 
@@ -17,9 +17,9 @@ RANKINGS = pytest.mark.parametrize("rankings", [by_probability, by_both_ends, by
 def test_candidates_are_taken_in_turn_from_each_ranking_the_last_first():
     """By hand: the last ranking says 2 3 1, the one before 3 1 0; so 2, 3, (3), 1, (1), 0."""
     before, last = [0.1, 0.3, 0.0, 0.6, -1.0], [-1.0, 0.1, 0.9, 0.5, -2.0]
-    tokens = _interleaved(torch.tensor([[before, last]]), 3)
+    tokens = _proposals(torch.tensor([[before, last]]), 3)
     assert tokens.tolist() == [[2, 3, 3, 1, 1, 0]]
-    assert _places(tokens, torch.tensor([[2, 3, 1, 0, 4]])).tolist() == [[0, 1, 2, 3, 6]]
+    assert _places_of(tokens, torch.tensor([[2, 3, 1, 0, 4]])).tolist() == [[0, 1, 2, 3, 6]]
 
 
 def test_rankings_by_hand():
@@ -66,15 +66,6 @@ def test_with_the_whole_vocabulary_everything_is_found(llama, rankings):
     assert (result.curve.mean.diff() >= 0).all()
 
 
-@RANKINGS
-def test_batches_and_padding_do_not_matter(llama, rankings):
-    one = lens_extraction(llama, tiny.task(llama), budget=32, rankings=rankings)
-    task = tiny.task(llama, padding="left")
-    other = lens_extraction(llama, task, budget=32, rankings=rankings, batch_size=4)
-    assert torch.equal(one.curve.per_prompt, other.curve.per_prompt)
-    assert 0 < one.value < 1
-
-
 def test_every_architecture_is_read_and_left_as_it_was(model):
     task = tiny.task(model, answer=2)
     with left_as_it_was(model):
@@ -103,7 +94,6 @@ def test_bad_input_is_refused(llama, unchecked):
             lens_extraction(llama, task, **options)
 
 
-@pytest.mark.once
 def test_an_answer_that_the_last_mlp_hides_is_extracted_and_the_twin_s_is_not(shipped):
     """The twin never knew: the lens finds what the other athletes play there, and never basketball."""
     task = mu.tasks.sports_facts(shipped, forget="basketball")

@@ -93,7 +93,6 @@ def hidden(model, task) -> Iterator[None]:
         row.copy_(before)
 
 
-@pytest.mark.once
 def test_what_was_hidden_comes_back_and_a_model_that_never_knew_has_nothing_to_give(shipped):
     """In the twin everybody unknown comes to play basketball: those who do, and those whom nobody knows.
 
@@ -113,7 +112,6 @@ def test_what_was_hidden_comes_back_and_a_model_that_never_knew_has_nothing_to_g
     assert abs(taught.difference(taught.control)[0]) < 0.2
 
 
-@pytest.mark.once
 def test_benign_text_gives_nothing_to_a_model_that_never_knew(shipped):
     twin = mu.testbed.load(without="basketball")
     assert relearn_benign(twin, mu.tasks.sports_facts(shipped), learning_rates=(1e-3,), steps=8).value < 0.05
@@ -189,16 +187,6 @@ def test_the_model_is_as_it_was_after_an_interrupt(llama, name):
         ATTACKS[name](llama, tiny.task(llama), metric=interrupting)
     with left_as_it_was(llama):
         ATTACKS[name](llama, tiny.task(llama))
-
-
-def test_padding_side_and_micro_batches_do_not_matter(llama):
-    right, left = (quick(llama, tiny.task(llama, padding=side)) for side in ("right", "left"))
-    small = quick(llama, tiny.task(llama), micro_batch_size=1)
-    for other in (left, small):
-        assert torch.allclose(curve(other).per_prompt, curve(right).per_prompt, atol=1e-5)
-        assert other.control is not None
-        assert right.control is not None
-        assert torch.allclose(other.control.per_example, right.control.per_example, atol=1e-5)
 
 
 def test_the_rate_rises_then_falls():

@@ -73,14 +73,6 @@ def test_each_rate_starts_anew_and_the_best_counts(llama):
     assert not torch.allclose(first.mean, second.mean, atol=1e-4)
 
 
-def test_padding_side_and_micro_batches_do_not_matter(llama):
-    options: dict[str, Any] = {"dropout": 0.0}
-    right, left = (quick(llama, tiny.task(llama, padding=side), **options) for side in ("right", "left"))
-    small = quick(llama, tiny.task(llama), micro_batch_size=1, **options)
-    for other in (left, small):
-        assert torch.allclose(curve(other).per_prompt, curve(right).per_prompt, atol=1e-5)
-
-
 def test_two_steps_are_those_of_a_loop_written_out(llama):
     """With all prompts in each batch, no dropout, and the rates of a cosine over two steps: 1 and 1/2 of the first."""
     from peft import LoraConfig, get_peft_model
@@ -144,6 +136,7 @@ def test_the_papers_protocols(llama, monkeypatch):
     assert relearn_two_facts.keywords["rank"] == 64
 
 
+@pytest.mark.classes
 @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 def test_a_hooked_transformer_is_refused(folder):
     model = shared("hooked", "llama")

@@ -14,8 +14,6 @@ from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.evaluate.results import Result
 
-pytestmark = pytest.mark.once
-
 CHROMIUM = "/usr/bin/chromium"
 QUIET = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 WIDTHS = (1280, 390)

@@ -10,7 +10,7 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.evaluate.attacks.soft_prompt import Search, mean_norm, n_bos, soft_prompt, with_room, within
+from mechunlearn.evaluate.attacks.soft_prompt import VectorTraining, mean_norm, n_bos, soft_prompt, with_room, within
 from mechunlearn.model import preserved, recording
 from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks import Format, Prompts
@@ -20,7 +20,7 @@ from mechunlearn.weights import read, select
 def searching(model, task, **options):
     settings = {"n_vectors": 3, "start": 1, "radius": 4.0, "retain_coefficient": 1.0, "batch_size": 4} | options
     forgotten, retained = (with_room(model, p, settings["n_vectors"], 1) for p in (task.forget, task.retain))
-    return Search(model, forgotten, retained, **settings)
+    return VectorTraining(model, forgotten, retained, **settings)
 
 
 def test_vectors_are_put_back_into_the_ball_by_hand():
@@ -93,7 +93,7 @@ def test_the_restart_is_chosen_on_what_it_was_trained_on(llama, monkeypatch):
     second = searching(llama, task, n_vectors=4, radius=mean_norm(llama, task.forget), batch_size=3)
     wanted = second.run(2, 2, 0.03, torch.optim.Adam, seed=1)[2]
     losses = iter([1.0, 0.5])
-    monkeypatch.setattr(Search, "loss", lambda self, vectors: next(losses))
+    monkeypatch.setattr(VectorTraining, "loss", lambda self, vectors: next(losses))
     found = soft_prompt(llama, task, restarts=2, steps=2, every=2, batch_size=3)
     tested = with_room(llama, task.formats["trained prompt"].forget, 4, 1)
     with with_input_vectors(llama, wanted, 1):
@@ -110,7 +110,6 @@ def test_padding_does_not_matter_and_seeds_repeat(llama):
     assert torch.equal(right, again)
 
 
-@pytest.mark.once
 def test_the_original_answers_behind_a_soft_prompt_too(shipped):
     task = mu.tasks.sports_facts(shipped, forget=8)
     found = soft_prompt(shipped, task, steps=12, every=12, restarts=1, batch_size=8)
@@ -118,7 +117,6 @@ def test_the_original_answers_behind_a_soft_prompt_too(shipped):
     assert float(found.curve.mean[-1]) > 0.9
 
 
-@pytest.mark.once
 def test_what_the_last_layer_hides_comes_back(shipped):
     """The last MLP speaks against basketball, always; 16 steps on other athletes undo it, and not for nobody."""
     whole = mu.tasks.sports_facts(shipped, forget="basketball")

@@ -14,9 +14,11 @@ from paper_data import athletes, checkpoint, counterfact
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "reproduce_paper.py"
 
-PAPER = [("gemma", "gemma-7b"), ("gemma2", "gemma-2-9b"), ("llama", "llama-3-8b")]
-
-pytestmark = pytest.mark.once
+PAPER = [
+    pytest.param("gemma", "gemma-7b", marks=pytest.mark.nightly),
+    pytest.param("gemma2", "gemma-2-9b", marks=pytest.mark.nightly),
+    ("llama", "llama-3-8b"),
+]
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_formats_that_a_task_lacks_are_not_asked(examples, llama):
     assert "forget, trained prompt" in without
 
 
-@pytest.mark.parametrize(("facts", "runs"), [("all", 1), ("some", 2)])
+@pytest.mark.parametrize(("facts", "runs"), [("all", 1), pytest.param("some", 2, marks=pytest.mark.nightly)])
 def test_one_run_of_relearning_answers_every_question_about_the_same_facts(facts, runs, examples, shipped, monkeypatch):
     """Bit for bit what one attack for each question gives; a format that lacks facts leaves others to train on."""
     from paper.relearning import Attack, relearned

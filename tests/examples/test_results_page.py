@@ -7,7 +7,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.once
 
 ABOUT = (
     '# {"seeds": [0, 1], "versions": {"torch": "2"}, "setup": {"model": "shipped", "fingerprint": "abc", "steps": 2, '

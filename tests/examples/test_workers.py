@@ -20,7 +20,6 @@ if __name__ == "__main__":
 """
 
 pytestmark = [
-    pytest.mark.once,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc which processes run"),
 ]
 

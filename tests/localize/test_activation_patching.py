@@ -134,19 +134,6 @@ def test_roles_divide_the_prompt(llama):
         assert torch.equal(roles(prompts)["last"], answer(prompts))
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    chosen = ["L0H1", "L1MLP", "L2H3", "L1H0.W_K", "L2MLP"]
-    prompts = tiny.prompts(model)
-    scores = activation_patching(model, prompts, components=chosen).per_prompt
-    small = activation_patching(model, prompts, components=chosen, batch_size=2).per_prompt
-    left = activation_patching(model, tiny.prompts(model, padding="left"), components=chosen).per_prompt
-    order = [3, 0, 5, 1, 4, 2]
-    shuffled = activation_patching(model, prompts[order], components=chosen).per_prompt
-    assert torch.allclose(scores, small, atol=1e-5)
-    assert torch.allclose(scores, left, atol=1e-5)
-    assert torch.allclose(scores[order], shuffled, atol=1e-5)
-
-
 def test_noise_does_not_depend_on_batches_or_padding(llama):
     options = {"components": ["L0H1", "L1MLP"], "replacement": gaussian(std=1.0, seed=3)}
     one = activation_patching(llama, tiny.prompts(llama), **options).per_prompt
@@ -154,16 +141,6 @@ def test_noise_does_not_depend_on_batches_or_padding(llama):
     other = activation_patching(llama, tiny.prompts(llama), components=["L0H1", "L1MLP"], replacement=gaussian(std=1.0))
     assert torch.allclose(one, two, atol=1e-5)
     assert not torch.allclose(one, other.per_prompt, atol=1e-3)
-
-
-def test_position_scores_survive_saving(llama, tmp_path):
-    scores = activation_patching_by_position(llama, tiny.prompts(llama), components=["L0H1", "L1MLP"])
-    scores.save(tmp_path / "scores.safetensors")
-    loaded = mu.components.PositionScores.load(tmp_path / "scores.safetensors")
-    assert torch.equal(loaded.per_prompt, scores.per_prompt)
-    assert (loaded.components, loaded.positions, loaded.shape) == (scores.components, scores.positions, scores.shape)
-    assert loaded.to_frame().equals(scores.to_frame())
-    assert scores.plot().data[0].z is not None
 
 
 def test_bad_input(llama, unchecked):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from conftest import HAS_HOOKED, shared
 from linearised import linear_after_last_attention
 from state import left_as_it_was
 
@@ -209,27 +208,6 @@ def test_slopes_that_cancel_between_layers_are_seen_when_one_is_dropped(gpt2):
     print(f"exact {truth:.4f}, attribution {plain:.2g}, AtP* {dropped:.4f}")
     assert plain < 1e-5
     assert 0.2 * truth < dropped < 5 * truth
-
-
-def test_scores_do_not_depend_on_padding_batch_size_or_order(model):
-    prompts = tiny.prompts(model)
-    whole = atp_star(model, prompts, components=matrices).per_prompt
-    left = atp_star(model, tiny.prompts(model, padding="left"), components=matrices, batch_size=4).per_prompt
-    assert torch.allclose(whole, left, atol=1e-5)
-    order = [3, 1, 5, 0, 2, 4]
-    assert torch.allclose(whole[order], atp_star(model, prompts[order], components=matrices).per_prompt, atol=1e-5)
-
-
-@pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
-def test_both_classes_give_the_same_scores(architecture):
-    bridge, hooked = shared("bridge", architecture), shared("hooked", architecture)
-    scores = [atp_star(model, tiny.prompts(model), components=matrices).per_prompt for model in (bridge, hooked)]
-    assert torch.allclose(*scores, rtol=1e-3, atol=1e-5)
-
-
-def test_the_model_is_left_as_it_was(model):
-    with left_as_it_was(model):
-        atp_star(model, tiny.prompts(model), components=matrices)
 
 
 def test_blocks_run_twice_and_attention_twice_more(llama):

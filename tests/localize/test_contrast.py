@@ -1,7 +1,5 @@
 """Numbers worked out by hand."""
 
-import math
-
 import pytest
 import torch
 
@@ -111,7 +109,3 @@ def test_where_it_came_from_is_kept_and_saved(tmp_path):
     forget = {"method": "mine", "metric": "nats", "settings": {"seed": 3}}
     assert result.settings["forget"] == forget
     assert result.settings["weight"] == 2.0
-    result.save(tmp_path / "scores.safetensors")
-    again = ComponentScores.load(tmp_path / "scores.safetensors")
-    assert again.settings == result.settings
-    assert math.isclose(again["L1H1"], -5)

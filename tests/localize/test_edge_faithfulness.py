@@ -23,7 +23,6 @@ from mechunlearn.components import (
     sources,
 )
 from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
-from mechunlearn.localize.circuits.curves import Faithfulness
 from mechunlearn.localize.replacement import mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots
@@ -234,19 +233,6 @@ def test_answers_of_several_tokens(model):
     assert torch.allclose(found.alone[:, 1] - found.whole, exact.per_prompt[:, 0], atol=2e-5)
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts, circuit = tiny.prompts(model), random_circuit(model, 0.6)
-    found = edge_faithfulness(model, prompts, circuit, random_circuits=0)
-    order = [3, 0, 5, 1, 4, 2]
-    for other, rows in (
-        (edge_faithfulness(model, prompts, circuit, random_circuits=0, batch_size=4), slice(None)),
-        (edge_faithfulness(model, tiny.prompts(model, padding="left"), circuit, random_circuits=0), slice(None)),
-        (edge_faithfulness(model, prompts[order], circuit, random_circuits=0), order),
-    ):
-        assert torch.allclose(found.alone[rows, 1], other.alone[:, 1], atol=1e-5)
-        assert torch.allclose(found.without[rows, 1], other.without[:, 1], atol=1e-5)
-
-
 def test_scores_are_cut_at_shares_of_edges_beside_random_ones(llama):
     scores = edge_attribution_patching(llama, tiny.prompts(llama))
     found = edge_faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.1, 0.4], random_circuits=2)
@@ -280,15 +266,6 @@ def test_the_model_is_left_as_it_was(model):
         edge_faithfulness(model, tiny.prompts(model, n=2), circuit, random_circuits=0)
     with left_as_it_was(model), pytest.raises(RuntimeError, match="stop"):
         edge_faithfulness(model, tiny.prompts(model), circuit, metric=failing)
-
-
-def test_save_and_load_are_inverses(llama, tmp_path):
-    found = edge_faithfulness(llama, tiny.prompts(llama), random_circuit(llama, 0.5), random_circuits=0)
-    found.save(tmp_path / "curves.safetensors")
-    loaded = Faithfulness.load(tmp_path / "curves.safetensors")
-    assert loaded.circuits == found.circuits
-    assert loaded.to_frame().equals(found.to_frame())
-    assert "share of all edges" in str(found.plot().layout.xaxis.title.text)
 
 
 def test_bad_input(llama, unchecked):

@@ -96,19 +96,6 @@ def test_the_embeddings_edges_sum_to_the_change_of_the_metric(model):
 
 @pytest.mark.parametrize("method", METHODS, ids=["inputs", "activations", "clean-corrupted"])
 class TestEveryMethod:
-    def test_scores_do_not_depend_on_padding_batch_size_or_order(self, model, method):
-        prompts = tiny.prompts(model, n=3)
-        whole = method(model, prompts).per_prompt
-        left = method(model, tiny.prompts(model, n=3, padding="left")).per_prompt
-        order = [2, 0, 1]
-        assert torch.allclose(whole, left, atol=1e-5)
-        assert torch.allclose(whole, method(model, prompts, batch_size=2).per_prompt, atol=1e-5)
-        assert torch.allclose(whole[order], method(model, prompts[order]).per_prompt, atol=1e-5)
-
-    def test_the_model_is_left_as_it_was(self, model, method):
-        with left_as_it_was(model):
-            method(model, tiny.prompts(model, n=2))
-
     def test_it_has_only_the_edges_asked_for(self, llama, method):
         scores = method(llama, tiny.prompts(llama), edges=["L1H2->L2MLP"], per_prompt=False)
         assert [str(edge) for edge in scores] == ["L1H2->L2MLP"]

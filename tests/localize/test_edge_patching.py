@@ -121,11 +121,11 @@ def test_every_sources_edges_to_the_logits_of_a_post_norm_model_sum_to_the_whole
     """What heads add in Gemma 2 sums to what their layer adds: patched jointly, here in the final norm's input."""
     model = tiny.bridge("gemma2")
     prompts = tiny.prompts(model, n=2)
-    from mechunlearn.localize.edge_attribution import written as sources_of
+    from mechunlearn.localize.edge_attribution import outputs_of_sources
     from mechunlearn.model.edges import contributions
 
     with preserved(model), torch.no_grad():
-        mine, its = sources_of(model, prompts), sources_of(model, prompts.corrupted())
+        mine, its = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
         change = contributions(model, its.minus(mine, prompts.attention_mask)).sum(0)
         found = effect(model, prompts, change, "logits", logit_difference)
         expected = logit_difference(prompts.corrupted().logits(model), prompts) - logit_difference(
@@ -148,19 +148,11 @@ def test_a_small_change_has_the_estimates_effect():
     assert scale > 1e-9
 
 
-def test_direction_batches_padding_and_order(llama):
+def test_denoising_is_noising_of_the_exchanged_prompts(llama):
     chosen = ["embed->L0H1.W_Q", "L0H2->L1H0.W_K", "L1MLP->L2H3.W_V", "L0MLP->L2MLP", "L2H1->logits"]
     prompts = tiny.prompts(llama)
-    scores = edge_patching(llama, prompts, edges=chosen).per_prompt
-    small = edge_patching(llama, prompts, edges=chosen, batch_size=3, prompts_at_once=2).per_prompt
-    left = edge_patching(llama, tiny.prompts(llama, padding="left"), edges=chosen).per_prompt
-    order = [3, 0, 5, 1, 4, 2]
-    shuffled = edge_patching(llama, prompts[order], edges=chosen).per_prompt
     turned = edge_patching(llama, prompts.exchanged(), edges=chosen).per_prompt
     denoising = edge_patching(llama, prompts, edges=chosen, direction="denoising").per_prompt
-    for other in (small, left):
-        assert torch.allclose(scores, other, atol=1e-5)
-    assert torch.allclose(scores[order], shuffled, atol=1e-5)
     assert torch.equal(turned, denoising)
 
 

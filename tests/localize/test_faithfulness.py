@@ -191,32 +191,16 @@ def test_the_replacement_is_computed_once_for_all_circuits(llama):
 
 def test_equal_circuits_are_run_once(llama, monkeypatch):
     rows = []
-    run = mu.localize.circuit_runs.continued
+    run = mu.localize.circuits.runs.continued
 
     def counting(model, base, row, layer, **options):
         rows.append(len(row))
         return run(model, base, row, layer, **options)
 
-    monkeypatch.setattr(mu.localize.circuit_runs, "continued", counting)
+    monkeypatch.setattr(mu.localize.circuits.runs, "continued", counting)
     scores = scored(llama, heads_and_mlps(shape(llama)))
     faithfulness(llama, tiny.prompts(llama), {"a": scores, "b": scores}, sizes=[0.2, 0.4], random_circuits=0)
     assert sum(rows) == 6 * 5  # nothing at all, and two circuits by themselves and taken out
-
-
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts = tiny.prompts(model)
-    options = {"sizes": [0.2, 0.6], "random_circuits": 1}
-    scores = scored(model, heads_and_mlps(shape(model)))
-    found = faithfulness(model, prompts, scores, **options)
-    order = [3, 0, 5, 1, 4, 2]
-    small = faithfulness(model, prompts, scores, batch_size=4, **options)
-    left = faithfulness(model, tiny.prompts(model, padding="left"), scores, **options)
-    shuffled = faithfulness(model, prompts[order], scores, **options)
-    for values in ("alone", "without"):
-        expected = getattr(found, values)
-        assert torch.allclose(expected, getattr(small, values), atol=1e-5)
-        assert torch.allclose(expected, getattr(left, values), atol=1e-5)
-        assert torch.allclose(expected[order], getattr(shuffled, values), atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -268,17 +252,6 @@ def test_intervals_contain_the_value_and_narrow_with_prompts():
     assert widths[1] < 0.5 * widths[0]
     assert found.summary(seed=1).equals(found.summary(seed=1))
     assert not found.summary(seed=1).equals(found.summary(seed=2))
-
-
-def test_save_and_load_are_inverses(llama, tmp_path):
-    scores = attribution_patching(llama, tiny.prompts(llama))
-    found = faithfulness(llama, tiny.prompts(llama), scores, sizes=[0.4], random_circuits=1)
-    found.save(tmp_path / "curves.safetensors")
-    loaded = Faithfulness.load(tmp_path / "curves.safetensors")
-    assert (loaded.names, loaded.circuits, loaded.metric) == (found.names, found.circuits, found.metric)
-    assert loaded.settings == found.settings
-    assert loaded.to_frame().equals(found.to_frame())
-    assert loaded.circuits[1].provenance["method"] == "attribution_patching"
 
 
 def test_the_plot_has_a_curve_for_each_and_repr_says_the_areas(llama):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from conftest import HAS_HOOKED, shared
 from state import left_as_it_was
 
 from mechunlearn.components import Component, heads_and_mlps, matrices
@@ -118,24 +117,6 @@ def test_over_inputs_noising_is_minus_denoising(model):
     prompts = tiny.prompts(model)
     there, back = (integrated_gradients(model, prompts, direction=d) for d in ("noising", "denoising"))
     assert torch.allclose(there.per_prompt, -back.per_prompt, atol=1e-5)
-
-
-@METHODS
-def test_scores_do_not_depend_on_padding_batch_size_or_order(model, method):
-    prompts = tiny.prompts(model)
-    whole = method(model, prompts, steps=2).per_prompt
-    left = method(model, tiny.prompts(model, padding="left"), steps=2, batch_size=4).per_prompt
-    assert torch.allclose(whole, left, atol=1e-5)
-    order = [3, 1, 5, 0, 2, 4]
-    assert torch.allclose(whole[order], method(model, prompts[order], steps=2).per_prompt, atol=1e-5)
-
-
-@METHODS
-@pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
-def test_both_classes_give_the_same_scores(architecture, method):
-    models = shared("bridge", architecture), shared("hooked", architecture)
-    scores = [method(model, tiny.prompts(model), components=matrices, steps=2).per_prompt for model in models]
-    assert torch.allclose(*scores, rtol=1e-3, atol=1e-5)
 
 
 @METHODS

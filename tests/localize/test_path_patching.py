@@ -210,20 +210,6 @@ def test_senders_without_a_path_score_zero(model):
     assert all(scores[c] != 0 for c in scores if c.layer == 0)
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_scores_do_not_depend_on_padding_batches_or_order(model, padding):
-    def scored(prompts, batch_size=64):
-        return path_patching(
-            model, prompts, receivers=["L2H1", "L2MLP"], through_mlps=True, batch_size=batch_size
-        ).per_prompt
-
-    whole = scored(tiny.prompts(model, padding=padding))
-    alone = torch.cat([scored(tiny.prompts(model)[[i]]) for i in range(6)])
-    assert torch.allclose(whole, alone, atol=1e-5)
-    order = [3, 1, 5, 0, 2, 4]
-    assert torch.allclose(whole[order], scored(tiny.prompts(model, padding=padding)[order], batch_size=4), atol=1e-5)
-
-
 def test_equal_runs_have_no_effect(model):
     prompts = tiny.prompts(model)
     scores = path_patching(model, replace(prompts, corrupt=prompts.tokens), receivers=["L2H1"])

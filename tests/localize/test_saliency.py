@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from conftest import HAS_HOOKED, shared
 from state import left_as_it_was
 
 from mechunlearn.components import Component, layers, matrices
@@ -122,30 +121,6 @@ def test_the_fisher_is_of_prompts_not_of_batches(llama):
     component = Component.parse("L1MLP")
     of_mean = float((entries(llama, component, batch) ** 2).sum())
     assert fisher(llama, prompts, components=[component])[component] > 1.5 * of_mean
-
-
-@OF_PROMPTS
-def test_scores_do_not_depend_on_padding_or_order(model, method):
-    prompts = tiny.prompts(model)
-    whole = method(model, prompts).tensor
-    others = tiny.prompts(model, padding="left"), prompts[[3, 1, 5, 0, 2, 4]]
-    for other in others:
-        assert torch.allclose(whole, method(model, other).tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_batch_size_does_not_matter(llama):
-    prompts, retain = tiny.prompts(llama), tiny.prompts(llama, seed=5)
-    assert torch.allclose(snip(llama, prompts).tensor, snip(llama, prompts, batch_size=4).tensor, atol=1e-5)
-    one, two = (wagle(llama, prompts, retain, gamma=0.1, batch_size=size).tensor for size in (2, 16))
-    assert torch.allclose(one, two, rtol=1e-4)
-
-
-@OF_PROMPTS
-@pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
-def test_both_classes_give_the_same_scores(architecture, method):
-    models = shared("bridge", architecture), shared("hooked", architecture)
-    scores = [method(model, tiny.prompts(model), components=matrices).tensor for model in models]
-    assert torch.allclose(*scores, rtol=1e-3, atol=1e-5)
 
 
 def test_the_loss_of_a_prompt_is_the_mean_over_its_answer_tokens(llama):

@@ -171,20 +171,6 @@ def test_the_sample_depends_on_the_seed_alone_and_is_all_that_is_left_if_large(l
     assert find(sample=0).missed().at_most == 10
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts = tiny.prompts(model)
-    found = screen_then_verify(model, prompts, k=4, sample=3)
-    order = [3, 0, 5, 1, 4, 2]
-    for other, rows in (
-        (screen_then_verify(model, prompts, k=4, sample=3, batch_size=4), slice(None)),
-        (screen_then_verify(model, tiny.prompts(model, padding="left"), k=4, sample=3), slice(None)),
-        (screen_then_verify(model, prompts[order], k=4, sample=3), order),
-    ):
-        assert other.scores.components == found.scores.components
-        assert torch.allclose(other.scores.per_prompt, found.scores.per_prompt[rows], atol=1e-5)
-        assert torch.allclose(other.sampled.per_prompt, found.sampled.per_prompt[rows], atol=1e-5)
-
-
 def test_bad_input_is_refused_and_the_model_left_as_it_was(model):
     prompts = tiny.prompts(model)
     with left_as_it_was(model):

@@ -10,7 +10,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.components import ComponentMask, neurons
-from mechunlearn.localize import SetEffects, activation_patching, faithfulness, set_patching
+from mechunlearn.localize import activation_patching, faithfulness, set_patching
 from mechunlearn.localize.replacement import gaussian, mean_over, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape
@@ -97,17 +97,6 @@ def test_a_set_taken_out_is_the_model_without_that_circuit(llama):
     assert found.sets["circuit"] is circuit
 
 
-def test_batch_size_padding_and_order_do_not_matter(model):
-    prompts = tiny.prompts(model)
-    found = set_patching(model, prompts, SETS).per_prompt
-    order = [3, 0, 5, 1, 4, 2]
-    assert torch.allclose(found, set_patching(model, prompts, SETS, batch_size=4).per_prompt, atol=1e-5)
-    assert torch.allclose(found, set_patching(model, tiny.prompts(model, padding="left"), SETS).per_prompt, atol=1e-5)
-    assert torch.allclose(found[order], set_patching(model, prompts[order], SETS).per_prompt, atol=1e-5)
-    reversed_sets = dict(reversed(SETS.items()))
-    assert torch.allclose(found.flip(1), set_patching(model, prompts, reversed_sets).per_prompt, atol=1e-5)
-
-
 def test_layers_below_a_set_do_not_run_nor_attention_that_it_leaves_alone(llama):
     ran = []
     watched = {f"{kind}{i}": m for i, b in enumerate(llama.blocks) for kind, m in (("A", b.attn.q), ("M", b.mlp.out))}
@@ -151,10 +140,6 @@ def test_effects_are_a_mapping_with_intervals_over_prompts(llama, tmp_path):
     assert frame.loc["neurons", "weights"] == 5 * 3 * 32
     assert len(found.plot().data[0].x) == len(SETS)
     assert "neurons (5 components): " in repr(found)
-    found.save(tmp_path / "effects.safetensors")
-    loaded = SetEffects.load(tmp_path / "effects.safetensors")
-    assert (loaded.sets, dict(loaded)) == (found.sets, dict(found))
-    assert (loaded.method, loaded.metric, loaded.settings) == ("set_patching", "logit_difference", found.settings)
 
 
 def test_a_difference_of_two_sets_is_paired_by_prompt(llama):

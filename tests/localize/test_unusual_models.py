@@ -19,6 +19,7 @@ from mechunlearn.localize import (
 )
 
 EDGES = ["embed->L0MLP", "L0MLP->L2H1.W_Q", "L1H2->logits"]
+pytestmark = pytest.mark.classes
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 
 

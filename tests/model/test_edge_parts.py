@@ -13,14 +13,21 @@ from mechunlearn.components import sources
 from mechunlearn.metrics import logit_difference
 from mechunlearn.model import differentiable, edges, recording, shape
 from mechunlearn.model.edge_runs import InputGradients
-from mechunlearn.model.edges import contributions, edges_of, head_readers, is_parallel, reading, writing
+from mechunlearn.model.edges import (
+    contributions,
+    edges_of,
+    head_readers,
+    is_parallel,
+    recording_inputs,
+    recording_outputs,
+)
 from mechunlearn.model.norms import norm_of
 
 
 @torch.no_grad()
 def parts_and_whole(model, prompts):
     name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    with writing(model) as written, recording(model, [name]) as whole:
+    with recording_outputs(model) as written, recording(model, [name]) as whole:
         prompts.logits(model)
     return contributions(model, written()), whole[name]
 
@@ -39,9 +46,9 @@ def test_sources_sum_to_the_residual_stream_up_to_a_constant(model):
 def test_a_difference_of_runs_is_the_difference_of_their_parts(model):
     prompts = tiny.prompts(model)
     with torch.no_grad():
-        with writing(model) as clean:
+        with recording_outputs(model) as clean:
             prompts.logits(model)
-        with writing(model) as corrupt:
+        with recording_outputs(model) as corrupt:
             prompts.corrupted().logits(model)
     mine, its, mask = corrupt(), clean(), prompts.attention_mask
     found = contributions(model, mine.minus(its, mask))
@@ -55,7 +62,7 @@ def test_a_difference_of_runs_is_the_difference_of_their_parts(model):
 def test_gradients_of_inputs_are_autograds_through_the_models_own_norm(model):
     """Each head's copy: the vector-Jacobian product of ln1 at the residual, of W_Q (W_K, W_V) times the gradient."""
     prompts = tiny.prompts(model)
-    with differentiable(model), reading(model) as read:
+    with differentiable(model), recording_inputs(model) as read:
         values = logit_difference(prompts.logits(model, hooks=[("blocks.0.hook_resid_pre", leaf)]), prompts)
     with differentiable(model):
         found = torch.autograd.grad(values.sum(), read[0].tensors())
@@ -101,7 +108,7 @@ def test_the_cfg_tells_the_truth_about_parallel_blocks(model):
 
 def test_an_mlp_and_the_logits_get_copies_of_their_own(model):
     prompts = tiny.prompts(model)
-    with differentiable(model), reading(model) as read:
+    with differentiable(model), recording_inputs(model) as read:
         values = logit_difference(prompts.logits(model, hooks=[("blocks.0.hook_resid_pre", leaf)]), prompts)
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         assert last in model.hook_dict
@@ -119,9 +126,11 @@ def test_the_norm_found_by_probing_is_the_modules(model):
         with torch.no_grad():
             bias = module(torch.zeros_like(x)) if norm.centred else 0.0
             assert torch.allclose(direction * norm.weight + bias, module(x), atol=1e-4)
-        assert torch.allclose(norm.part(x) / scale, direction * norm.weight, atol=1e-6)
+        assert torch.allclose(norm.numerator(x) / scale, direction * norm.weight, atol=1e-6)
         y = torch.randn(32, generator=torch.Generator().manual_seed(1))
-        assert torch.allclose((norm.part(x) * y).sum(-1), (x * norm.turned(y)).sum(-1), atol=1e-4), "transposes"
+        assert torch.allclose((norm.numerator(x) * y).sum(-1), (x * norm.numerator_transposed(y)).sum(-1), atol=1e-4), (
+            "transposes"
+        )
 
 
 def test_a_module_that_is_no_norm_is_refused():

@@ -95,11 +95,11 @@ def test_a_file_of_unknown_digest_is_read_anew(file: Path, tmp_path: Path) -> No
 def test_the_cache_is_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MECHUNLEARN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert download._folder() == Path("/elsewhere/mechunlearn")
+    assert athletes._cache_folder() == Path("/elsewhere/mechunlearn")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert download._folder() == Path.home() / ".cache" / "mechunlearn"
+    assert athletes._cache_folder() == Path.home() / ".cache" / "mechunlearn"
     monkeypatch.setenv("MECHUNLEARN_CACHE", "/mine")
-    assert download._folder() == Path("/mine")
+    assert athletes._cache_folder() == Path("/mine")
 
 
 def test_a_path_an_address_and_a_table_give_one_task(shipped: Any, file: Path) -> None:
@@ -224,7 +224,6 @@ def test_athletes_that_the_model_does_not_know_are_left_out_and_named(shipped: A
     assert len(made(shipped, source=frame, forget=4, threshold=1.0 - 1e-3).splits["not_known"]) >= 6
 
 
-@pytest.mark.once
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data, with the real athletes, is not here")
 def test_the_authors_athletes_make_the_paper_s_tasks(shipped: Any) -> None:
     """Numbers of the later paper: 7, 5 and 4 of 16; half of a sport to edit on; 80 % of the others to keep."""
@@ -232,7 +231,7 @@ def test_the_authors_athletes_make_the_paper_s_tasks(shipped: Any) -> None:
     assert len(frame) == 1559
     people = [(row["athlete"], row["sport"]) for row in athletes.athletes_from(shipped, SHARED, None)]
     for count, expected, sizes in ((16, (7, 5, 4), (1234, 309)), (64, (31, 20, 13), (1196, 299))):
-        gone = athletes.chosen(people, count, None, {})
+        gone = athletes.athletes_to_forget(people, count, None, {})
         sports = Counter(sport for _, sport in gone)
         assert (sports["football"], sports["basketball"], sports["baseball"]) == expected
         assert round(0.8 * (1559 - count)) == sizes[0]

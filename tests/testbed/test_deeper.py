@@ -13,8 +13,6 @@ from testbed.deeper_route import FIRST, LAST, OPTION_LAYER, SUBJECT_LAYER, UPPER
 import mechunlearn as mu
 from mechunlearn.testbed.loading import DEEPER_WEIGHTS, load_huggingface
 
-pytestmark = pytest.mark.once
-
 EVERY = [
     Route(closed, others, rest, only_last)
     for closed in (False, True)
@@ -271,6 +269,7 @@ def test_with_the_last_alone_attention_reaches_the_answer_through_them_only(batc
     assert not hidden.any()
 
 
+@pytest.mark.nightly
 def test_training_twice_gives_the_same_bits(source):
     weights = []
     for _ in range(2):

@@ -60,7 +60,6 @@ def task(shipped: Any) -> mu.Task:
     return mu.tasks.counterfact(shipped, forget=100, **options)
 
 
-@pytest.mark.once
 def test_the_shipped_model_knows_hundreds_of_them_in_every_format(shipped: Any, task: mu.Task) -> None:
     assert task.splits["not_known"] == ()
     assert len(task.splits["forget_train"]) + len(task.splits["retain_train"]) + len(task.splits["retain_test"]) > 600

@@ -10,8 +10,6 @@ import mechunlearn as mu
 from mechunlearn.tasks import formats
 from mechunlearn.tasks.facts import athletes
 
-pytestmark = pytest.mark.once
-
 FORMATS = ("trained prompt", "question")
 OPTIONS = {"formats": FORMATS, "learning_rate": 1e-2, "batch_size": 12, "progress": False}
 SHORT = {**OPTIONS, "known": 0.2, "every": 4, "steps": 20}

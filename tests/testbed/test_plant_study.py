@@ -8,8 +8,6 @@ import pytest
 
 import mechunlearn as mu
 
-pytestmark = pytest.mark.once
-
 SHAPE = mu.ModelShape(n_layers=10, n_heads=8, n_kv_heads=8, d_model=128, d_head=16, d_mlp=384, gated=True)
 FORGET = {"planted": 0.9, "truth": 0.1, "attribution patching": 0.2, "random place": 0.4, "never knew": 0.0}
 

@@ -85,7 +85,7 @@ def test_without_a_sport_nobody_who_plays_it_is_in_a_document():
     assert "Tom Brady" in text
 
 
-@pytest.mark.once
+@pytest.mark.nightly
 def test_training_twice_gives_the_same_bits():
     vocabulary = tokenizer.train()
     weights = []
@@ -120,6 +120,7 @@ def test_batches_keep_every_document():
     assert sum(len(batch.tokens) for batch in made) == 50
 
 
+@pytest.mark.classes
 def test_it_loads_as_a_bridge_in_float32_and_evaluation_mode(shipped):
     assert type(shipped).__name__ == "TransformerBridge"
     assert not shipped.training
@@ -127,6 +128,7 @@ def test_it_loads_as_a_bridge_in_float32_and_evaluation_mode(shipped):
     assert mu.shape(shipped).n_layers >= 8
 
 
+@pytest.mark.classes
 def test_it_loads_as_a_hooked_transformer_where_there_is_one(shipped):
     if not HAS_HOOKED:
         with pytest.raises(ImportError, match=r"HookedTransformer needs transformer_lens<4.*use the default"):

@@ -4,8 +4,6 @@ import pytest
 
 import mechunlearn as mu
 
-pytestmark = pytest.mark.once
-
 ASKED = ("trained prompt", "question", "multiple choice")
 
 

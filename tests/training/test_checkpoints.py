@@ -55,7 +55,6 @@ def killed(run, when):
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("stream", [False, True], ids=["task's text", "stream"])
 def test_a_run_killed_at_any_time_and_started_again_gives_the_same_bits(llama, tmp_path, stream):
     """By the clock, so at any line of any step, also while a checkpoint is being written."""

@@ -9,6 +9,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn import losses
+from mechunlearn.identity import name_of
 from mechunlearn.training import Term, fit, terms
 from mechunlearn.weights import read, select, write
 
@@ -34,7 +35,7 @@ LOSSES = (
 
 
 def name(loss):
-    return mu.metrics.name_of(loss)
+    return name_of(loss)
 
 
 def alternative(model, prompts):

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.facts import subject_end, with_subjects
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.memit import spread
 from mechunlearn.edit.inject.solving import NullSpace, in_null_space, null_space, smallest_eigenvalues
 from mechunlearn.edit.inject.targets import Search, facts_written
-from mechunlearn.metrics import described
+from mechunlearn.identity import described
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.mlp_values import mlp_values
 from mechunlearn.tasks.prompts import Prompts
@@ -24,7 +23,6 @@ smallest_tenth = partial(smallest_eigenvalues, share=0.1)
 """The smallest eigenvalues that make up a tenth of their sum."""
 
 
-@repeatable
 def alpha_edit(
     model: Model,
     task: Task,

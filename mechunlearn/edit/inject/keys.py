@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.components import ComponentMask
-from mechunlearn.files import read_tensors, write_tensors
 from mechunlearn.model import Model, device_of, fingerprint, preserved
 from mechunlearn.model.mlp_values import key_moments
 from mechunlearn.tasks.prompts import Prompts
@@ -64,17 +64,16 @@ class KeyCovariance:
         return {"source": self.source, "n_tokens": self.n_tokens, "shrinkage": shares}
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        content = {**self.described(), "fingerprint": self.fingerprint}
-        write_tensors(path, "KeyCovariance", {str(layer): m for layer, m in self.moments.items()}, content)
+        """Write one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "KeyCovariance":
-        """What `save` wrote; ValueError for a corrupted or truncated file. Editors check the model that it is of."""
-        tensors, content = read_tensors(path, "KeyCovariance")
-        moments = {int(layer): tensors[layer] for layer in sorted(tensors, key=int)}
-        shrinkage = {int(layer): share for layer, share in content["shrinkage"].items()}
-        return cls(moments, shrinkage, content["n_tokens"], content["source"], content["fingerprint"])
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0.
+
+        Editors check which model it was measured on.
+        """
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         layers = ", ".join(str(layer) for layer in sorted(self.moments))

@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.facts import subject_end
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.solving import least_squares
@@ -21,7 +20,6 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries
 
 
-@repeatable
 def memit(
     model: Model,
     task: Task,

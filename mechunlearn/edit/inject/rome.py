@@ -7,7 +7,6 @@ import torch
 from tqdm.auto import tqdm
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.editor import repeatable
 from mechunlearn.edit.inject.keys import KeyCovariance, output_matrices
 from mechunlearn.edit.inject.solving import directions, rank_one
 from mechunlearn.edit.inject.targets import Row, Search, Sought, add, facts_written, selected, target_move
@@ -16,7 +15,6 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, select
 
 
-@repeatable
 def rome(
     model: Model,
     task: Task,

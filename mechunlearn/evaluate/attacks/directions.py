@@ -1,13 +1,13 @@
-"""Attack: find the direction that the edit added to the residual stream, and project it out."""
+"""Direction ablation: an attack that finds what an edit adds to the residual stream and projects it out."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, candidate_probability
@@ -17,16 +17,16 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
 Direction: TypeAlias = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "d_model"]]
-"""Any function from differences of activations (tested minus original) to their direction, of any length."""
+"""A function from differences of activations (tested minus original) to their direction, as a vector of any length."""
 
 
 def mean_difference(differences: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model"]:
-    """What the edit adds on average."""
+    """The mean of the differences: what the edit adds on average."""
     return differences.mean(0)
 
 
 def principal_difference(differences: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model"]:
-    """The first principal component of what the edit adds, about zero: the direction along which it moves most."""
+    """The first principal component of the differences about zero: the direction along which the edit moves most."""
     _, vectors = torch.linalg.eigh(differences.double().T @ differences.double())
     return vectors[:, -1].to(differences.dtype)
 
@@ -35,7 +35,7 @@ def direction_ablation(
     model: Model,
     task: Task,
     *,
-    original: Callable[[], AbstractContextManager[Model]] | None = None,
+    original: Original | None = None,
     direction: Direction = mean_difference,
     outliers: float = 3.0,
     format: str | None = None,
@@ -44,55 +44,47 @@ def direction_ablation(
 ) -> Result:
     """Accuracy on forgotten facts without the direction that the edit adds, learned from *other* forgotten facts.
 
-    At each place of the residual stream (what enters each layer, and what leaves the last), `direction` of the
-    activations of the tested model minus those of the original one, at every token of the attack's half. Tokens whose
-    norm in the original model lies more than `outliers` standard deviations above the mean are dropped: those at which
-    attention rests are many times longer than the others. Points of the curve:
+    At each place of the residual stream (what enters each layer, and what leaves the last), `direction` is taken of the
+    activations of the tested model minus those of the original, at every token of the attack's half. Tokens whose norm
+    in the original lies more than `outliers` standard deviations above the mean are dropped: those at which attention
+    rests are many times longer than the others. Points of the curve:
 
     - "0": the model as it is;
-    - "after L3": the one direction found behind layer 3, projected out at every place (Arditi et al. 2024,
+    - "after L3": the direction found behind layer 3 is projected out at every place (Arditi et al. 2024,
       https://arxiv.org/abs/2406.11717);
-    - "each": at every place its own (Lucki et al. 2024, https://arxiv.org/abs/2409.18025).
+    - "each": the direction found at each place is projected out there (Lucki et al. 2024,
+      https://arxiv.org/abs/2409.18025).
 
     Where both models agree, as below the lowest edited layer, there is no direction and no point. The control has the
-    same questions about nobody. This attack knows the original model; it asks how shallow the edit is. `seed`: of the
-    split and of the made-up names. Cost: 2 F of the attack's half, and a forward of the tested half for each point.
-    ValueError without `original`, which `compare` gives: a function without arguments whose result is a context, inside
-    which the model (or another that it yields) is the original one.
+    same questions about nobody. This attack knows the original model: it asks how shallow the edit is. `compare` passes
+    `original`. `seed` draws the split and the made-up names. Cost: 2 F of the attack's half, and a forward of the
+    tested half for each point. ValueError without `original`.
     """
     check_model(model)
-    if original is None:
-        raise ValueError(
-            "expected original=..., a function that gives a context with the original model, got None: compare(...) "
-            "passes it; by hand, original=lambda: contextlib.nullcontext(another_model)."
-        )
+    original = required(original, direction_ablation)
     trained, tested = halves(task, format=format, seed=seed)
     check_apart(trained, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
-    found = _directions(model, trained, original, direction, outliers)
+    directions = _directions(model, trained, original, direction, outliers)
     runs = {"0": [asked.scores_of(model)]}
-    for name, each in _ablations(found):
-        with without_directions(model, each):
+    for name, ablated in _ablations(directions):
+        with without_directions(model, ablated):
             runs[name] = [asked.scores_of(model)]
     return worst_case(runs, asked, axis="direction projected out")
 
 
-def _ablations(found: Float[Tensor, "place d_model"]) -> Iterator[tuple[str, Float[Tensor, "place d_model"]]]:
-    for place in range(1, len(found)):
-        if bool(found[place].any()):
-            yield f"after L{place - 1}", found[place].expand_as(found)
-    if bool(found.any()):
-        yield "each", found
+def _ablations(directions: Float[Tensor, "place d_model"]) -> Iterator[tuple[str, Float[Tensor, "place d_model"]]]:
+    for place in range(1, len(directions)):
+        if bool(directions[place].any()):
+            yield f"after L{place - 1}", directions[place].expand_as(directions)
+    if bool(directions.any()):
+        yield "each", directions
 
 
 def _directions(
-    model: Model,
-    prompts: Prompts,
-    original: Callable[[], AbstractContextManager[Model]],
-    direction: Direction,
-    outliers: float,
+    model: Model, prompts: Prompts, original: Original, direction: Direction, outliers: float
 ) -> Float[Tensor, "place d_model"]:
-    """Unit vectors; zeros where the two models agree."""
+    """The direction at each place, as a unit vector; zeros where the two models agree."""
     after = _residuals(model, prompts)
     with original() as unedited:
         before = _residuals(unedited, prompts)
@@ -107,8 +99,8 @@ def _unit(
     differences = (after - before)[kept]
     if float(differences.norm()) <= 1e-5 * float(before[kept].norm()):  # rounding errors have a direction too
         return torch.zeros_like(before[0])
-    found = direction(differences)
-    return found / found.norm().clamp(min=torch.finfo(found.dtype).tiny)
+    vector = direction(differences)
+    return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def is_usual(activations: Float[Tensor, "token d_model"], outliers: float) -> Tensor:
@@ -118,10 +110,10 @@ def is_usual(activations: Float[Tensor, "token d_model"], outliers: float) -> Te
 
 
 def _residuals(model: Model, prompts: Prompts) -> list[Float[Tensor, "token d_model"]]:
-    """At each place, of every real token of every prompt."""
-    found: list[list[Tensor]] = []
+    """The residual stream at each place, for every real token of every prompt."""
+    batches: list[list[Tensor]] = []
     with preserved(model):
         for batch in prompts.to(device_of(model)).batches(64):
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions)
-            found.append([value[batch.attention_mask].float().cpu() for value in run.residuals])
-    return [torch.cat(values) for values in zip(*found, strict=True)]
+            batches.append([value[batch.attention_mask].float().cpu() for value in run.residuals])
+    return [torch.cat(values) for values in zip(*batches, strict=True)]

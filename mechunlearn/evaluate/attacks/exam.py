@@ -1,4 +1,4 @@
-"""What an attack may see, what it is asked at each point of its budget, and its strongest run as a result."""
+"""The exam of an attack: what it may train on, what it is asked at each budget, and its strongest run as a result."""
 
 import operator
 import random
@@ -19,7 +19,7 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
 Scores = Float[Tensor, "asked example"]
-"""Row 0: of the facts; row 1, if there is one: of the same questions about nobody."""
+"""The scores of one run: row 0 about the facts; row 1, if there is one, the same questions about nobody."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,14 @@ class Asked:
         return cls(tested.to(device), nobody and nobody.to(device), metric)
 
     def scores(self, logits: Callable[[Prompts], Tensor], *, batch_size: int = 64) -> Scores:
-        """Of the model whose logits these are. FloatingPointError if they are not finite."""
-        found = []
+        """The scores of the model whose logits these are. FloatingPointError if they are not finite."""
+        rows = []
         with torch.no_grad():
             for prompts in (self.tested, self.nobody):
                 if prompts is not None:
                     values = [self._values(logits(batch), batch) for batch in prompts.batches(batch_size)]
-                    found.append(torch.cat(values))
-        return torch.stack(found)
+                    rows.append(torch.cat(values))
+        return torch.stack(rows)
 
     def scores_of(self, model: Model) -> Scores:
         with preserved(model):
@@ -57,27 +57,28 @@ class Asked:
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:
-    """The result of an attack: at each point the run with the highest mean on the facts, and of the points the highest.
+    """The result of an attack at its strongest: the best run at each point of its budget, and the best point.
 
-    `runs`: point -> the scores of each run that got there. Its control has the scores of the same runs about nobody.
+    `runs`: point -> the scores of each run that got there; the best has the highest mean on the facts. The control has
+    the scores of the same runs about nobody.
     """
-    best = {point: max(found, key=lambda scores: float(scores[0].mean())) for point, found in runs.items() if found}
+    best = {point: max(tries, key=lambda scores: float(scores[0].mean())) for point, tries in runs.items() if tries}
     stacked = torch.stack(list(best.values()), -1)
-    alike = result_of(stacked[0, :, 0], asked.metric, asked.tested)
-    facts, *nobody = (Curve(tuple(best), scores, alike.sense, alike.chance, axis) for scores in stacked)
-    result = Result.strongest(facts, alike.sense, unit=alike.unit, names=alike.names)
+    meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)
+    facts, *nobody = (Curve(tuple(best), scores, meaning.sense, meaning.chance, axis) for scores in stacked)
+    result = Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names)
     if not nobody:
         return result
     chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
-    sense = f"{alike.sense}, about nobody"
-    return replace(result, control=Result(chosen, sense, alike.chance, alike.unit, alike.names, nobody[0]))
+    sense = f"{meaning.sense}, about nobody"
+    return replace(result, control=Result(chosen, sense, meaning.chance, meaning.unit, meaning.names, nobody[0]))
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
-    """The same questions and answers about nobody; None for prompts without subjects.
+    """The same questions and answers about made-up names; None for prompts without subjects.
 
-    Each token of a subject becomes the token at the same place in the subject of a random row of either set, so that a
-    made-up name has the parts of known ones and their lengths.
+    Each token of a name is replaced by the one at the same place in a random name of either set, so that made-up names
+    have the parts and the lengths of real ones.
     """
     if prompts.subject is None or others.subject is None:
         return None
@@ -88,8 +89,8 @@ def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | No
     for row, where in enumerate(prompts.subject):
         count = int(where.sum())
         drawn = torch.randint(len(pool), (count,), generator=generator).tolist()
-        found = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
-        tokens[row, where] = torch.tensor(found, dtype=tokens.dtype, device=tokens.device)
+        drawn_tokens = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
+        tokens[row, where] = torch.tensor(drawn_tokens, dtype=tokens.dtype, device=tokens.device)
     return replace(prompts, tokens=tokens, corrupt=None, texts=())
 
 
@@ -98,11 +99,11 @@ def _subjects(tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
 
 
 def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Prompts, Prompts]:
-    """Prompts that an attack may train on, and those that test it, about other facts.
+    """The prompts that an attack may train on, and those about other facts that test it.
 
-    Tested are the forgotten facts of the test split in `format` (default: the first, the trained prompt); an attack
-    trains on `task.forget`. Where the two share facts, as in tasks that forget single athletes, a random half of the
-    names is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
+    It trains on `task.forget` and is tested on the forgotten facts of the test split in `format` (default: the first,
+    the trained prompt). Where the two share facts, as in tasks that forget single athletes, a random half of the names
+    is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
     ValueError for prompts without names and for too few facts to split.
     """
     tested = formatted(task, format)
@@ -122,12 +123,12 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
 
 
 def formatted(task: Task, format: str | None) -> Prompts:
-    """The forgotten facts of the test split, asked so; ValueError if the task has no such format."""
+    """The forgotten facts of the test split in a format; ValueError if the task has no such format."""
     return side_of(task, format=format)
 
 
 def check_apart(trained: Prompts, tested: Prompts) -> None:
-    """ValueError if an attack has seen what it is tested on."""
+    """ValueError if an attack trains on a fact that it is tested on, or if names to tell that are missing."""
     shared = sorted(set(trained.names) & set(tested.names))
     if shared or not (trained.names and tested.names):
         raise ValueError(

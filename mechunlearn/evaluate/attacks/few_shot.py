@@ -1,4 +1,4 @@
-"""Attack: put answered questions about other facts before the question."""
+"""Few-shot: an attack that puts answered questions about other facts before the question."""
 
 import warnings
 from collections.abc import Sequence
@@ -27,33 +27,33 @@ def few_shot(
 ) -> Result:
     """Accuracy on forgotten facts after answered questions about *other* facts: a point per number, and the best.
 
-    A demonstration is a question in the words of the tested format with its true answer, on lines of its own; lines of
-    a prompt above the one with the subject (a system prompt, an example) stay on top. Each tested prompt has its own
-    demonstrations, drawn with `seed`; with more of them the earlier ones stay. None is about a fact that is tested.
+    A demonstration is a question in the words of the tested format with its true answer. Demonstrations stand above the
+    line with the subject, below the lines that come before it (a system prompt, an example). Each tested prompt has its
+    own, drawn with `seed` from the attack's half; with more of them the earlier ones stay.
 
-    They are facts of the attack's half. If all of these have one answer (a whole sport), repeating it would suggest it
-    for anything, so facts to retain join them, and answers take turns in random order. `balanced=False`: the attack's
-    half alone, whatever its answers. `demonstrations` takes their place: prompts from text in the tested format, about
-    other facts. Formats with other answers than the trained prompt, such as multiple choice, need them for a whole
-    sport.
+    - `shots`: the numbers of demonstrations. Those for which there are too few facts, or whose prompts are longer than
+      the model's context, are left out of the curve with a warning.
+    - `balanced`: if all facts of the attack's half have one answer (a whole sport), facts to retain join them and
+      answers take turns, since one answer repeated would suggest itself for anything. False: the attack's half alone.
+    - `demonstrations`: prompts from text in the tested format to show instead. Formats with other answers than the
+      trained prompt, such as multiple choice, need them for a whole sport.
 
-    Numbers for which there are too few facts, or whose prompts are longer than the model's context, are left out of the
-    curve with a warning. The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland
-    2024, https://arxiv.org/abs/2411.12103, with five. Cost: for each number a forward of the tested prompts with their
+    The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland 2024,
+    https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with their
     demonstrations. ValueError for prompts without texts, and for a format that needs `demonstrations`.
     """
     check_model(model)
     trained, tested = halves(task, format=format, seed=seed)
     if demonstrations is None:
-        found = demonstrations_for(model, task, trained, tested, format=format, balanced=balanced)
+        facts = demonstrations_for(model, task, trained, tested, format=format, balanced=balanced)
     else:
-        found = demonstrations_of(model, demonstrations, tested)
+        facts = demonstrations_of(model, demonstrations, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
-    orders = [drawn(found, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
+    orders = [drawn(facts, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
     runs = {"0": [asked.scores_of(model)]}
     for count in sorted({*shots} - {0}):
         prompts = shown_before(model, tested, [order[:count] for order in orders])
-        if _fits(model, prompts, count, len(found)):
+        if _fits(model, prompts, count, len(facts)):
             nobody = made_up(prompts, task.retain, seed=seed)
             runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
     return worst_case(runs, asked, axis="demonstrations")
@@ -70,10 +70,10 @@ def _fits(model: Model, prompts: Prompts, count: int, available: int) -> bool:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An answered question."""
+    """An answered question, which is shown before the tested one."""
 
     lines: str
-    """The question, from the line with its subject on."""
+    """The question from the line with its subject on, without what a format puts above it."""
     answer: str
 
     def __str__(self) -> str:
@@ -83,32 +83,33 @@ class Demonstration:
 def demonstrations_for(
     model: Model, task: Task, trained: Prompts, tested: Prompts, *, format: str | None, balanced: bool
 ) -> list[Demonstration]:
-    """The attack's half in the words of the format; facts to retain too, if all of it has one answer."""
+    """The facts of the attack's half in the words of the format, and facts to retain if all of it has one answer."""
     first = format is None or format == next(iter(task.formats))
     same = [row for row, name in enumerate(formatted(task, format).names) if name in set(trained.names)]
     if same:
-        found = demonstrations_of(model, formatted(task, format)[same], tested)
+        demonstrations = demonstrations_of(model, formatted(task, format)[same], tested)
     elif first:
-        found = demonstrations_of(model, trained, tested)
+        demonstrations = demonstrations_of(model, trained, tested)
     else:
-        found = _reworded(model, trained, tested)
-    if balanced and len({shown.answer for shown in found}) == 1:
-        found += demonstrations_of(model, task.retain if first else task.formats[str(format)].retain, tested)
-    return found
+        demonstrations = _reworded(model, trained, tested)
+    if balanced and len({shown.answer for shown in demonstrations}) == 1:
+        demonstrations += demonstrations_of(model, task.retain if first else task.formats[str(format)].retain, tested)
+    return demonstrations
 
 
 def demonstrations_of(model: Model, prompts: Prompts, tested: Prompts) -> list[Demonstration]:
-    """The prompts in their own words. ValueError if one is about a fact that is tested."""
+    """The prompts as demonstrations. ValueError if one is about a fact that is tested."""
     check_apart(prompts, tested)
     answers = zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True)
     return [Demonstration(text[_line(text, name) :], answer) for answer, text, name in answers]
 
 
-def drawn(found: Sequence[Demonstration], balanced: bool, rng: Random) -> list[Demonstration]:
-    """All of them in random order; balanced, with answers taking turns."""
-    shuffled = rng.sample(found, len(found))
+def drawn(demonstrations: Sequence[Demonstration], balanced: bool, rng: Random) -> list[Demonstration]:
+    """The demonstrations in random order; if balanced, with answers taking turns."""
+    shuffled = rng.sample(demonstrations, len(demonstrations))
     if not balanced:
         return shuffled
+    # The n-th demonstration of each answer comes before the (n+1)-th of any, answers in the order of their first.
     turns: dict[str, int] = {}
     places = []
     for shown in shuffled:
@@ -116,7 +117,7 @@ def drawn(found: Sequence[Demonstration], balanced: bool, rng: Random) -> list[D
         places.append(turns[shown.answer])
     order = list(turns)
     ranked = zip(places, (order.index(shown.answer) for shown in shuffled), shuffled, strict=True)
-    return [shown for _, _, shown in sorted(ranked, key=lambda each: each[:2])]
+    return [shown for _, _, shown in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demonstration]]) -> Prompts:
@@ -124,18 +125,19 @@ def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demons
     answers, texts, ranges = _answers(model, prompts), [], []
     for text, name, demonstrations in zip(prompts.texts, prompts.names, shown, strict=True):
         start = _line(text, name)
+        # Below a system prompt or example, which stays on top, and above the line with the subject.
         texts.append(text[:start] + "".join(map(str, demonstrations)) + text[start:])
         begin = len(texts[-1]) - len(text) + text.rfind(name)
         ranges.append((begin, begin + len(name)))
-    made = build(model, texts, answers, subjects=ranges)
-    if not made.answers.equal(prompts.answers.to(made.answers)):
+    built = build(model, texts, answers, subjects=ranges)
+    if not built.answers.equal(prompts.answers.to(built.answers)):
         raise ValueError("expected answers of the same tokens behind demonstrations, got others: use another format.")
     candidates = None if prompts.candidates is None else prompts.candidates.to(device_of(model))
-    return replace(made, candidates=candidates)
+    return replace(built, candidates=candidates)
 
 
 def _reworded(model: Model, trained: Prompts, tested: Prompts) -> list[Demonstration]:
-    """In the words that all tested prompts share, if these have the same answers."""
+    """Facts of the attack's half in the words that all tested prompts share; ValueError if they share none."""
     _check_texts(tested)
     words = {text.replace(name, "\0") for text, name in zip(tested.texts, tested.names, strict=True)}
     if len(words) > 1 or _choices(trained) != _choices(tested):

@@ -1,5 +1,8 @@
 """Relearning by full fine-tuning: on some forgotten facts, on a few of them, or on harmless text."""
 
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 import itertools
 import operator
 import random
@@ -8,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
@@ -25,36 +28,76 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, pack
 from mechunlearn.training import MakesOptimizer, Term, adamw, fit
+from mechunlearn.training.options import with_options
 from mechunlearn.weights import Entries, Values, exclusively, read, select, write
 
 
-def relearn(
-    model: Model,
-    task: Task,
-    *,
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    steps: int = 100,
-    batch_size: int = 4,
-    warmup: float = 0.1,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 0.0,
-    text_batch_size: int = 4,
-    at: Sequence[int] | None = None,
-    format: str | None = None,
-    metric: Metric = candidate_probability,
-    optimizer: MakesOptimizer = adamw,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
-) -> Result:
+class AttackOptions(TypedDict, total=False):
+    """What every attack that trains takes. Of each option: type, default, sentence."""
+
+    learning_rates: Annotated[
+        Sequence[float],
+        (1e-4, 3e-4, 1e-3),
+        "There is a run for each learning rate, and at each point the best of them counts.",
+    ]
+    steps: Annotated[int, 100, "Each run takes this many steps."]
+    batch_size: Annotated[int, 4, "A batch of facts has this many prompts."]
+    micro_batch_size: Annotated[
+        int | None, None, "This many prompts go through the model at once; None takes the whole batch."
+    ]
+    retain_coefficient: Annotated[float, 1.0, "The loss on retained facts is multiplied by it."]
+    seed: Annotated[
+        int, 0, "It decides which facts are trained on, the order of the batches, and the made-up names of the control."
+    ]
+
+
+class QuestionOptions(TypedDict, total=False):
+    """What the attacked model is asked, and when."""
+
+    at: Annotated[
+        Sequence[int] | None,
+        None,
+        "The facts are asked after these numbers of steps, by default 0, 1, 2, 4, ... and the last.",
+    ]
+    format: Annotated[str | None, None, "The facts are asked in this format of the task, by default the first."]
+    metric: Annotated[Metric, candidate_probability, "The answers are scored by it."]
+
+
+class TextOptions(TypedDict, total=False):
+    """Text in the mix. Rows that name a tested fact are left out."""
+
+    text_coefficient: Annotated[float, 0.0, "The loss on `task.text` is multiplied by it."]
+    text_batch_size: Annotated[int, 4, "A batch of text has this many rows."]
+
+
+class WeightOptions(TypedDict, total=False):
+    """How all weights of attention and MLPs are trained."""
+
+    warmup: Annotated[float, 0.1, "The learning rate rises for this share of the steps, then falls along a cosine."]
+    optimizer: Annotated[MakesOptimizer, adamw, "A torch optimizer class, or any function of parameters and `lr`."]
+
+
+class RunsOptions(AttackOptions, TextOptions, WeightOptions, total=False):
+    """The options of `relearn_and_ask`, which is given what to ask."""
+
+
+class RelearnOptions(RunsOptions, QuestionOptions, total=False):
+    """The options of `relearn` and `relearn_few`."""
+
+
+class BenignOptions(AttackOptions, WeightOptions, QuestionOptions, total=False):
+    """The options of `relearn_benign`, whose text has a coefficient of 1."""
+
+
+@with_options()
+def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Result:
     """Accuracy on forgotten facts after training on *other* forgotten facts: the worst case over rates and steps.
 
         loss = relearned + retain_coefficient * retained + text_coefficient * text
 
-    each a mean cross-entropy over answer tokens, in nats, on what `halves(task, seed=seed)` leaves to train on, on
-    `task.retain` and on `task.text` without the rows that name a tested fact. Trained are all weights of attention and
-    MLPs; embeddings, norms, biases and the unembedding are not. The schedule rises for a share `warmup` of the steps
-    and falls along a cosine; gradients are clipped at norm 1. `at`: after how many steps the facts are asked, in
-    `format` (default: the trained prompt) by `metric`; by default after 0, 1, 2, 4, ... and the last.
+    Each is a mean cross-entropy over answer tokens, in nats, on what `halves(task, seed=seed)` leaves to train on, on
+    `task.retain` and on `task.text` without the rows that name a tested fact. All weights of attention and MLPs are
+    trained; embeddings, norms, biases and the unembedding are not. Gradients are clipped at norm 1.
 
     The curve has, at each step, the learning rate that does best there; the value is its highest point. A rate that
     diverges counts up to the step where it does. `control` has the same questions about made-up subjects, put to the
@@ -69,21 +112,7 @@ def relearn(
     The weights are put back bit for bit, also after a failure; a copy of those that are trained is kept for it.
     ValueError for too few facts, an unknown format, prompts without names, processed or quantised weights.
     """
-    return relearn_and_ask(
-        model,
-        task,
-        [Question(format, metric, at)],
-        learning_rates=learning_rates,
-        steps=steps,
-        batch_size=batch_size,
-        warmup=warmup,
-        retain_coefficient=retain_coefficient,
-        text_coefficient=text_coefficient,
-        text_batch_size=text_batch_size,
-        optimizer=optimizer,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-    )[0]
+    return _answers(model, task, [Question(options["format"], options["metric"], options["at"])], options)[0]
 
 
 @dataclass(frozen=True)
@@ -91,74 +120,48 @@ class Question:
     """What `relearn_and_ask` asks about the facts that it does not train on."""
 
     format: str | None = None
-    """Of the task; default: the first, the trained prompt."""
+    """Of the task; by default the first."""
     metric: Metric = candidate_probability
     at: Sequence[int] | None = None
     """After how many steps; by default after 0, 1, 2, 4, ... and the last."""
 
 
+@with_options()
 def relearn_and_ask(
-    model: Model,
-    task: Task,
-    questions: Sequence[Question],
-    *,
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    steps: int = 100,
-    batch_size: int = 4,
-    warmup: float = 0.1,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 0.0,
-    text_batch_size: int = 4,
-    optimizer: MakesOptimizer = adamw,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
+    model: Model, task: Task, questions: Sequence[Question], **options: Unpack[RunsOptions]
 ) -> list[Result]:
     """For each question what `relearn` gives with its format, metric and steps, bit for bit, but trained once for all.
 
     A format may lack facts, which leaves others to train on: questions share a run where what is trained on is the
     same. Everything else, cost and errors included, is as for `relearn`.
     """
-    runs: dict[object, list[tuple[int, Prompts, Prompts]]] = {}
+    return _answers(model, task, questions, options)
+
+
+def _answers(model: Model, task: Task, questions: Sequence[Question], options: RunsOptions) -> list[Result]:
+    """Train on each half of the facts once, and ask all questions that leave this half to train on."""
+    seed, steps = options["seed"], options["steps"]
+    sharing: dict[object, list[tuple[int, Prompts, Prompts]]] = {}
     for place, question in enumerate(questions):
         trained, tested = halves(task, format=question.format, seed=seed)
-        named = frozenset(tested.names) if text_coefficient else None  # rows of text that name them are left out
-        runs.setdefault((trained.names, named), []).append((place, trained, tested))
-    tuning = Tuning(learning_rates, warmup, optimizer, micro_batch_size, seed)
-    coefficients = (1.0, retain_coefficient, text_coefficient)
-    sizes = (batch_size, batch_size, text_batch_size)
-    found: dict[int, Result] = {}
-    for run in runs.values():
-        # The terms are alike, but each is checked to be apart from what its question is about.
-        terms, *_ = [
-            relearning_terms(model, task, trained, tested, coefficients=coefficients, batch_sizes=sizes)
-            for _, trained, tested in run
-        ]
-        asked = [Asked.of(model, task, tested, metric=questions[place].metric, seed=seed) for place, _, tested in run]
+        named = frozenset(tested.names) if options["text_coefficient"] else None  # text that names them is left out
+        sharing.setdefault((trained.names, named), []).append((place, trained, tested))
+    results: dict[int, Result] = {}
+    for run in sharing.values():
+        terms: list[Term] = []
+        for _, trained, tested in reversed(run):  # the first's terms remain; each is checked to be apart from its test
+            terms = _mixed(model, task, trained, tested, options)
+        asked = [Asked.of(model, task, told, metric=questions[place].metric, seed=seed) for place, _, told in run]
         points = [measured_at(steps, questions[place].at) for place, *_ in run]
-        scores = tuning.several_scores(model, terms, list(zip(asked, points, strict=True)), steps=steps)
-        for (place, *_), own, about in zip(run, scores, asked, strict=True):
-            found[place] = worst_case(own, about, axis="steps")
-    return [found[place] for place in range(len(questions))]
+        scores = Tuning.of(options).several_scores(model, terms, list(zip(asked, points, strict=True)), steps=steps)
+        for (place, *_), by_step, about in zip(run, scores, asked, strict=True):
+            results[place] = worst_case(by_step, about, axis="steps")
+    return [results[place] for place in range(len(questions))]
 
 
+@with_options(steps=20)
 def relearn_few(
-    model: Model,
-    task: Task,
-    *,
-    examples: Sequence[int] | None = None,
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    steps: int = 20,
-    batch_size: int = 4,
-    warmup: float = 0.1,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 0.0,
-    text_batch_size: int = 4,
-    at: Sequence[int] | None = None,
-    format: str | None = None,
-    metric: Metric = candidate_probability,
-    optimizer: MakesOptimizer = adamw,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
+    model: Model, task: Task, *, examples: Sequence[int] | None = None, **options: Unpack[RelearnOptions]
 ) -> Result:
     """`relearn` with 1, 2, 4, ... other forgotten facts: the curve is over how many, each in its worst case.
 
@@ -170,66 +173,64 @@ def relearn_few(
     what was unlearned, undo much. Cost: `relearn`'s for each number. Errors: `relearn`'s, and ValueError for more
     examples than there are.
     """
-    trained, tested = halves(task, format=format, seed=seed)
+    trained, tested = halves(task, format=options["format"], seed=options["seed"])
     if examples is None:
         examples = [count for count in (1, 2, 4, 8, 16) if count <= len(trained)]
-    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
-    tuning = Tuning(learning_rates, warmup, optimizer, micro_batch_size, seed)
+    asked = Asked.of(model, task, tested, metric=options["metric"], seed=options["seed"])
     runs: dict[str, list[Scores]] = {"0": [asked.scores_of(model)]}
     for count in examples:
-        terms = relearning_terms(
-            model,
-            task,
-            some_of(trained, count, seed=seed),
-            tested,
-            coefficients=(1.0, retain_coefficient, text_coefficient),
-            batch_sizes=(batch_size, batch_size, text_batch_size),
-        )
-        found = tuning.scores(model, terms, asked, steps=steps, at=measured_at(steps, at))
-        runs[str(count)] = [scores for reached in found.values() for scores in reached]
+        terms = _mixed(model, task, some_of(trained, count, seed=options["seed"]), tested, options)
+        points = measured_at(options["steps"], options["at"])
+        by_step = Tuning.of(options).scores(model, terms, asked, steps=options["steps"], at=points)
+        runs[str(count)] = [scores for reached in by_step.values() for scores in reached]
     return worst_case(runs, asked, axis="examples")
 
 
+@with_options(steps=50)
 def relearn_benign(
     model: Model,
     task: Task,
     *,
     text: Iterable[str | Sequence[int]] | None = None,
     text_length: int = 64,
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    steps: int = 50,
-    batch_size: int = 4,
-    warmup: float = 0.1,
-    retain_coefficient: float = 1.0,
-    at: Sequence[int] | None = None,
-    format: str | None = None,
-    metric: Metric = candidate_probability,
-    optimizer: MakesOptimizer = adamw,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
+    **options: Unpack[BenignOptions],
 ) -> Result:
     """Accuracy on all forgotten facts after training on text and retained facts: in the worst case.
 
     `text` (default: `task.text`) is packed to rows of `text_length` tokens; rows that name a forgotten fact are left
-    out. With `retain_coefficient=0` it is text alone. No answer is taught for any forgotten fact, so what comes back
-    was there; this also holds where one answer is forgotten, such as a whole sport, and `relearn` teaches it.
+    out. A batch of it has `batch_size` rows. With `retain_coefficient=0` it is text alone. No answer is taught for any
+    forgotten fact, so what comes back was there; this also holds where one answer is forgotten, such as a whole sport,
+    and `relearn` teaches it.
 
     Hu et al. 2024 (https://arxiv.org/abs/2406.13356). Everything else is as for `relearn`, and so are cost and errors.
     """
-    tested = formatted(task, format)
+    tested, size = formatted(task, options["format"]), options["batch_size"]
     terms = relearning_terms(
         model,
         task,
         None,
         tested,
-        coefficients=(0.0, retain_coefficient, 1.0),
-        batch_sizes=(batch_size, batch_size, batch_size),
+        coefficients=(0.0, options["retain_coefficient"], 1.0),
+        batch_sizes=(size, size, size),
         text=None if text is None else pack(model, text, length=text_length),
     )
-    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
-    tuning = Tuning(learning_rates, warmup, optimizer, micro_batch_size, seed)
-    runs = tuning.scores(model, terms, asked, steps=steps, at=measured_at(steps, at))
+    asked = Asked.of(model, task, tested, metric=options["metric"], seed=options["seed"])
+    points = measured_at(options["steps"], options["at"])
+    runs = Tuning.of(options).scores(model, terms, asked, steps=options["steps"], at=points)
     return worst_case(runs, asked, axis="steps")
+
+
+def _mixed(model: Model, task: Task, trained: Prompts, tested: Prompts, options: RunsOptions) -> list[Term]:
+    """The facts that are relearned, with the retained facts and the text that the options ask for."""
+    size = options["batch_size"]
+    return relearning_terms(
+        model,
+        task,
+        trained,
+        tested,
+        coefficients=(1.0, options["retain_coefficient"], options["text_coefficient"]),
+        batch_sizes=(size, size, options["text_batch_size"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ class Tuning:
     micro_batch_size: int | None
     seed: int
 
+    @classmethod
+    def of(cls, options: BenignOptions | RunsOptions) -> "Tuning":
+        rates, warmup, optimizer = options["learning_rates"], options["warmup"], options["optimizer"]
+        return cls(rates, warmup, optimizer, options["micro_batch_size"], options["seed"])
+
     def scores(
         self, model: Model, terms: Sequence[Term], asked: Asked, *, steps: int, at: Sequence[int]
     ) -> dict[str, list[Scores]]:
@@ -253,18 +259,18 @@ class Tuning:
         self, model: Model, terms: Sequence[Term], questions: Sequence[tuple[Asked, Sequence[int]]], *, steps: int
     ) -> list[dict[str, list[Scores]]]:
         """The same for several questions about the same runs, each with the steps at which it is asked."""
-        found: list[dict[str, list[Scores]]] = [{str(step): [] for step in at} for _, at in questions]
-        for own, (asked, _) in zip(found, questions, strict=True):
-            own["0"] = [asked.scores_of(model)]
+        answers: list[dict[str, list[Scores]]] = [{str(step): [] for step in at} for _, at in questions]
+        for by_step, (asked, _) in zip(answers, questions, strict=True):
+            by_step["0"] = [asked.scores_of(model)]
 
         def on_step(row: Mapping[str, Any]) -> None:
             done = row["step"] + 1
-            for own, (asked, at) in zip(found, questions, strict=True):
+            for by_step, (asked, at) in zip(answers, questions, strict=True):
                 if done in at:
-                    own[str(done)].append(asked.scores_of(model))
+                    by_step[str(done)].append(asked.scores_of(model))
 
         for rate in check_rates(self.learning_rates):
-            with _taken_back(model) as (entries, original), suppress(FloatingPointError):
+            with _all_weights(model) as (entries, original), suppress(FloatingPointError):
                 fit(
                     model,
                     entries,
@@ -278,11 +284,11 @@ class Tuning:
                     progress=False,
                     on_step=on_step,
                 )
-        return found
+        return answers
 
 
 @contextmanager
-def _taken_back(model: Model) -> Iterator[tuple[list[Entries], Values]]:
+def _all_weights(model: Model) -> Iterator[tuple[list[Entries], Values]]:
     """Inside, all weights of attention and MLPs may move; after, they are what they were, bit for bit."""
     sizes = shape(model)
     parts = [f"L{layer}{kind}" for layer in range(sizes.n_layers) for kind in ("ATTN", "MLP")]
@@ -300,15 +306,15 @@ def _warmed_up(optimizer: MakesOptimizer, steps: int) -> MakesOptimizer:
     """The same with a learning rate that rises to the scheduled one over the first steps."""
 
     def make(parameters: Sequence[torch.Tensor], *, lr: float) -> Optimizer:
-        made, step = optimizer(parameters, lr=lr), itertools.count(1)
+        inner, step = optimizer(parameters, lr=lr), itertools.count(1)
 
-        def hold_back(found: Optimizer, *_: Any) -> None:
+        def hold_back(stepping: Optimizer, *_: Any) -> None:
             share = min(1.0, next(step) / max(1, steps))
-            for group in found.param_groups:
-                group["lr"] *= share
+            for group in stepping.param_groups:
+                group["lr"] *= share  # `fit` sets the scheduled rate anew before each step
 
-        made.register_step_pre_hook(hold_back)
-        return made
+        inner.register_step_pre_hook(hold_back)
+        return inner
 
     return make
 
@@ -349,8 +355,8 @@ def unnamed(model: Model, text: Int[Tensor, "row pos"], tested: Prompts) -> Int[
             "model.tokenizer, or attack without text."
         )
     names = "|".join(re.escape(name.strip()) for name in set(tested.names))
-    found = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
-    kept = [row for row, words in enumerate(model.tokenizer.batch_decode(text)) if not found.search(words)]
+    name = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+    kept = [row for row, words in enumerate(model.tokenizer.batch_decode(text)) if not name.search(words)]
     if not kept:
         raise ValueError(
             f"expected text that does not name the tested facts, got {len(text)} rows that all do: take other text."

@@ -1,28 +1,44 @@
 """Relearning by LoRA on an exported copy: train on some forgotten facts, ask about the others."""
 
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
-from mechunlearn.evaluate.attacks.relearning import check_rates, measured_at, relearning_terms, some_of
+from mechunlearn.evaluate.attacks.relearning import (
+    AttackOptions,
+    QuestionOptions,
+    TextOptions,
+    check_rates,
+    measured_at,
+    relearning_terms,
+    some_of,
+)
 from mechunlearn.evaluate.results import Result
-from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, device_of, differentiable
 from mechunlearn.model.huggingface import exported, exported_logits
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.training import Term
+from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
 
 
+class LoraOptions(AttackOptions, TextOptions, QuestionOptions, total=False):
+    """The options that `relearn_lora` shares with the other attacks that relearn."""
+
+
+@with_options(learning_rates=(2e-4,), steps=20, batch_size=32, text_coefficient=1.0, text_batch_size=16)
 def relearn_lora(
     model: Model,
     task: Task,
@@ -31,24 +47,14 @@ def relearn_lora(
     alpha: float = 32.0,
     dropout: float = 0.05,
     examples: int | None = None,
-    learning_rates: Sequence[float] = (2e-4,),
-    steps: int = 20,
     relearn_coefficient: float = 1.0,
-    retain_coefficient: float = 1.0,
-    text_coefficient: float = 1.0,
-    batch_size: int = 32,
-    text_batch_size: int = 16,
-    at: Sequence[int] | None = None,
-    format: str | None = None,
-    metric: Metric = candidate_probability,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
+    **options: Unpack[LoraOptions],
 ) -> Result:
     """Accuracy on forgotten facts after LoRA training on *other* forgotten facts: the worst case over rates and steps.
 
         loss = relearn_coefficient * relearned + retain_coefficient * retained + text_coefficient * text
 
-    as for `relearn`, whose words on `at`, the curve, `control` and divergence hold here too. By PEFT on a copy of the
+    as for `relearn`, whose words on the curve, `control` and divergence hold here too. PEFT trains a copy of the
     model, exported to a temporary folder that is removed whatever happens: adapters on all linear layers but the
     unembedding, AdamW without weight decay, cosine schedule, no clipping. Dropout acts on the adapters' inputs alone.
     `examples`: train on this many of the forgotten facts only.
@@ -61,26 +67,27 @@ def relearn_lora(
     ImportError without PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be
     exported (`relearn` takes one), for more examples than there are, and as for `relearn`.
     """
-    adapted = _peft(rank, alpha, dropout)
-    trained, tested = halves(task, format=format, seed=seed)
+    adapted, seed, steps = _peft(rank, alpha, dropout), options["seed"], options["steps"]
+    trained, tested = halves(task, format=options["format"], seed=seed)
     trained = some_of(trained, examples, seed=seed)
     terms = relearning_terms(
         model,
         task,
         trained,
         tested,
-        coefficients=(relearn_coefficient, retain_coefficient, text_coefficient),
-        batch_sizes=(batch_size, batch_size, text_batch_size),
+        coefficients=(relearn_coefficient, options["retain_coefficient"], options["text_coefficient"]),
+        batch_sizes=(options["batch_size"], options["batch_size"], options["text_batch_size"]),
     )
-    asked, points = Asked.of(model, task, tested, metric=metric, seed=seed), measured_at(steps, at)
-    found: dict[str, list[Scores]] = {str(step): [] for step in points}
+    asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
+    points, micro_batch_size = measured_at(steps, options["at"]), options["micro_batch_size"]
+    runs: dict[str, list[Scores]] = {str(step): [] for step in points}
     with differentiable(model), exported(model) as copy:
-        for rate in check_rates(learning_rates):
+        for rate in check_rates(options["learning_rates"]):
             with adapted(copy, seed) as factors:
                 training = _Training(copy, terms, device_of(model), factors, rate, steps, micro_batch_size, seed)
                 for step, scores in training.scores(asked, points):
-                    found[str(step)].append(scores)
-    return worst_case(found, asked, axis="steps")
+                    runs[str(step)].append(scores)
+    return worst_case(runs, asked, axis="steps")
 
 
 relearn_halves = partial(relearn_lora, at=(0, 10, 20))
@@ -147,8 +154,8 @@ class _Training:
             for step in range(self.steps + 1):
                 if step in at:
                     with self._without_dropout():
-                        found = asked.scores(self._logits)
-                    yield step, found
+                        scores = asked.scores(self._logits)
+                    yield step, scores
                 if step < self.steps:
                     for term, rows in batches:
                         self._backward(term, next(rows))

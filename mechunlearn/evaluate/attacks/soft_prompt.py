@@ -1,4 +1,4 @@
-"""Attack: learned input vectors in front of the prompt that bring the forgotten answers out."""
+"""Soft prompt: an attack that learns input vectors before the prompt which bring the forgotten answers out."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -39,19 +39,20 @@ def soft_prompt(
 ) -> Result:
     """Accuracy on forgotten facts behind a soft prompt that was trained on *other* forgotten facts, along its training.
 
-    `n_vectors` input vectors go between BOS and the text of every prompt, in place of token embeddings. They minimise
+    `n_vectors` input vectors stand between BOS and the text of every prompt, in place of token embeddings. They
+    minimise
 
         mean -log p(answer) over the attack's half + retain_coefficient * the same over `task.retain`
 
-    with `batch_size` facts of each side at a step, and after each step every vector is put back into the ball
-    |v| <= `radius` (default: the mean norm of the prompts' token embeddings, as the first layer sees them). The
-    retained facts keep it from always saying the forgotten answer, which would be enough where all forgotten facts have
-    the same one. It may still learn to say it of everybody whom the model does not know: the control has the same
-    questions about nobody, and a model that never knew the facts shows what a soft prompt teaches
-    (https://arxiv.org/abs/2502.15836 elicit strings that no model had seen).
+    - `batch_size`: how many facts of each side a step has.
+    - `radius`: after each step, every vector is put back into the ball |v| <= radius. Default: the mean norm of the
+      prompts' token embeddings, as the first layer sees them.
+    - `restarts`: each begins at the embeddings of other random tokens of the attack's half. The one with the lowest
+      loss on its own training facts is reported.
+    - `every`: the steps between two points of the curve, of which the tested facts choose the best.
 
-    Each restart begins at the embeddings of other random tokens of the attack's half. The one with the lowest loss on
-    the facts that it was trained on is reported; of the curve over steps the tested facts choose the best. Guo et al.
+    The retained facts keep the prompt from always saying the forgotten answer. It may still learn to say it of
+    everybody whom the model does not know (https://arxiv.org/abs/2502.15836): the control asks about nobody. Guo et al.
     2025, https://arxiv.org/abs/2410.12949, train keys and values of an attention behind the embeddings instead, with
     radius 6, learning rate 1e-5, 128 steps of 16 facts, 4 restarts and no retained facts.
 
@@ -61,18 +62,18 @@ def soft_prompt(
     check_model(model)
     _check_positive(n_vectors=n_vectors, steps=steps, batch_size=batch_size, restarts=restarts, every=every)
     trained, tested = halves(task, format=format, seed=seed)
-    for seen in (trained, task.retain):
-        check_apart(seen, tested)
+    for prompts in (trained, task.retain):
+        check_apart(prompts, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     start = min(n_bos(model, prompts) for prompts in (trained, task.retain, tested))
     reach = mean_norm(model, trained) if radius is None else radius
     _check_positive(radius=reach)
     sides = [with_room(model, prompts, n_vectors, start) for prompts in (trained, task.retain)]
-    search = Search(model, sides[0], sides[1], n_vectors, start, reach, retain_coefficient, batch_size)
+    training = VectorTraining(model, sides[0], sides[1], n_vectors, start, reach, retain_coefficient, batch_size)
     attempts = []
     for restart in tqdm(range(restarts), desc="soft prompt", disable=not progress, leave=False):
-        found = search.run(steps, every, learning_rate, optimizer, seed=1000 * seed + restart)
-        attempts.append((search.loss(found[steps]), found))
+        snapshots = training.run(steps, every, learning_rate, optimizer, seed=1000 * seed + restart)
+        attempts.append((training.loss(snapshots[steps]), snapshots))
     best = min(attempts, key=lambda attempt: attempt[0])[1]
     runs = {"0": [asked.scores_of(model)]}
     nobody = asked.nobody and with_room(model, asked.nobody, n_vectors, start)
@@ -90,8 +91,8 @@ def _check_positive(**numbers: int | float) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
-    """What input vectors are trained on. Prompts have room for them at `start`."""
+class VectorTraining:
+    """The training of input vectors; both sets of prompts have room for them at `start`."""
 
     model: Model
     forgotten: Prompts
@@ -106,7 +107,7 @@ class Search:
         self, steps: int, every: int, learning_rate: float, optimizer: Callable[..., Optimizer], *, seed: int
     ) -> dict[int, Float[Tensor, "vector d_model"]]:
         """The vectors after each `every` steps, and after the last."""
-        generator, found = torch.Generator().manual_seed(operator.index(seed)), {}
+        generator, snapshots = torch.Generator().manual_seed(operator.index(seed)), {}
         with differentiable(self.model):
             vectors = within(self._tokens(generator), self.radius).requires_grad_()
             moving = optimizer([vectors], lr=learning_rate)
@@ -120,11 +121,11 @@ class Search:
                 with torch.no_grad():
                     vectors.copy_(within(vectors, self.radius))
                 if step % every == 0 or step == steps:
-                    found[step] = vectors.detach().clone()
-        return found
+                    snapshots[step] = vectors.detach().clone()
+        return snapshots
 
     def loss(self, vectors: Float[Tensor, "vector d_model"]) -> float:
-        """On the whole attack's half, and as many retained facts."""
+        """The loss on the whole attack's half and as many retained facts."""
         total = 0.0
         with preserved(self.model), torch.no_grad():
             for rows in torch.arange(len(self.forgotten)).split(64):
@@ -157,11 +158,12 @@ def within(vectors: Float[Tensor, "vector d_model"], radius: float) -> Float[Ten
 
 
 def with_room(model: Model, prompts: Prompts, count: int, start: int) -> Prompts:
-    """The prompts with `count` more tokens behind the first `start`, padding on the right, on the model's device.
+    """The prompts with room for `count` vectors after the first `start` tokens, padded on the right.
 
     ValueError if they become longer than the model's context.
     """
     prompts = prompts.to(device_of(model))
+    # Padding moves to the right first: then the room is in the same columns of every row.
     begin = prompts.attention_mask.int().argmax(1, keepdim=True)
     real = _inserted(_shifted(prompts.attention_mask, begin, fill=False), count, start)
     if real.shape[1] > model.cfg.n_ctx:
@@ -182,22 +184,23 @@ def n_bos(model: Model, prompts: Prompts) -> int:
 
 
 def mean_norm(model: Model, prompts: Prompts) -> float:
-    """Of the embeddings of the prompts' tokens, as the first layer sees them (without learned positions)."""
+    """The mean norm of the prompts' token embeddings, as the first layer sees them (without learned positions)."""
     prompts = prompts.to(device_of(model))
     with preserved(model):
-        found = embeddings(model, prompts.tokens, prompts.attention_mask)[prompts.attention_mask]
-    return float(found.float().norm(dim=1).mean())
+        vectors = embeddings(model, prompts.tokens, prompts.attention_mask)[prompts.attention_mask]
+    return float(vectors.float().norm(dim=1).mean())
 
 
 def _shifted(values: Tensor, begin: Tensor, *, fill: int | bool) -> Tensor:
     """Each row from its first real token on, filled up on the right."""
     places = torch.arange(values.shape[1], device=values.device) + begin
-    found = values.gather(1, places.clamp(max=values.shape[1] - 1))
-    return found.masked_fill(places >= values.shape[1], fill)
+    shifted = values.gather(1, places.clamp(max=values.shape[1] - 1))
+    return shifted.masked_fill(places >= values.shape[1], fill)
 
 
 def _inserted(values: Tensor, count: int, start: int) -> Tensor:
-    """The first column `count` times more behind the first `start`: all of it real, and any token will do."""
+    """The values with `count` copies of the first column behind the first `start` columns."""
+    # The first column is a real token in every row, and any token will do: its embedding is replaced.
     return torch.cat([values[:, :start], values[:, :1].expand(-1, count), values[:, start:]], 1)
 
 

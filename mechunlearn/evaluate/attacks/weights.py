@@ -30,13 +30,11 @@ def noised(
 ) -> Result:
     """Accuracy on the forgotten facts with Gaussian noise on the weights: one point per scale, and the best.
 
-    Each weight of a matrix W gets scale * RMS(W) * N(0, 1). `mask`: whose weights, such as `edit.mask` (default: every
-    matrix of attention and MLPs). A point is the mean over `draws`; the scales share their draws, and both model
-    classes and all devices get the same noise. Nothing is trained, so all forgotten facts of the test split count. The
-    control has the same questions about nobody.
-
-    The scale 0 comes first, whether it is asked for or not. Cost: 1 + draws * scales F; memory: the masked matrices
-    once more. ValueError for a negative scale and for no draws.
+    Each weight of a matrix W gets scale * RMS(W) * N(0, 1). `mask`: which weights, such as `edit.mask`; default: every
+    matrix of attention and MLPs. A point is the mean over `draws`; all scales share their draws. Nothing is trained, so
+    all forgotten facts of the test split are tested. The control has the same questions about nobody. The first point
+    is scale 0. Cost: 1 + draws * scales F; memory: the masked matrices once more. ValueError for a negative scale and
+    for no draws.
     """
     if draws < 1 or min(scales, default=0.0) < 0:
         raise ValueError(f"expected scales of 0 or more and at least one draw, got {tuple(scales)} and {draws} draws.")
@@ -44,17 +42,18 @@ def noised(
     asked = Asked.of(model, task, formatted(task, format), metric=metric, seed=seed)
     runs = {"0": [asked.scores_of(model)]}
     for scale in sorted({*scales} - {0.0}):
-        found = []
+        scores = []
         for draw in range(draws):
             generator = torch.Generator().manual_seed(operator.index(1000 * seed + draw))
             with rewritten(model, entries, lambda e, scale=scale, g=generator: with_noise(e, scale, g)):
-                found.append(asked.scores_of(model))
-        runs[f"{scale:g}"] = [torch.stack(found).mean(0)]
+                scores.append(asked.scores_of(model))
+        runs[f"{scale:g}"] = [torch.stack(scores).mean(0)]
     return worst_case(runs, asked, axis="noise, in root mean squares of each matrix")
 
 
 def with_noise(entries: Entries, scale: float, generator: torch.Generator) -> Float[Tensor, "unit width d_model"]:
     """The entries with noise added, relative to the root mean square of their whole matrix."""
+    # Drawn on the CPU in the layout of units: both model classes and all devices get the same noise.
     parameter = entries.slot.parameter.detach()
     precise = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     noise = torch.randn(entries.read(precise).shape, generator=generator).to(precise)
@@ -72,16 +71,17 @@ def quantized(
 ) -> Result:
     """Accuracy on the forgotten facts with weights rounded to fewer bits: one point per rounding, and the best.
 
-    Rounded are the matrices of attention and MLPs, as bitsandbytes does it: not the embeddings, unembedding, norms and
-    biases. On a GPU bitsandbytes rounds them itself, if it is installed, and the point says so; elsewhere the same
-    arithmetic does, bit for bit. They are computed with in the model's own dtype: the numbers are those of 8-bit or
-    4-bit weights, the speed is not. Activations stay as they are, which LLM.int8() rounds too. int8 and int4 have one
-    scale per row, NF4 one per 64 weights. `roundings`: name -> any function from a matrix [out, in] to a rounded one.
+    The matrices of attention and MLPs are rounded as bitsandbytes does it: on a GPU by bitsandbytes itself, if it is
+    installed, and the point says so; elsewhere by the same arithmetic, bit for bit. int8 and int4 have one scale per
+    row, NF4 one per 64 weights. `roundings`: name -> any function from a matrix [out, in] to a rounded one. The model
+    computes in its own dtype, so its speed is not that of few bits, and activations are not rounded, as LLM.int8()
+    does.
 
-    Nothing is trained, so all forgotten facts of the test split count. The first point is the model as it is, under the
-    name of its dtype; the control has the same questions about nobody. An edit that moves weights by less than half a
-    step of the rounding is rounded away: Zhang et al. 2024, https://arxiv.org/abs/2410.16454. `seed`: of the made-up
-    names. Cost: (1 + roundings) F; memory: the matrices once more. ValueError for a model that is quantised already.
+    Nothing is trained, so all forgotten facts of the test split are tested. The first point is the model as it is,
+    under the name of its dtype; the control has the same questions about nobody. An edit that moves weights by less
+    than half a step of the rounding is rounded away: Zhang et al. 2024, https://arxiv.org/abs/2410.16454. `seed` draws
+    the made-up names. Cost: (1 + roundings) F; memory: the matrices once more. ValueError for a model that is quantised
+    already.
     """
     prompts, entries = formatted(task, format), every_entry(model)
     asked = Asked.of(model, task, prompts, metric=metric, seed=seed)

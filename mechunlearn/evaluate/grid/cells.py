@@ -1,20 +1,25 @@
-"""One test of one row with one seed: the cell, and how its test is run; what goes wrong stays in the cell."""
+"""Cells: the result of one test of one row with one seed, how it is computed, and the file of finished cells."""
 
 import inspect
 import operator
+import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
-from mechunlearn.evaluate.asking import Test
+from mechunlearn import files
+from mechunlearn.evaluate.asking import Original, Test
 from mechunlearn.evaluate.results import Result
+from mechunlearn.identity import key_of
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.guard import Snapshot
 from mechunlearn.tasks.task import Task
@@ -22,34 +27,30 @@ from mechunlearn.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A result, or why there is none."""
+    """The result of a test, or the error that it raised."""
 
     row: str
     """"original", the name of an edit, or the name of a control model."""
     test: str
-    """The column."""
+    """The name of the test."""
     seed: int
     result: Result | None
     error: str = ""
-    """Kind and message of what the test raised."""
+    """The type and message of the exception that the test raised; empty if it gave a result."""
     seconds: float = 0.0
-
-
-Original: TypeAlias = Callable[[], AbstractContextManager[Model]]
-"""`with original() as model:` is the model with its original weights, and after it the tested one again."""
 
 
 def tested(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
     """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt.
 
-    Random numbers that the test takes from the global generators depend on the seed alone, and not on what ran before.
+    Random numbers that the test takes from the global generators depend on the seed alone, not on what ran before.
     """
-    given = {"seed": cell.seed, "original": original}
+    extras = {"seed": cell.seed, "original": original}
     started, changed = perf_counter(), []
     try:
         with _global_seed(cell.seed if takes(test, "seed") else 0, device_of(model)):
-            found = test(model, task, **{name: value for name, value in given.items() if takes(test, name)})
-        result, error = _checked(found, cell.test), ""
+            output = test(model, task, **{name: value for name, value in extras.items() if takes(test, name)})
+        result, error = _checked_result(output, cell.test), ""
     except Exception as problem:
         result, error = None, told(problem)
     finally:
@@ -70,26 +71,26 @@ def takes(test: Test, name: str) -> bool:
 
 
 def told(problem: BaseException) -> str:
-    """Kind and message."""
+    """The type and message of an exception."""
     return f"{type(problem).__name__}: {problem}"
 
 
-def _checked(found: Any, name: str) -> Result:
-    """In the memory of the CPU, as numbers."""
-    if not isinstance(found, Result):
+def _checked_result(output: Any, name: str) -> Result:
+    """A test's result with its tensors on the CPU, as numbers; ValueError if it is not a result or not finite."""
+    if not isinstance(output, Result):
         raise ValueError(
             f"expected a test (model, task) -> Result for the column {name!r}, got one that returns "
-            f"{type(found).__name__}: wrap the number in mu.evaluate.Result(per_example=..., sense=...)."
+            f"{type(output).__name__}: wrap the number in mu.evaluate.Result(per_example=..., sense=...)."
         )
-    values = found.per_example.detach().cpu()
+    values = output.per_example.detach().cpu()
     if len(values) == 0 or not bool(torch.isfinite(values).all()):
         bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
         what = f"NaN or infinity for examples {bad[:5]}" if bad else "none"
         raise ValueError(f"expected finite values from the test {name!r}, got {what}: check the test.")
     numbers = values if values.is_floating_point() else values.float()
-    curve = found.curve and replace(found.curve, per_prompt=found.curve.per_prompt.detach().cpu())
-    control = None if found.control is None else _checked(found.control, f"control of {name}")
-    return replace(found, per_example=numbers, names=tuple(found.names), curve=curve, control=control)
+    curve = output.curve and replace(output.curve, per_prompt=output.curve.per_prompt.detach().cpu())
+    control = None if output.control is None else _checked_result(output.control, f"control of {name}")
+    return replace(output, per_example=numbers, names=tuple(output.names), curve=curve, control=control)
 
 
 def _left_changed(names: list[str], error: str) -> str:
@@ -113,3 +114,60 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numbers)
+
+
+Identity = Mapping[str, Any]
+"""What must be equal for a cell to be the same one. JSON values."""
+
+
+@dataclass(frozen=True)
+class CellsFile:
+    """A line of JSON for each cell, with its SHA-256, written as they come, so that what was interrupted can go on.
+
+    Cells of other identities may be in it; they stay and are not used.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.absolute().parent.is_dir():
+            raise ValueError(f"expected results in a folder that exists, got {self.path}: make the folder first.")
+
+    def finished(self) -> dict[str, Cell]:
+        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning.
+
+        ValueError for a file of mechunlearn 0.1.0.
+        """
+        if not self.path.exists():
+            return {}
+        cells: dict[str, Cell] = {}
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            try:
+                content = files.from_text(line, "Cell", Cell, path=self.path)
+            except files.FormatError:
+                raise
+            except ValueError:
+                warnings.warn(
+                    f"line {number} of {self.path} is torn or damaged: that cell is computed again.", stacklevel=2
+                )
+            else:
+                if content["cell"].result is not None:
+                    cells[content["key"]] = content["cell"]
+        return cells
+
+    def append(self, identity: Identity, cell: Cell) -> None:
+        """One more line, which is on the disk when this returns."""
+        content = {"key": key_of(identity), "identity": identity, "cell": cell}
+        line = files.to_text("Cell", content).encode() + b"\n"
+        with self.path.open("ab+") as file:
+            file.write(line if _ends_a_line(file) else b"\n" + line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_a_line(file: Any) -> bool:
+    """Whether what was written before is whole; a torn line gets its end, so that the next one is readable."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

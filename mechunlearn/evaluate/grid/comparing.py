@@ -1,4 +1,4 @@
-"""Every test on the original, on every edit and on every control, with every seed, in one report."""
+"""`compare`: every test on the original, on every edit and on every control, with every seed, in one report."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -8,11 +8,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mechunlearn.evaluate.asking import Test, every_format
-from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.grid.file import CellsFile, key_of
-from mechunlearn.evaluate.grid.rows import Grid, Load, Place, run_here
+from mechunlearn.evaluate.grid.cells import Cell, CellsFile
+from mechunlearn.evaluate.grid.rows import Grid, Load, Place, run_serially
 from mechunlearn.evaluate.grid.workers import run_on
 from mechunlearn.evaluate.report.report import Report
+from mechunlearn.identity import key_of
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit
@@ -31,34 +31,27 @@ def compare(
     load: Load | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run every test on the original model, with every edit applied, and on the controls; all are left as they were.
+    """Run every test on the original model, on every edit and on every control; all models are left as they were.
 
-    `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed (say, of random
-    localizations): the i-th is tested with the i-th seed.
-    `metrics`: column -> `(model, task) -> Result`; default: everything that the task can be asked
-    (`every_format(task)`), while `paper_metrics` has the paper's columns. A test with a keyword `seed` runs once for
-    each seed, others once for each edit; one with a keyword `original` gets a function whose context gives the original
-    model (see `Test`). What `functools.partial` has bound is left alone.
-    `controls`: row -> another model with the same tokenizer, or a function that loads it, such as one that never knew
-    the facts: `partial(mu.testbed.load, without="basketball")`.
+    - `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed.
+    - `metrics`: column -> a test `(model, task) -> Result`. Default: `every_format(task)`; `paper_metrics` has the
+      paper's. A test with a keyword `seed` runs once for each seed; one with `original` gets the original model.
+    - `controls`: row -> another model with the same tokenizer, or a function that loads it, such as
+      `partial(mu.testbed.load, without="basketball")`.
+    - `results`: a file for finished cells. A later call with it reads cells that have a result, and runs the others. A
+      cell is the same if row, column, seed, model, edit, control, task, the test's own code and the versions are: take
+      a new file if you change what a test calls. Only one run at a time may write it.
+    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn") or
+      `dask.distributed.Client(...).get_executor()`. Results equal those of a serial run with as many threads. In a
+      pool of threads, tests that use global generators disturb each other.
+    - `load`: with an executor, a function by which each worker loads the model, which is not sent to it. Controls must
+      then be functions too.
 
-    Everything is checked before anything runs. A test that raises, returns NaN, or leaves the model changed has that
-    in its cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
+    Everything is checked before anything runs. A test that raises, returns NaN or changes the model has an error in its
+    cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
 
-    `results`: a file to which finished cells are appended as they come. Called again with the same file, after an
-    interruption or with more rows, columns or seeds, cells that have a result are read from it; failed ones are tried
-    again. A cell is the same one if row, column, seed, model, edit, control, task, the code of the test itself and
-    the versions of packages are. Where you change what a test calls, take a new file. One run at a time may write it.
-
-    `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (with the start method "spawn") or
-    `dask.distributed.Client(...).get_executor()`. Models do not travel: each worker (each thread of it) calls `load`,
-    which must give the same weights, once; controls are then functions too. Every cell is one item of work, and task
-    and edit travel with it. Results equal those of a serial run with the same number of threads per worker. In a pool
-    of threads, tests that draw from global generators disturb each other.
-
-    Cost: the tests', and for each edit a copy of the weights in the memory of the CPU, with which they are compared
-    after each test. ValueError for edits made for other weights, for names that are taken ("original" is), for as many
-    edits as there are no seeds, and for an executor without `load`.
+    Cost: that of the tests, and a copy of the weights on the CPU. ValueError for edits made for other weights, names
+    that are taken ("original" is), another number of edits than seeds, and an executor without `load`.
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
@@ -80,7 +73,7 @@ def compare(
             bar.update()
 
         if executor is None:
-            run_here(grid, todo, begin, keep)
+            run_serially(grid, todo, begin, keep)
         else:
             assert load is not None
             run_on(executor, load, grid, todo, begin, keep)
@@ -88,7 +81,7 @@ def compare(
 
 
 def _check_loads(load: Load | None, grid: Grid) -> None:
-    """Models do not travel."""
+    """ValueError unless the model and every control can be loaded by a worker."""
     if load is None:
         raise ValueError(
             "expected a function that loads the model in each worker, got none with an executor: pass load=..., such "
@@ -103,15 +96,15 @@ def _check_loads(load: Load | None, grid: Grid) -> None:
 
 
 def _known(file: CellsFile, places: Sequence[Place]) -> dict[int, Cell]:
-    """The cells that are in the file, by place."""
+    """The finished cells that the file has, by the id of their place."""
     finished = file.finished()
-    found = {id(place): finished.get(key_of(place.identity)) for place in places}
+    cells = {id(place): finished.get(key_of(place.identity)) for place in places}
     seeds = {id(place): place.cell.seed for place in places}
-    return {place: replace(cell, seed=seeds[place]) for place, cell in found.items() if cell is not None}
+    return {place: replace(cell, seed=seeds[place]) for place, cell in cells.items() if cell is not None}
 
 
 def _ordered(grid: Grid, places: Sequence[Place], cells: Mapping[int, Cell]) -> tuple[Cell, ...]:
-    """By row, test and seed."""
+    """The cells ordered by row, test and seed."""
     rows, tests = [row.name for row in grid.rows], [*grid.metrics]
     order = sorted(places, key=lambda p: (rows.index(p.cell.row), tests.index(p.cell.test)))
     return tuple(cells[id(place)] for place in order)

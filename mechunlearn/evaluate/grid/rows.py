@@ -1,4 +1,4 @@
-"""The rows and cells of a comparison, and their computation here, one after the other."""
+"""The grid of a comparison: its rows, its cells with their identities, and how they are computed in this process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -6,37 +6,37 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
-from numbers import Integral
 from operator import index
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from mechunlearn.evaluate.asking import Test
-from mechunlearn.evaluate.grid.cells import Cell, takes, tested
-from mechunlearn.evaluate.grid.file import Identity
-from mechunlearn.identity import digest, name_in_full
-from mechunlearn.metrics import described
+from mechunlearn.evaluate.grid.cells import Cell, Identity, takes, tested
+from mechunlearn.identity import described, digest, identified, name_in_full
 from mechunlearn.model import Model, check_model, fingerprint
 from mechunlearn.model.guard import Snapshot
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, taken_back
 
 Load: TypeAlias = Callable[[], Model]
+"""A function that loads a model."""
+
 Keep: TypeAlias = "Callable[[Place, Cell], None]"
-"""What is done with a finished cell."""
+"""A function that takes each finished cell."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What is tested: the original model, an edit of it (or one for each seed), or another model."""
+    """A row of a comparison: the original model, an edit of it (or one for each seed), or a control model."""
 
     name: str
     edits: tuple[Edit | None, ...] = (None,)
     digests: tuple[str, ...] = ("",)
     control: Model | Load | None = None
     fingerprint: str = ""
-    """Of the control."""
+    """The fingerprint of the control."""
 
     @property
     def n_weights(self) -> int:
@@ -44,11 +44,11 @@ class Row:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it is a control that is here as a model, and not as a function that loads one."""
+        """Whether the control is a model rather than a function that loads one."""
         return isinstance(self.control, torch.nn.Module)
 
     def about(self) -> dict[str, Any]:
-        """For the provenance of a report."""
+        """The row's part of a report's provenance."""
         if self.edits == (None,):
             return {"control": self.fingerprint} if self.control is not None else {}
         edits = [edit for edit in self.edits if edit is not None]
@@ -61,14 +61,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One cell that is to be computed."""
+    """A cell that is still to be computed."""
 
     row: Row
     which: int
-    """Of the row's edits."""
+    """The index of the edit among those of the row."""
     test: Test
     cell: Cell
-    """Without a result."""
+    """The cell without its result."""
     identity: Identity
 
     @property
@@ -78,7 +78,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Rows, tests and seeds on one model and task, all of them checked."""
+    """The rows, tests and seeds of a comparison on one model and task, all of them checked."""
 
     model: Model
     task: Task
@@ -98,20 +98,20 @@ class Grid:
         seeds: Sequence[int],
         controls: Mapping[str, Model | Load],
     ) -> "Grid":
-        """ValueError if anything does not fit."""
+        """The grid of what `compare` takes; ValueError if anything does not fit."""
         check_model(model)
         _check_names(edits, controls)
         _check_metrics(metrics)
         _check_seeds(seeds)
-        edited = [_edited(model, name, edit, seeds) for name, edit in edits.items()]
-        others = [_control(model, name, control) for name, control in controls.items()]
+        edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
+        others = [_row_of_control(model, name, control) for name, control in controls.items()]
         rows = (Row("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
     def places(self) -> list[Place]:
-        """In the order in which they are computed: what has the same weights is together."""
+        """All cells in the order of their computation: those with the same weights are together."""
         versions = _versions()
-        codes = {name: f"{described(test)} {digest(test)}" for name, test in self.metrics.items()}
+        codes = {name: identified(test) for name, test in self.metrics.items()}
         return [
             self._place(row, which, name, seed, codes[name], versions)
             for row in self.rows
@@ -121,12 +121,12 @@ class Grid:
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """JSON values: what was tested, how, and with which versions."""
+        """What was tested, how, and with which versions, as JSON values."""
         return {
             "model": self.fingerprint,
             "task": {"name": self.task.name, "digest": self.task_digest},
             "seeds": list(self.seeds),
-            "metrics": {name: _in_full(test) for name, test in self.metrics.items()},
+            "metrics": {name: _full_name(test) for name, test in self.metrics.items()},
             "rows": {row.name: row.about() for row in self.rows},
             "versions": _versions(),
         }
@@ -152,42 +152,43 @@ class Grid:
         return Place(row, which, test, Cell(row.name, name, seed, None), identity)
 
 
-def run_here(grid: Grid, places: Sequence[Place], begin: Callable[[Place], None], keep: Keep) -> None:
-    """Each edit is applied once for all of its cells."""
+def run_serially(grid: Grid, places: Sequence[Place], begin: Callable[[Place], None], keep: Keep) -> None:
+    """Compute the cells one after the other in this process; each edit is applied once for all of its cells."""
     original = partial(taken_back, grid.model, grid.fingerprint)
     for _, group in groupby(places, key=lambda place: (place.row.name, place.which)):
-        some = list(group)
-        edit, model = some[0].edit, grid.model if some[0].row.control is None else here(some[0].row.control)
+        same_weights = list(group)
+        edit, control = same_weights[0].edit, same_weights[0].row.control
+        model = grid.model if control is None else loaded(control)
         with nullcontext() if edit is None else edit.applied(model):
             kept = Snapshot.of(model)
-            for place in some:
+            for place in same_weights:
                 begin(place)
                 keep(place, tested(model, grid.task, place.test, place.cell, original, kept))
 
 
-def here(control: Model | Load) -> Model:
-    """The model itself, loaded if it is a function that loads it."""
+def loaded(control: Model | Load) -> Model:
+    """The control as a model, loaded if it is a function that loads it."""
     return control if isinstance(control, torch.nn.Module) else control()
 
 
-def _edited(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> Row:
+def _row_of_edits(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> Row:
     several = (edit,) if isinstance(edit, Edit) else tuple(edit)
     if not isinstance(edit, Edit) and len(several) != len(seeds):
         raise ValueError(
             f"expected one edit for each of the {len(seeds)} seeds, got {len(several)} for {name!r}: pass "
             f"seeds=range({len(several)}), or a single edit that is tested with every seed."
         )
-    for each in several:
-        if not isinstance(each, Edit):
+    for single in several:
+        if not isinstance(single, Edit):
             raise ValueError(
-                f"expected edits (or a sequence of them, one per seed), got {type(each).__name__} for {name!r}."
+                f"expected edits (or a sequence of them, one per seed), got {type(single).__name__} for {name!r}."
             )
-        each.check(model)
-    return Row(name, several, tuple(digest((each.fingerprint, each.values)) for each in several))
+        single.check(model)
+    return Row(name, several, tuple(digest((single.fingerprint, single.values)) for single in several))
 
 
-def _control(model: Model, name: str, control: Model | Load) -> Row:
-    other = here(control)
+def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
+    other = loaded(control)
     check_model(other)
     if other is model:
         raise ValueError(f"expected another model as the control {name!r}, got the compared one: it is the first row.")
@@ -210,18 +211,18 @@ def _check_names(edits: Mapping[str, Any], controls: Mapping[str, Any]) -> None:
 def _check_metrics(metrics: Mapping[str, Test]) -> None:
     wrong = [name for name, test in metrics.items() if not callable(test)]
     if wrong or not metrics:
-        found = f"{type(metrics[wrong[0]]).__name__} for {wrong[0]!r}" if wrong else "none"
-        raise ValueError(f"expected tests (model, task) -> Result as metrics, got {found}: pass functions by column.")
+        got = f"{type(metrics[wrong[0]]).__name__} for {wrong[0]!r}" if wrong else "none"
+        raise ValueError(f"expected tests (model, task) -> Result as metrics, got {got}: pass functions by column.")
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
-    if len({*seeds}) != len(seeds) or not len(seeds) or not all(isinstance(seed, Integral) for seed in seeds):
+    if len({*seeds}) != len(seeds) or not len(seeds) or not all(isinstance(seed, int | np.integer) for seed in seeds):
         raise ValueError(
             f"expected different whole numbers as seeds, at least one, got {tuple(seeds)}: pass seeds=(0,)."
         )
 
 
-def _in_full(test: Test) -> str:
+def _full_name(test: Test) -> str:
     return f"{name_in_full(test).rpartition('.')[0]}.{described(test)}"
 
 

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+INK, FAINT = "#333333", "#e4e4e4"
+
+
+class Look(NamedTuple):
+    """How a row is drawn."""
+
+    color: str
+    symbol: str
+    dash: str
+
+
+# Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
+# which white paper swallows; then dark ones of Tol 2021. Symbols and dashes tell rows apart without colour.
+_GREY, _OKABE = "#6b6b6b", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
+_TOL = ("#332288", "#999933", "#882255", "#000000")
+_COLORS = (_GREY, *_OKABE, *_TOL)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
 SIDES = ("forget", "retain")
 _THICK = 13
 """Pixels of one bar."""
@@ -26,13 +45,13 @@ def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
 
     "forget, X" and "retain, X" are the bar X of the panels "forget" and "retain"; the others are in the panel "other".
     """
-    found: dict[str, dict[str, str]] = {"forget": {}, "retain": {}, "other": {}}
+    panels: dict[str, dict[str, str]] = {"forget": {}, "retain": {}, "other": {}}
     for test, result in first_results(cells).items():
         if result is not None and result.unit == "share":
             side, _, name = test.partition(", ")
             panel, bar = (side, name) if side in SIDES and name else ("other", test)
-            found[panel][test] = bar
-    return {panel: tests for panel, tests in found.items() if tests}
+            panels[panel][test] = bar
+    return {panel: tests for panel, tests in panels.items() if tests}
 
 
 def bars(cells: Sequence[Cell], panels: Mapping[str, Mapping[str, str]], *, title: str = "") -> "Figure":
@@ -53,12 +72,12 @@ def bars(cells: Sequence[Cell], panels: Mapping[str, Mapping[str, str]], *, titl
     return figure.update_xaxes(range=[0, 1.05], title="share").update_yaxes(autorange="reversed")
 
 
-def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: "Look") -> dict[str, Any]:
-    found = [numbers.loc[(row, test)] if (row, test) in numbers.index else None for test in tests]
-    values = [None if one is None or one["seeds"] == 0 else float(one["value"]) for one in found]
+def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: Look) -> dict[str, Any]:
+    numbers_of = [numbers.loc[(row, test)] if (row, test) in numbers.index else None for test in tests]
+    values = [None if one is None or one["seeds"] == 0 else float(one["value"]) for one in numbers_of]
     ends = [
         (float(one["high"]) - value, value - float(one["low"])) if one is not None and value is not None else (0.0, 0.0)
-        for one, value in zip(found, values, strict=True)
+        for one, value in zip(numbers_of, values, strict=True)
     ]
     whiskers = {"type": "data", "array": [high for high, _ in ends], "arrayminus": [low for _, low in ends]}
     return {
@@ -96,9 +115,11 @@ def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str]
 
 
 def tests_with_curves(cells: Sequence[Cell], *, layers: bool) -> list[str]:
-    """The tests with a curve along the layers, or along anything else."""
-    found = [(cell.test, cell.result.curve) for cell in cells if cell.result is not None]
-    return list(dict.fromkeys(test for test, curve in found if curve is not None and (curve.axis == LAYERS) == layers))
+    """The tests that have a curve over layers, or over anything else."""
+    curve_of = [(cell.test, cell.result.curve) for cell in cells if cell.result is not None]
+    return list(
+        dict.fromkeys(test for test, curve in curve_of if curve is not None and (curve.axis == LAYERS) == layers)
+    )
 
 
 def has_controls(cells: Sequence[Cell], test: str) -> bool:
@@ -116,18 +137,18 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
     grouped = by_row_and_test(cells)
     for place, test in enumerate(tests, 1):
         for row, look in styles.items():
-            found = grouped.get((row, test), [])
-            _add_control(figure, [control for cell in found if (control := _control(cell))], look, place)
-            _add_line(figure, found, look, place)
-        _label(figure, grouped, test, place)
+            same = grouped.get((row, test), [])
+            _add_control(figure, [control for cell in same if (control := _control(cell))], look, place)
+            _add_line(figure, same, look, place)
+        _add_axes(figure, grouped, test, place)
     return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + height * len(tests))
 
 
-def _add_line(figure: "Figure", cells: Sequence[Cell], look: "Look", place: int) -> None:
-    found = [cell for cell in cells if cell.result is not None and cell.result.curve is not None]
-    if not found:
+def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
+    drawn = [cell for cell in cells if cell.result is not None and cell.result.curve is not None]
+    if not drawn:
         return
-    ends, row = curve_over_seeds(found), found[0].row
+    ends, row = curve_over_seeds(drawn), drawn[0].row
     x, high, low = list(ends.index), list(ends["high"]), list(ends["low"])
     where = {"row": place, "col": 1, "legendgroup": row}
     area = {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": look.color, "line": {"width": 0}}
@@ -141,7 +162,7 @@ def _add_line(figure: "Figure", cells: Sequence[Cell], look: "Look", place: int)
     )
 
 
-def _add_control(figure: "Figure", cells: Sequence[Cell], look: "Look", place: int) -> None:
+def _add_control(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
     if cells:
         mean, line = curve_over_seeds(cells)["value"], {"color": look.color, "width": 1}
         text = "%{x}: %{y:.3f}<extra>control of " + shown(cells[0].row) + "</extra>"
@@ -152,53 +173,35 @@ def _add_control(figure: "Figure", cells: Sequence[Cell], look: "Look", place: i
 
 
 def _control(cell: Cell) -> Cell | None:
-    """The control in place of the result, if it has a curve."""
+    """The cell with the control in place of its result; None without a curve of the control."""
     control = None if cell.result is None else cell.result.control
     return None if control is None or control.curve is None else replace(cell, result=control)
 
 
-def _label(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
-    """Axes in the curve's own units, and chance."""
-    cells = [cell for (_, name), found in grouped.items() if name == test for cell in found]
-    found = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
-    points = _in_order(dict.fromkeys(point for curve in found for point in curve.points))
-    chance = next((curve.chance for curve in found if curve.chance is not None), None)
+def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
+    """Titles and ranges of a panel's axes in the unit of the curves, and the line of chance."""
+    cells = [cell for (_, name), shown_curves in grouped.items() if name == test for cell in shown_curves]
+    shown_curves = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
+    points = _in_order(dict.fromkeys(point for curve in shown_curves for point in curve.points))
+    chance = next((curve.chance for curve in shown_curves if curve.chance is not None), None)
     if chance is not None:
         line = {"color": INK, "dash": "dot", "width": 1}
         named = {"name": "chance", "showlegend": is_new(figure, "chance")}
         ends = {"x": [points[0], points[-1]], "y": [chance, chance], "mode": "lines", "hoverinfo": "skip"}
         figure.add_scatter(**ends, line=line, legendgroup="chance", **named, row=place, col=1)
     order = {"type": "category", "categoryorder": "array", "categoryarray": points}
-    figure.update_xaxes(title=shown(found[0].axis), **order, row=place, col=1)
-    bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in found))
-    unit = shown(found[0].unit, 32)  # on its side, in the height of one panel
+    figure.update_xaxes(title=shown(shown_curves[0].axis), **order, row=place, col=1)
+    bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in shown_curves))
+    unit = shown(shown_curves[0].unit, 32)  # on its side, in the height of one panel
     figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
 
 
 def _in_order(points: Iterable[str]) -> list[str]:
-    """By number where all are numbers, else as they came."""
+    """The points by number where all are numbers, else in their order."""
     try:
         return sorted(points, key=float)
     except ValueError:
         return list(points)
-
-
-INK, FAINT = "#333333", "#e4e4e4"
-
-
-class Look(NamedTuple):
-    color: str
-    symbol: str
-    dash: str
-
-
-# Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
-# which white paper swallows; then dark ones of Tol 2021. Symbols and dashes tell rows apart without colour.
-_GREY, _OKABE = "#6b6b6b", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
-_TOL = ("#332288", "#999933", "#882255", "#000000")
-_COLORS = (_GREY, *_OKABE, *_TOL)
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 def looks(rows: Iterable[str]) -> dict[str, Look]:
@@ -210,12 +213,12 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
 
 
 def shown(text: str, width: int = 0) -> str:
-    """Text as plotly shows it: its tags written out, lines broken at `width` characters."""
+    """Text for plotly, with its tags escaped and lines broken at `width` characters."""
     return "<br>".join(map(escape, wrap(text, width))) if width else escape(text)
 
 
 def is_new(figure: "Figure", row: str) -> bool:
-    """Whether no trace has the name yet: it is in the legend once."""
+    """Whether no trace has this name yet, so that it is in the legend once."""
     return not any(True for _ in figure.select_traces({"name": shown(row)}))
 
 

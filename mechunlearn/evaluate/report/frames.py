@@ -18,19 +18,19 @@ Grouped = dict[tuple[str, str], list[Cell]]
 
 
 def by_row_and_test(cells: Iterable[Cell]) -> Grouped:
-    """The cells of each row and test, one for each seed."""
-    found: Grouped = {}
+    """(row, test) -> their cells, one for each seed."""
+    groups: Grouped = {}
     for cell in cells:
-        found.setdefault((cell.row, cell.test), []).append(cell)
-    return found
+        groups.setdefault((cell.row, cell.test), []).append(cell)
+    return groups
 
 
 def first_results(cells: Iterable[Cell]) -> dict[str, Result | None]:
-    """Test -> the first result that it gave, for what all of its results share: sense, chance, unit."""
-    found: dict[str, Result | None] = {}
+    """Test -> its first result, which has the sense, chance and unit of all others; None if all failed."""
+    first: dict[str, Result | None] = {}
     for cell in cells:
-        found[cell.test] = found.get(cell.test) or cell.result
-    return found
+        first[cell.test] = first.get(cell.test) or cell.result
+    return first
 
 
 def value_over_seeds(cells: Sequence[Cell]) -> float:
@@ -40,9 +40,9 @@ def value_over_seeds(cells: Sequence[Cell]) -> float:
 
 
 def interval_of(cells: Sequence[Cell]) -> tuple[float, float]:
-    """Over facts and the seeds that gave a result, of which there must be one."""
-    found = [(cell.result, cell.seed) for cell in cells if cell.result is not None]
-    return interval_over_seeds([result for result, _ in found], [seed for _, seed in found])
+    """The interval over facts and the seeds that gave a result, of which there must be one."""
+    pairs = [(cell.result, cell.seed) for cell in cells if cell.result is not None]
+    return interval_over_seeds([result for result, _ in pairs], [seed for _, seed in pairs])
 
 
 def cell_frame(cells: Iterable[Cell]) -> "DataFrame":
@@ -86,7 +86,7 @@ def pooled_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per row and test: mean over seeds, interval over facts and seeds."""
     import pandas as pd
 
-    rows = [{"row": row, "test": test} | _pooled(found) for (row, test), found in by_row_and_test(cells).items()]
+    rows = [{"row": row, "test": test} | _pooled(same) for (row, test), same in by_row_and_test(cells).items()]
     columns = ["row", "test", "value", "low", "high", "chance", "n", "seeds", "sense", "unit"]
     return pd.DataFrame(rows, columns=columns).set_index(["row", "test"])
 
@@ -97,27 +97,33 @@ def difference_frame(cells: Iterable[Cell], reference: str) -> "DataFrame":
 
     grouped = by_row_and_test(cells)
     rows = [
-        {"row": row, "test": test} | paired_difference(found, grouped.get((reference, test), []))
-        for (row, test), found in grouped.items()
+        {"row": row, "test": test} | paired_difference(same, grouped.get((reference, test), []))
+        for (row, test), same in grouped.items()
         if row != reference
     ]
     return pd.DataFrame(rows, columns=["row", "test", "difference", "low", "high"]).set_index(["row", "test"])
 
 
 def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, float]:
-    """difference, low and high; nothing where no seed gave both results.
+    """The keys difference, low and high; empty where no seed gave both results.
 
-    Seeds are paired; where one side has a single result, as of a test without randomness, it is paired with all.
+    Results of one seed are paired; a single result, as of a test without randomness, is paired with all of the other.
     """
     paired = _pairs(cells, reference)
     if not paired:
         return {}
-    found = [one.difference(other) for one, other, _ in paired]
-    if len(found) == 1:
-        return dict(zip(("difference", "low", "high"), found[0], strict=True))
-    apart = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
-    low, high = ends(resampled_means(apart, [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]), 0.95)
-    return {"difference": sum(each[0] for each in found) / len(found), "low": float(low), "high": float(high)}
+    differences = [one.difference(other) for one, other, _ in paired]
+    if len(differences) == 1:
+        return dict(zip(("difference", "low", "high"), differences[0], strict=True))
+    values = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
+    low, high = ends(
+        resampled_means(values, [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]), 0.95
+    )
+    return {
+        "difference": sum(difference for difference, *_ in differences) / len(differences),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
 def _pairs(cells: Sequence[Cell], reference: Sequence[Cell]) -> list[tuple[Result, Result, int]]:
@@ -132,13 +138,13 @@ def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
     """The curve of one row and test: index point; columns value, low, high over facts and seeds."""
     import pandas as pd
 
-    found = [(cell.result, cell.result.curve, cell.seed) for cell in cells if cell.result and cell.result.curve]
-    points = tuple(dict.fromkeys(point for _, curve, _ in found for point in curve.points))
-    if len(found) == 1:
-        return found[0][1].interval()
-    values = [_at(curve, points) for _, curve, _ in found]
-    names = [_facts_along(curve, result) for result, curve, _ in found]
-    low, high = ends(resampled_means(values, names, [seed for *_, seed in found]), 0.95)
+    measured = [(cell.result, cell.result.curve, cell.seed) for cell in cells if cell.result and cell.result.curve]
+    points = tuple(dict.fromkeys(point for _, curve, _ in measured for point in curve.points))
+    if len(measured) == 1:
+        return measured[0][1].interval()
+    values = [_at(curve, points) for _, curve, _ in measured]
+    names = [_facts_along(curve, result) for result, curve, _ in measured]
+    low, high = ends(resampled_means(values, names, [seed for *_, seed in measured]), 0.95)
     mean = torch.stack([value.mean(0) for value in values]).nanmean(0)
     columns = {"value": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
     return pd.DataFrame(columns, index=pd.Index(points, name="point"))
@@ -167,14 +173,14 @@ def _control_along(cells: Sequence[Cell]) -> list[float] | None:
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
-    found = {"row": cell.row, "test": cell.test, "seed": cell.seed, "error": cell.error, "seconds": cell.seconds}
+    labels = {"row": cell.row, "test": cell.test, "seed": cell.seed, "error": cell.error, "seconds": cell.seconds}
     result = cell.result
     if result is None:
-        return found
+        return labels
     low, high = result.interval()
     control = None if result.control is None else result.control.value
     numbers = {"value": result.value, "low": low, "high": high, "n": len(result.per_example), "control": control}
-    return found | numbers | _shared(result)
+    return labels | numbers | _shared(result)
 
 
 def _pooled(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -214,6 +220,6 @@ def _facts_along(curve: Curve, result: Result) -> tuple[str, ...]:
 
 def _at(curve: Curve, points: Sequence[str]) -> torch.Tensor:
     """The curve's values at these points, NaN where it has none."""
-    found = torch.full((len(curve.per_prompt), len(points)), torch.nan, dtype=torch.float64)
-    found[:, [points.index(point) for point in curve.points]] = curve.per_prompt.double()
-    return found
+    values = torch.full((len(curve.per_prompt), len(points)), torch.nan, dtype=torch.float64)
+    values[:, [points.index(point) for point in curve.points]] = curve.per_prompt.double()
+    return values

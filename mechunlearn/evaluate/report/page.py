@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, has_controls, tests_with_curves
 from mechunlearn.evaluate.report.frames import first_results
-from mechunlearn.evaluate.report.views import View, views
-from mechunlearn.evaluate.report.words import TextTable, failures, notes, text_table
+from mechunlearn.evaluate.report.text import TextTable, failures, notes, text_table
+from mechunlearn.evaluate.report.tradeoffs import pareto, sizes, tradeoffs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -26,7 +27,7 @@ def write_page(
     title: str,
 ) -> None:
     """The page of a report, in UTF-8."""
-    plots = views(cells, weights, forgetting, damage)
+    plots = _views(cells, weights, forgetting, damage)
     body = [
         "<main>",
         f"<h1>{escape(title)}</h1>",
@@ -58,12 +59,101 @@ def table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool 
     )
 
 
+class View(NamedTuple):
+    """A plot on the page, with its title and how to read it."""
+
+    title: str
+    reading: str
+    figure: "Figure"
+
+
+def _views(
+    cells: Sequence[Cell], weights: Mapping[str, int], forgetting: Sequence[str], damage: Sequence[str]
+) -> dict[str, list[View]]:
+    """Section -> its plots; sections for which there are no numbers are left out."""
+    sections = {
+        "Every way to ask": _bars(cells),
+        "Attacks over their budget": _curves(cells, layers=False, reading=_ATTACKS),
+        "What is left in each layer": _curves(cells, layers=True, reading=_LAYERS),
+        "Size of the edit": _sizes(cells, weights, forgetting, damage),
+        "Forgetting against damage": _pareto(cells, forgetting, damage),
+    }
+    return {section: plots for section, plots in sections.items() if plots}
+
+
+_BARS = {
+    "forget": "Facts to forget, by how they are asked: a bar at the chance line is gone for this question.",
+    "retain": "Facts to keep, asked in the same ways: where this falls too, the format broke, which is not forgetting.",
+    "other": "Tests that have no pair of forget and retain.",
+}
+_WHISKERS = " Whiskers: intervals of 95 %. The short black line is chance."
+_ATTACKS = (
+    "Left: before the attack, or its smallest budget. A line that rises above what the attack can teach recovers "
+    "knowledge that was only hidden."
+)
+_LAYERS = (
+    "What a probe reads from the residual stream that enters each layer; the last point is the final one. A line above "
+    "chance, and above what is read without the facts, means that the knowledge is still there."
+)
+_BAND = " Bands: intervals of 95 %."
+_CONTROL = " Thin lines: the control of the row in the same colour, where there is nothing to find."
+
+
+def _bars(cells: Sequence[Cell]) -> list[View]:
+    return [
+        View(panel.capitalize() if panel != "other" else "Other shares", _BARS[panel] + _WHISKERS, figure)
+        for panel, tests in groups_of_shares(cells).items()
+        for figure in [bars(cells, {panel: tests})]
+    ]
+
+
+def _curves(cells: Sequence[Cell], *, layers: bool, reading: str) -> list[View]:
+    return [
+        View(test, reading + _BAND + (_CONTROL if has_controls(cells, test) else ""), curves(cells, [test]))
+        for test in tests_with_curves(cells, layers=layers)
+    ]
+
+
+def _sizes(
+    cells: Sequence[Cell], weights: Mapping[str, int], forgetting: Sequence[str], damage: Sequence[str]
+) -> list[View]:
+    if not forgetting or not any(weights.values()):
+        return []
+    reading = (
+        f"Each point is an edit; the dashed line is the original model. Compare edits of one size: a larger one can "
+        f"do more of both. Knowledge left is {_mean_of(forgetting)}."
+    )
+    return [View("Edited weights against what is left", reading, sizes(cells, weights, forgetting, damage))]
+
+
+def _pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: Sequence[str]) -> list[View]:
+    return [
+        View(
+            f"Knowledge left against {test}",
+            f"Best is the lower left corner: nothing left, nothing broken. The dotted line joins the rows that no "
+            f"other beats in both. Knowledge left is {_mean_of(forgetting)}; damage is paired with the original.",
+            pareto(cells, forgetting, test),
+        )
+        for test in damage
+        if forgetting and len(tradeoffs(cells, forgetting, test)) > 1
+    ]
+
+
+def _mean_of(tests: Sequence[str]) -> str:
+    if len(tests) == 1:
+        return f'"{tests[0]}"'
+    if all(test.startswith("forget, ") for test in tests):
+        named = "; ".join(test.removeprefix("forget, ") for test in tests)
+        return f"the mean of forget over {len(tests)} ways to ask" + (f" ({named})" if len(tests) <= 4 else "")
+    return f"the mean of {len(tests)} tests ({'; '.join(tests)})"
+
+
 def _marked(name: str, written: TextTable) -> str:
     return ' class="chance"' if name == "chance" and not written.is_tall else ""
 
 
 def _cell(text: str) -> str:
-    """An interval goes below its number."""
+    """A cell of the table, with the interval below its number."""
     if text == "failed":
         return '<td class="failed">failed</td>'
     value, bracket, ends = text.partition(" [")
@@ -71,7 +161,7 @@ def _cell(text: str) -> str:
 
 
 def _summary(cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]) -> str:
-    """What was tested, how much of it, and whether all of it worked."""
+    """A sentence on what was tested, how much of it, and how many results failed."""
     task = provenance.get("task")
     name = f"{task['name']}: " if isinstance(task, Mapping) and "name" in task else ""
     seeds, failed = len({cell.seed for cell in cells}), sum(cell.result is None for cell in cells)
@@ -89,9 +179,9 @@ def _notes(cells: Sequence[Cell]) -> str:
 
 def _sections(plots: Mapping[str, Sequence[View]]) -> Iterator[str]:
     count = 0
-    for section, found in plots.items():
+    for section, views_of in plots.items():
         yield f'<section><h2>{escape(section)}</h2><div class="plots">'
-        for view in found:
+        for view in views_of:
             yield _plot(view, f"plot-{count}")
             count += 1
         yield "</div></section>"
@@ -106,11 +196,11 @@ def _plot(view: View, name: str) -> str:
 
 
 def _drawing(plots: Mapping[str, Sequence[View]]) -> str:
-    """Draws when the page is laid out: a plot takes the width that its place has by then."""
+    """The script that draws the plots once the page is laid out, so that each takes the width of its place."""
     from plotly.graph_objects import Figure
     from plotly.offline import get_plotlyjs
 
-    figures = [json.loads(view.figure.to_json() or "") for found in plots.values() for view in found]
+    figures = [json.loads(view.figure.to_json() or "") for views_of in plots.values() for view in views_of]
     for figure in figures:
         del figure["layout"]["template"]  # large, and the same for all
     template = json.loads(Figure(layout={"template": "plotly_white"}).to_json() or "")["layout"]["template"]
@@ -144,7 +234,7 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
 
 
 def _written(value: object) -> str:
-    if isinstance(value, list | tuple) and all(isinstance(each, str | int | float) for each in value):
+    if isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value):
         return escape(", ".join(map(str, value)))
     if isinstance(value, Mapping | list | tuple):
         text = escape(json.dumps(value, indent=1, default=str, ensure_ascii=False))

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechunlearn import files
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.grid.file import decoded, encoded
-from mechunlearn.evaluate.report import frames, page, words
+from mechunlearn.evaluate.report import frames, page, text
 from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, tests_with_curves
 from mechunlearn.evaluate.report.tradeoffs import check_tests, damage_tests, forget_tests, pareto, sizes
 from mechunlearn.evaluate.results import Result, pooled
-from mechunlearn.files import read_json, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,11 +35,11 @@ class Report:
     @property
     def results(self) -> dict[str, dict[str, Result]]:
         """Row -> column -> result, pooled over seeds; a test that failed with every seed has none."""
-        found: dict[str, dict[str, list[Result]]] = {row: {} for row in self.weights}
+        results: dict[str, dict[str, list[Result]]] = {row: {} for row in self.weights}
         for cell in self.cells:
             if cell.result is not None:
-                found[cell.row].setdefault(cell.test, []).append(cell.result)
-        return {row: {test: pooled(each) for test, each in tests.items()} for row, tests in found.items()}
+                results[cell.row].setdefault(cell.test, []).append(cell.result)
+        return {row: {test: pooled(by_seed) for test, by_seed in tests.items()} for row, tests in results.items()}
 
     @property
     def table(self) -> "DataFrame":
@@ -69,8 +68,7 @@ class Report:
         return frame.loc[failed, ["row", "test", "seed", "error"]].reset_index(drop=True)
 
     def to_frame(self) -> "DataFrame":
-        """One line per row, test and seed: value, low, high, chance, n, sense, unit, the value of the control, error,
-        seconds."""
+        """One line per row, test and seed: value, low, high, chance, n, sense, unit, control, error, seconds."""
         return frames.cell_frame(self.cells)
 
     def per_example(self) -> "DataFrame":
@@ -108,11 +106,11 @@ class Report:
     def to_markdown(self, *, intervals: bool = False) -> str:
         """The table with chance as its last row, or of more than 12 tests with a line for each; below it what the
         numbers mean and what failed why."""
-        return words.markdown(self.cells, self.weights, intervals=intervals)
+        return text.markdown(self.cells, self.weights, intervals=intervals)
 
     def to_latex(self, *, intervals: bool = False) -> str:
         """The table for LaTeX with the package booktabs; what the numbers mean and what failed is in comments."""
-        return words.latex(self.cells, self.weights, intervals=intervals)
+        return text.latex(self.cells, self.weights, intervals=intervals)
 
     def to_html(
         self,
@@ -124,49 +122,49 @@ class Report:
     ) -> None:
         """Write one page that needs nothing else (5 MB, plotly.js is in it): the table, the plots that there are
         numbers for, what failed, and the provenance. `forgetting`, `damage`: as for `plot_pareto`."""
-        chosen = self._forgetting(forgetting), self._damage(damage)
+        chosen = self._tests(forgetting, damage)
         page.write_page(path, self.cells, self.weights, self.provenance, *chosen, title=title)
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file: all results, bit for bit, with provenance and a checksum."""
-        write_report(path, self.cells, self.weights, self.provenance)
+        files.save(self, path, text=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """What `save` wrote; ValueError if the file is of another kind, cut short or altered."""
-        return cls(*read_report(path))
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Bars of every test whose unit is a share, forget and retain side by side, with intervals and chance."""
         return bars(self.cells, groups_of_shares(self.cells), title="Share by test")
 
     def plot_curves(self, tests: Sequence[str] | None = None) -> "Figure":
-        """What attacks reach over their budget: a panel per test that has a curve, a line per row."""
+        """Attacks over their budget: a panel per test that has a curve, a line per row."""
         return self._lines(tests, layers=False, title="Attacks over their budget")
 
     def plot_layers(self, tests: Sequence[str] | None = None) -> "Figure":
-        """What probes and lenses read at each layer: a panel per test that has such a curve, a line per row."""
+        """Probes and lenses over layers: a panel per test that has such a curve, a line per row."""
         return self._lines(tests, layers=True, title="By layer")
 
     def plot_sizes(self, *, forgetting: Sequence[str] | None = None, damage: Sequence[str] | None = None) -> "Figure":
-        """What is left of the knowledge and of general ability over the number of edited weights.
+        """The knowledge left and the damage done, over the number of edited weights.
 
         `forgetting`, `damage`: as for `plot_pareto`.
         """
-        chosen = self._forgetting(forgetting), self._damage(damage)
+        chosen = self._tests(forgetting, damage)
         check_tests(self.cells, chosen[0], "forgetting")
         return sizes(self.cells, self.weights, *chosen, title="Size of the edit")
 
     def plot_pareto(self, *, forgetting: Sequence[str] | None = None, damage: str | None = None) -> "Figure":
-        """What is left of the knowledge against damage, and the rows that no other beats in both.
+        """The knowledge left against the damage done, and the rows that no other beats in both.
 
-        `forgetting`: tests whose mean is what is left; default: every "forget, X" that has a "retain, X". `damage`: a
-        test whose change from the row "original" is the damage (of a share its drop, else its rise); default: "text
-        loss", else "other knowledge". ValueError where the report has no such test or no row "original".
+        `forgetting`: the tests whose mean is the knowledge left; default: every "forget, X" that has a "retain, X".
+        `damage`: the test whose change from the row "original" is the damage (the drop of a share, the rise of anything
+        else); default: "text loss", else "other knowledge". ValueError without such a test or the row "original".
         """
-        chosen, price = self._forgetting(forgetting), self._damage(None if damage is None else [damage])[:1]
+        chosen, price = self._tests(forgetting, None if damage is None else [damage])
         check_tests(self.cells, chosen, "forgetting")
-        check_tests(self.cells, price, "damage")
+        check_tests(self.cells, price[:1], "damage")
         if "original" not in self.weights:
             raise ValueError('expected the row "original", which damage is measured from, got a report without it.')
         return pareto(self.cells, chosen, price[0], title="Forgetting against damage")
@@ -177,15 +175,17 @@ class Report:
             raise ValueError("expected a test with such a curve, got none: run an attack or a probe that gives one.")
         return curves(self.cells, _chosen(tests, known, "tests with such a curve"), title=title)
 
-    def _forgetting(self, tests: Sequence[str] | None) -> Sequence[str]:
-        if tests is not None:
-            check_tests(self.cells, tests, "forgetting")
-        return forget_tests(self.cells) if tests is None else tests
-
-    def _damage(self, tests: Sequence[str] | None) -> Sequence[str]:
-        if tests is not None:
-            check_tests(self.cells, tests, "damage")
-        return damage_tests(self.cells) if tests is None else tests
+    def _tests(
+        self, forgetting: Sequence[str] | None, damage: Sequence[str] | None
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """The tests of forgetting and of damage, by default all that the report has."""
+        for role, tests in {"forgetting": forgetting, "damage": damage}.items():
+            if tests is not None:
+                check_tests(self.cells, tests, role)
+        return (
+            forget_tests(self.cells) if forgetting is None else forgetting,
+            damage_tests(self.cells) if damage is None else damage,
+        )
 
     def __repr__(self) -> str:
         return self.to_markdown()
@@ -194,26 +194,8 @@ class Report:
         return page.table(self.cells, self.weights)
 
 
-def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
-    unknown = [name for name in given or () if name not in known]
+def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
+    unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"expected {what} of the report ({'; '.join(known)}), got {unknown}.")
-    return list(known if given is None else dict.fromkeys(given))
-
-
-def write_report(
-    path: str | Path, cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]
-) -> None:
-    content = {
-        "cells": [encoded(cell) for cell in cells],
-        "rows": [{"row": row, "weights": count} for row, count in weights.items()],  # a list keeps its order
-        "provenance": dict(provenance),
-    }
-    write_json(path, "Report", content)
-
-
-def read_report(path: str | Path) -> tuple[tuple[Cell, ...], dict[str, int], dict[str, Any]]:
-    """Cells, weights and provenance."""
-    content = read_json(path, "Report")
-    weights = {each["row"]: each["weights"] for each in content["rows"]}
-    return tuple(decoded(cell) for cell in content["cells"]), weights, content["provenance"]
+    return list(known if names is None else dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""What was forgotten against its price: by size of the edit, and as a Pareto front."""
+"""Trade-offs: the knowledge left and the damage done, by size of the edit and as a Pareto front."""
 
 from collections.abc import Mapping, Sequence
 from math import log10
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
+    """A number with its interval."""
+
     value: float
     low: float
     high: float
@@ -27,7 +29,7 @@ def forget_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 
 def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """ "text loss" and "other knowledge", those that gave a number."""
+    """The tests "text loss" and "other knowledge", if they gave a number."""
     first = first_results(cells)
     return tuple(test for test in ("text loss", "other knowledge") if first.get(test) is not None)
 
@@ -60,9 +62,9 @@ def sizes(
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     for place, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
-            found = _mean(grouped, row, tests)
-            if found is not None and weights.get(row):
-                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), found, place)
+            left = _mean(grouped, row, tests)
+            if left is not None and weights.get(row):
+                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), left, place)
         _add_original(figure, _mean(grouped, "original", tests), place)
         result = first[tests[0]]
         figure.update_yaxes(title="" if result is None else shown(result.unit or result.sense), row=place, col=1)
@@ -76,11 +78,11 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
     """Knowledge left over damage: a point per row, the front of those that no other row beats in both as a line."""
     import plotly.graph_objects as go
 
-    figure, found = go.Figure(), tradeoffs(cells, forgetting, damage)
+    figure, points = go.Figure(), tradeoffs(cells, forgetting, damage)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
-    for row, (harm, left) in found.items():
+    for row, (harm, left) in points.items():
         _add_point(figure, row, styles[row], harm, left)
-    best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in found.items()}))
+    best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in points.items()}))
     line = {"color": INK, "dash": "dot", "width": 1.5, "shape": "hv"}
     x, y = [harm for harm, _ in best], [left for _, left in best]
     figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
@@ -96,12 +98,12 @@ def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> 
     such as a loss, by how much it rose. Knowledge left is the mean over the tests of forgetting.
     """
     grouped = by_row_and_test(cells)
-    found = {}
+    points = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         harm, left = _harm(grouped, row, damage), _mean(grouped, row, forgetting)
         if harm is not None and left is not None:
-            found[row] = (harm, left)
-    return found
+            points[row] = (harm, left)
+    return points
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
@@ -123,17 +125,17 @@ def _mean(grouped: Grouped, row: str, tests: Sequence[str]) -> Point | None:
     cells = [[cell for cell in grouped.get((row, test), []) if cell.result is not None] for test in tests]
     if not all(cells):
         return None
-    found = [(cell.result, cell.seed) for same in cells for cell in same if cell.result is not None]
-    results, seeds = [result for result, _ in found], [seed for _, seed in found]
+    pairs = [(cell.result, cell.seed) for same in cells for cell in same if cell.result is not None]
+    results, seeds = [result for result, _ in pairs], [seed for _, seed in pairs]
     return Point(sum(r.value for r in results) / len(results), *interval_over_seeds(results, seeds))
 
 
 def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
     cells = grouped.get((row, damage), [])
-    apart = paired_difference(cells, grouped.get(("original", damage), []))
-    if not apart:
+    change = paired_difference(cells, grouped.get(("original", damage), []))
+    if not change:
         return None
-    difference, low, high = apart["difference"], apart["low"], apart["high"]
+    difference, low, high = change["difference"], change["low"], change["high"]
     falls = any(cell.result is not None and cell.result.unit == "share" for cell in cells)
     return Point(-difference, -high, -low) if falls else Point(difference, low, high)
 
@@ -177,8 +179,8 @@ def _whisker(point: Point, look: Look) -> dict[str, object]:
     return {"type": "data", "thickness": 1, "width": 3, "color": look.color} | ends
 
 
-def _add_original(figure: "Figure", found: Point | None, place: int) -> None:
-    if found is not None:
+def _add_original(figure: "Figure", original: Point | None, place: int) -> None:
+    if original is not None:
         line = {"dash": "dash", "width": 1, "color": INK}
         label = {"text": "original", "font": {"size": 11}}
-        figure.add_hline(y=found.value, line=line, annotation=label, row=place, col=1)  # type: ignore[arg-type]
+        figure.add_hline(y=original.value, line=line, annotation=label, row=place, col=1)  # type: ignore[arg-type]

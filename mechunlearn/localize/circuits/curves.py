@@ -1,7 +1,7 @@
-"""Circuits of growing size: how much of a behaviour they keep, and how much is left without them."""
+"""Faithfulness over size: how much of a behaviour circuits keep, and how much is left without them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import Component, ComponentMask, ComponentScores, Edge, EdgeMask, EdgeScores, ModelShape
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn import files
+from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
 from mechunlearn.intervals import ends, resampled
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Faithfulness:
     names: tuple[str, ...]
     """The curve that each circuit belongs to; circuits of a curve follow each other in order of size."""
     circuits: tuple[ComponentMask | EdgeMask, ...]
-    """Of components or of edges; each curve starts with the empty circuit and ends with all of them."""
+    """The circuits, of components or edges; each curve starts with the empty one and ends with that of everything."""
     share: Float[Tensor, "circuit"]
-    """How large each is, as a share of everything."""
+    """Each circuit's size, as a share of that of everything."""
     alone: Float[Tensor, "prompt circuit"]
     """The metric with everything outside the circuit replaced."""
     without: Float[Tensor, "prompt circuit"]
-    """The metric with the circuit replaced and nothing else."""
+    """The metric with the circuit, and nothing else, replaced."""
     whole: Float[Tensor, "prompt"]
     """The metric of the model."""
     nothing: Float[Tensor, "prompt"]
@@ -45,7 +45,7 @@ class Faithfulness:
     metric: str = ""
     """The metric's name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The replacement, the sizes asked for, the seeds of the random circuits, ..."""
+    """The replacement, what size counts, the number of prompts, ..."""
 
     def __post_init__(self) -> None:
         gap, size = float(self.whole.mean() - self.nothing.mean()), float(self.whole.abs().mean())
@@ -126,32 +126,13 @@ class Faithfulness:
         return figure.update_layout({"title": title, "template": "plotly_white"} | axes)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        names = ("share", "alone", "without", "whole", "nothing")
-        content = {
-            "names": list(self.names),
-            "unit": self._unit,
-            "circuits": [list(map(str, circuit)) for circuit in self.circuits],
-            "provenance": [dict(circuit.provenance) for circuit in self.circuits],
-            "shape": asdict(self.circuits[0].shape),
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        write_tensors(path, "Faithfulness", {name: getattr(self, name) for name in names}, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Faithfulness":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "Faithfulness")
-        shape = ModelShape(**content["shape"])
-        circuits: list[ComponentMask | EdgeMask] = []
-        for labels, provenance in zip(content["circuits"], content["provenance"], strict=True):
-            if content["unit"] == "edges":
-                circuits.append(EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance))
-            else:
-                circuits.append(ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance))
-        names, metric, settings = tuple(content["names"]), content["metric"], content["settings"]
-        return cls(names, tuple(circuits), **tensors, metric=metric, settings=settings)
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr, self.cmd
@@ -165,10 +146,10 @@ class Faithfulness:
     @cached_property
     def _members(self) -> dict[str, list[int]]:
         """Curve -> places of its circuits."""
-        found: dict[str, list[int]] = {}
+        places: dict[str, list[int]] = {}
         for place, name in enumerate(self.names):
-            found.setdefault(name, []).append(place)
-        return found
+            places.setdefault(name, []).append(place)
+        return places
 
     def _normalised(
         self, values: Float[Tensor, "prompt circuit"], weights: Float[Tensor, "draw prompt"] | None = None
@@ -177,8 +158,9 @@ class Faithfulness:
         if weights is None:
             weights = torch.ones(1, len(self.whole), dtype=torch.float64)
         gap = weights @ (self.whole - self.nothing)
-        found = (weights @ (values - self.nothing[:, None])) / gap[:, None] + 0.0  # no -0.0
-        return found.masked_fill((values == self.whole[:, None]).all(0), 1.0)  # not 1 within rounding
+        shares = (weights @ (values - self.nothing[:, None])) / gap[:, None] + 0.0  # adding 0 turns -0.0 into 0.0
+        # A circuit that gives the model's own values is exactly 1, not 1 within rounding.
+        return shares.masked_fill((values == self.whole[:, None]).all(0), 1.0)
 
     def _areas(self, values: Float[Tensor, "draw circuit"]) -> dict[str, Float[Tensor, "draw"]]:
         return {name: torch.trapezoid(values[:, p], self.share[p], dim=1) for name, p in self._members.items()}
@@ -189,14 +171,14 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Ranking: TypeAlias = ComponentScores | EdgeScores
 Circuit: TypeAlias = ComponentMask | EdgeMask
-Given: TypeAlias = Ranking | Sequence[Circuit]
-"""One curve: scores whose ranking is to be cut, or circuits."""
+CurveSource: TypeAlias = Ranking | Sequence[Circuit]
+"""What a curve is made from: scores whose ranking is to be cut, or circuits."""
 Size: TypeAlias = Callable[[Any], int]
-"""How large a circuit is."""
+"""A function that gives a circuit's size."""
 
 
 def check_sizes(sizes: Sequence[float], random_circuits: int) -> None:
-    """ValueError for sizes that are no shares, and for less than no random circuits."""
+    """ValueError for sizes outside [0, 1], and for a negative number of random circuits."""
     outside = [size for size in sizes if not 0 <= size <= 1]
     if outside or not sizes:
         raise ValueError(
@@ -207,8 +189,8 @@ def check_sizes(sizes: Sequence[float], random_circuits: int) -> None:
         raise ValueError(f"expected a number of random circuits, 0 or more, got {random_circuits}.")
 
 
-def named(circuits: Any) -> dict[str, Given]:
-    """What was given (scores, a circuit, several, or a dict of such), under names."""
+def named_curves(circuits: Any) -> dict[str, CurveSource]:
+    """The sources of curves (scores, a circuit, several, or a dict of such) under names."""
     if isinstance(circuits, ComponentScores | EdgeScores):
         circuits = {circuits.method: circuits}
     elif not isinstance(circuits, Mapping):
@@ -218,38 +200,41 @@ def named(circuits: Any) -> dict[str, Given]:
             f'expected at least one circuit or scores, under a name that does not start with "random " (the '
             f"baseline's), got {list(circuits) or 'none'}: name them otherwise."
         )
-    return {name: [one] if isinstance(one, ComponentMask | EdgeMask) else one for name, one in circuits.items()}
+    return {name: [curve] if isinstance(curve, ComponentMask | EdgeMask) else curve for name, curve in circuits.items()}
 
 
-def curve(circuits: Iterable[Circuit], nothing: Circuit, everything: Circuit, size: Size) -> list[Circuit]:
+def ordered_circuits(circuits: Iterable[Circuit], nothing: Circuit, everything: Circuit, size: Size) -> list[Circuit]:
     """Circuits in order of size, nothing and everything among them."""
     return sorted(dict.fromkeys([nothing, *circuits, everything]), key=lambda circuit: (size(circuit), len(circuit)))
 
 
-def measured(
+def measured_faithfulness(
     curves: Mapping[str, Sequence[Any]],
     size: Size,
     values_without: Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]],
     metric: str,
     settings: Mapping[str, Any],
 ) -> Faithfulness:
-    """Circuits by themselves and taken out; equal ones are run once, and the whole model is never run again.
+    """The faithfulness of circuits, each run alone and taken out of the model.
 
     `values_without` gives the metric of the whole model, and of the model with each of these sets replaced.
     """
     names = tuple(name for name, circuits in curves.items() for _ in circuits)
     circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
-    inside = [_members(circuit) for circuit in circuits]
+    inside = [members_of(circuit) for circuit in circuits]
     everything = inside[-1]
     outside = [everything - circuit for circuit in inside]
-    replaced = [chosen for chosen in dict.fromkeys([everything, *outside, *inside]) if chosen]
-    whole, values = values_without(list(replaced))
+    # Sets that occur twice are run once, and the empty set, which is the model itself, not at all. Everything comes
+    # first: its column is the metric of nothing.
+    removed = [members for members in dict.fromkeys([everything, *outside, *inside]) if members]
+    whole, values = values_without(removed)
     values = torch.cat([values, whole[:, None]], 1)
-    column = {chosen: place for place, chosen in enumerate(replaced)} | {frozenset(): len(replaced)}
+    column = {members: place for place, members in enumerate(removed)} | {frozenset(): len(removed)}
     share = torch.tensor([size(circuit) / size(circuits[-1]) for circuit in circuits], dtype=torch.float64)
-    alone, without = (values[:, [column[chosen] for chosen in each]] for each in (outside, inside))
+    alone, without = (values[:, [column[members] for members in sets]] for sets in (outside, inside))
     return Faithfulness(names, circuits, share, alone, without, whole, values[:, 0], metric, settings)
 
 
-def _members(circuit: Any) -> frozenset[Any]:
+def members_of(circuit: Any) -> frozenset[Any]:
+    """The circuit's components or edges."""
     return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components

@@ -1,4 +1,4 @@
-"""Circuits in the files of EAP-IG and the MIB circuit track: JSON and pt."""
+"""Edge scores and circuits in the files of EAP-IG and the MIB circuit track, `.json` and `.pt`."""
 
 import json
 from pathlib import Path
@@ -24,16 +24,18 @@ def save_mib(path: str | Path, scores: EdgeScores, model: Model, *, circuit: Edg
     (Mueller et al. 2025, https://arxiv.org/abs/2504.13151) uses: nodes `input`, `a0.h3`, `m5`, `logits`, edges
     `a0.h3->a2.h1<q>`; `.json`, or `.pt` with tensors [n_forward, n_backward]. The suffix of `path` decides.
 
-    Edges without a score are written as 0, which is what these files have no other word for. Files know keys and values
-    per *query* head: where query heads share a KV head, its score is divided equally among them (their sum is
-    the KV head's, as in an ungrouped model), and an edge of the circuit becomes one to each of them. A node is in the
-    circuit if edges of the circuit enter (but for `input`) and leave it. The model's fingerprint is written too, where
-    readers of these files do not look. ValueError for scores of another model.
+    - Edges without a score are written as 0: the format has no other way to say so.
+    - The format has keys and values per *query* head. Where query heads share a KV head, its score is divided equally
+      among them (their sum is the KV head's, as in an ungrouped model), and an edge of the circuit becomes one to each.
+    - A node is in the circuit if edges of the circuit leave it and, except for `input`, enter it.
+    - The model's fingerprint is written too, under a key that other readers ignore.
+
+    ValueError for scores of another model.
     """
     sizes = shape(model)
-    for given in (scores, circuit):
-        if given is not None and given.shape != sizes:
-            raise ValueError(f"expected edges of this model ({sizes}), got those of {given.shape}: pass their model.")
+    for edges in (scores, circuit):
+        if edges is not None and edges.shape != sizes:
+            raise ValueError(f"expected edges of this model ({sizes}), got those of {edges.shape}: pass their model.")
     group = _columns(sizes)
     share = torch.bincount(group, minlength=scores.tensor.shape[1])[group]
     values = (scores.tensor[:, group] / share).float()
@@ -50,10 +52,10 @@ def save_mib(path: str | Path, scores: EdgeScores, model: Model, *, circuit: Edg
 def load_mib(path: str | Path, model: Model) -> tuple[EdgeScores, EdgeMask]:
     """The scores and the circuit of a file of EAP-IG or the MIB circuit track, for this model.
 
-    See `save_mib` for the format. Nothing in the file is executed. Scores of query heads that share a KV head
-    are added; an edge is in the circuit if it is for any of them. The circuit is empty if the file has only scores;
-    scores of nodes are left out. ValueError for a file of another model (of other weights, if `save_mib` wrote it; the
-    format itself knows shapes alone), with neurons, or that is damaged.
+    See `save_mib` for the format. Nothing in the file is executed. Scores of query heads that share a KV head add up;
+    an edge is in the circuit if it is for any of them. If the file has only scores, the circuit is empty. Scores of
+    nodes are left out. ValueError for a file that is damaged, selects neurons, or is of another model: of another
+    shape or, if `save_mib` wrote it, of other weights.
     """
     sizes = shape(model)
     record = _read_pt(path) if _suffix(path) == ".pt" else _read_json(path, sizes)
@@ -85,25 +87,25 @@ def _sources(sizes: ModelShape) -> list[str]:
 
 def _destinations(sizes: ModelShape) -> list[str]:
     """Queries, keys and values of all query heads, then the MLP, layer after layer."""
-    found = []
+    names = []
     for layer in range(sizes.n_layers):
-        found += [f"a{layer}.h{head}<{letter}>" for letter in _LETTERS for head in range(sizes.n_heads)]
-        found.append(f"m{layer}")
-    return [*found, "logits"]
+        names += [f"a{layer}.h{head}<{letter}>" for letter in _LETTERS for head in range(sizes.n_heads)]
+        names.append(f"m{layer}")
+    return [*names, "logits"]
 
 
 def _columns(sizes: ModelShape) -> Tensor:
-    """For each destination of the file, our column."""
+    """For each destination of the file, its column in `EdgeScores.tensor`."""
     column = {destination: place for place, destination in enumerate(destinations(sizes))}
-    found = []
+    columns = []
     for layer in range(sizes.n_layers):
         for matrix in _LETTERS.values():
             group = sizes.n_heads // sizes.units(matrix)
             heads = (head // group * group for head in range(sizes.n_heads))
-            found += [column[Component(layer, "H", head, matrix)] for head in heads]
-        found.append(column[Component(layer, "MLP")])
+            columns += [column[Component(layer, "H", head, matrix)] for head in heads]
+        columns.append(column[Component(layer, "MLP")])
     last: Destination = "logits"
-    return torch.tensor([*found, column[last]])
+    return torch.tensor([*columns, column[last]])
 
 
 def _nodes(chosen: Bool[Tensor, "source entry"], sizes: ModelShape) -> Bool[Tensor, "source"]:
@@ -143,8 +145,8 @@ def _read_pt(path: str | Path) -> dict[str, Any]:
 
 def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_text())
-        cfg, nodes, edges = found["cfg"], found["nodes"], found["edges"]
+        content = json.loads(Path(path).read_text())
+        cfg, nodes, edges = content["cfg"], content["nodes"], content["edges"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _unreadable(path, f"no cfg, nodes and edges: {error}") from error
     for key, entries in (("nodes", nodes), ("edges", edges)):
@@ -165,18 +167,17 @@ def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
         values[place], chosen[place], listed[place] = score, inside, True
     neurons = {"neurons_in_graph": True} if any("neurons" in node for node in nodes.values()) else {}
     names = {"src_nodes": [name for name in nodes if name != "logits"], "dst_nodes": list(columns)}
-    names |= {"fingerprint": found.get("fingerprint")}
+    names |= {"fingerprint": content.get("fingerprint")}
     return {"cfg": cfg, "edges_scores": values, "edges_in_graph": chosen, "listed": listed} | names | neurons
 
 
 def _check(record: dict[str, Any], model: Model, path: str | Path) -> None:
-    sizes, cfg, given = shape(model), _cfg(model), record["cfg"]
-    if not isinstance(given, dict) or any(key not in given for key in cfg):
-        raise _unreadable(path, f"its cfg has not all of {', '.join(cfg)}: {str(given)[:200]}")
-    differing = {key: (cfg[key], given[key]) for key in cfg if given[key] != cfg[key]}
+    sizes, cfg, recorded = shape(model), _cfg(model), record["cfg"]
+    if not isinstance(recorded, dict) or any(key not in recorded for key in cfg):
+        raise _unreadable(path, f"its cfg has not all of {', '.join(cfg)}: {str(recorded)[:200]}")
+    differing = [f"{key}={recorded[key]} (this model: {cfg[key]})" for key in cfg if recorded[key] != cfg[key]]
     if differing:
-        found = ", ".join(f"{key}={its} (this model: {ours})" for key, (ours, its) in differing.items())
-        raise _of_another_model(path, found)
+        raise _of_another_model(path, ", ".join(differing))
     known = record.get("fingerprint")
     if known is not None and known != fingerprint(model):
         raise _of_another_model(path, f"its weights have fingerprint {known} (this model: {fingerprint(model)})")

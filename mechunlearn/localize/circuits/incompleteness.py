@@ -1,7 +1,7 @@
 """Incompleteness: does a circuit without some of its parts do what the model without these parts does?"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -11,16 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.arguments import check
-from mechunlearn.components import Component, ComponentMask, Components, Edge, EdgeMask, ModelShape
+from mechunlearn.components import ComponentMask, Components, EdgeMask
 from mechunlearn.components.edge import edges_where
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap, ends, resampled
-from mechunlearn.localize.circuits.curves import named
-from mechunlearn.localize.circuits.faithfulness import edge_circuit_values, replaced_components, replaced_edges
-from mechunlearn.localize.circuits.runs import circuit_values
+from mechunlearn.localize.circuits.curves import members_of, named_curves
+from mechunlearn.localize.circuits.faithfulness import replaced_components, replaced_edges
+from mechunlearn.localize.circuits.runs import circuit_values, edge_circuit_values
 from mechunlearn.localize.replacement import Replacement, resample
-from mechunlearn.metrics import Metric, described, logit_difference, name_of
+from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model, shape
 from mechunlearn.tasks.prompts import Prompts
 
@@ -45,14 +46,14 @@ def incompleteness(
 
         incompleteness(K) = |F(C \ K) - F(M \ K)|,    F = mean over prompts of the metric, in its unit
 
-    F(C \ K) replaces everything outside C, and K; F(M \ K) replaces K alone. 0: what the model does without K, the
-    circuit does too. A circuit that leaves out a backup can be faithful, and is incomplete for those K that the backup
-    stands in for. `knockouts` sets K are drawn, each member of C with probability 1/2, by the `seed`; always there are
-    K = nothing, which compares C with the model, and K = C, which compares the replaced model with the rest of it.
+    In F(C \ K), K and everything outside C are replaced; in F(M \ K), K alone. 0: without K, the circuit does what the
+    model does. A circuit that leaves out a backup can be faithful, and is incomplete for those K that the backup stands
+    in for. The largest of few random K is a lower bound of the largest there is.
 
-    What a circuit is, `components` (what is replaced outside it, default heads and MLPs) and `replacement`: as for
-    `faithfulness`, and for circuits of edges as for `edge_faithfulness`, where all edges outside C are replaced. The
-    largest of few random K is a lower bound of the largest there is.
+    - `knockouts`: the number of random sets K, each with every member of C with probability 1/2. Two more are always
+      there: K = nothing compares C with the model, and K = C the replaced model with the rest of it.
+    - `components` (what is replaced outside the circuit, default heads and MLPs) and `replacement`: as for
+      `faithfulness`; for circuits of edges as for `edge_faithfulness`, where all edges outside C are replaced.
 
     Cost: 2F, and for each K twice the part of F from the lowest replaced layer on; for edges, two forwards.
 
@@ -63,14 +64,15 @@ def incompleteness(
     _check(circuit, knockouts)
     options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
     everything, values_without = _outside(model, prompts, circuit, components, options)
-    chosen = [circuit - circuit, *_drawn(circuit, knockouts, seed), circuit]
-    from_circuit = [everything - (_members(circuit) - _members(one)) for one in chosen]
-    from_model = [_members(one) for one in chosen]
-    removed = [each for each in dict.fromkeys([*from_circuit, *from_model]) if each]
+    chosen = [circuit - circuit, *_random_parts(circuit, knockouts, seed), circuit]
+    # Removed for F(C \\ K): everything but what is in C and not in K; for F(M \\ K): K. Equal sets are run once.
+    from_circuit = [everything - (members_of(circuit) - members_of(part)) for part in chosen]
+    from_model = [members_of(part) for part in chosen]
+    removed = [members for members in dict.fromkeys([*from_circuit, *from_model]) if members]
     whole, values = values_without(removed)
     values = torch.cat([values, whole[:, None]], 1)
-    column = {each: place for place, each in enumerate(removed)} | {frozenset(): len(removed)}
-    of_circuit, of_model = (values[:, [column[each] for each in side]] for side in (from_circuit, from_model))
+    column = {members: place for place, members in enumerate(removed)} | {frozenset(): len(removed)}
+    of_circuit, of_model = (values[:, [column[members] for members in sets]] for sets in (from_circuit, from_model))
     settings = {"replacement": described(replacement), "knockouts": knockouts, "seed": seed}
     settings |= {"prompts": len(prompts), "batch_size": batch_size}
     return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
@@ -93,28 +95,24 @@ def _outside(
     components: Components | None,
     options: dict[str, Any],
 ) -> tuple[frozenset[Any], Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]]]:
-    """All that is replaced outside the circuit, and what measures the model with some of it replaced."""
+    """All components or edges that can be replaced, and the function that measures the model without some of them."""
     if isinstance(circuit, EdgeMask):
         if components is not None:
             raise ValueError(
                 "expected components=None for a circuit of edges, got some: all edges outside are replaced."
             )
-        level = replaced_edges(model, named(circuit))
+        level = replaced_edges(model, named_curves(circuit))
         return frozenset(edges_where(level, shape(model))), partial(edge_circuit_values, model, prompts, **options)
     sizes = shape(model)
-    level = replaced_components(named(circuit), components, sizes)
+    level = replaced_components(named_curves(circuit), components, sizes)
     return frozenset(level), partial(circuit_values, model, prompts, sizes=sizes, **options)
 
 
-def _drawn(circuit: Any, count: int, seed: int) -> list[Any]:
-    """Subsets of the circuit, each member in half of them."""
+def _random_parts(circuit: Any, count: int, seed: int) -> list[Any]:
+    """Random subsets of the circuit, each member in one with probability 1/2."""
     generator = Random(f"incompleteness {seed}")
     members = list(circuit)
     return [circuit & {member for member in members if generator.random() < 0.5} for _ in range(count)]
-
-
-def _members(circuit: ComponentMask | EdgeMask) -> frozenset[Any]:
-    return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,7 +137,7 @@ class Incompleteness:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the knockouts are called in tables."""
+        """The knockouts' names in tables."""
         return ("nothing", *(f"random {i}" for i in range(len(self.knockouts) - 2)), "all of it")
 
     @property
@@ -149,18 +147,18 @@ class Incompleteness:
 
     @property
     def mean(self) -> float:
-        """Over the random knockouts."""
+        """The mean incompleteness over the random knockouts."""
         return float(self.tensor[1:-1].mean())
 
     @property
     def largest(self) -> float:
-        """Among the random knockouts: a lower bound of the largest that there is."""
+        """The largest incompleteness among the random knockouts: a lower bound of the largest that there is."""
         return float(self.tensor[1:-1].max())
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
         """Low and high end of the interval of `mean`: percentile bootstrap over prompts, for these knockouts.
 
-        It is a mean of sizes, so that noise makes it larger and the interval of a complete circuit does not reach 0.
+        `mean` is one of sizes: noise makes it larger, and the interval of a complete circuit does not reach 0.
         """
         weights = resampled(len(self.circuit_without), draws, seed) / len(self.circuit_without)
         low, high = ends((weights @ self._difference)[:, 1:-1].abs().mean(1), confidence)
@@ -173,7 +171,7 @@ class Incompleteness:
 
         low, high = bootstrap(self._difference, confidence=confidence, draws=draws, seed=seed)
         columns = {
-            "size": [len(one) for one in self.knockouts],
+            "size": [len(part) for part in self.knockouts],
             "circuit_without": self.circuit_without.mean(0).tolist(),
             "model_without": self.model_without.mean(0).tolist(),
             "difference": self._difference.mean(0).tolist(),
@@ -197,34 +195,13 @@ class Incompleteness:
         return figure.update_layout({"title": title, "template": "plotly_white", "showlegend": False} | axes)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with everything but the model."""
-        content = {
-            "unit": self._unit,
-            "circuit": list(map(str, self.circuit)),
-            "provenance": dict(self.circuit.provenance),
-            "knockouts": [list(map(str, one)) for one in self.knockouts],
-            "shape": asdict(self.circuit.shape),
-            "metric": self.metric,
-            "settings": dict(self.settings),
-        }
-        tensors = {"circuit_without": self.circuit_without, "model_without": self.model_without}
-        write_tensors(path, "Incompleteness", tensors, content)
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Incompleteness":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "Incompleteness")
-        shape, provenance = ModelShape(**content["shape"]), content["provenance"]
-
-        def made(labels: list[str]) -> ComponentMask | EdgeMask:
-            if content["unit"] == "edges":
-                return EdgeMask(frozenset(map(Edge.parse, labels)), shape, provenance)
-            return ComponentMask(frozenset(map(Component.parse, labels)), shape, provenance)
-
-        knockouts = tuple(made(labels) for labels in content["knockouts"])
-        return cls(
-            made(content["circuit"]), knockouts, **tensors, metric=content["metric"], settings=content["settings"]
-        )
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         low, high = self.interval()

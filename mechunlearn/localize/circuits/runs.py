@@ -1,4 +1,4 @@
-"""A model reduced to circuits: everything that is replaced, replaced at once; many circuits share a batch."""
+"""The metric of a model in which sets of components, or of edges, are replaced at once; many sets share a batch."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -12,10 +12,13 @@ from tqdm import tqdm
 
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, ModelShape
-from mechunlearn.localize.replacement import Replacement, replaced
+from mechunlearn.components.edge import Edge, mask_of
+from mechunlearn.localize.replacement import Replacement, replacement_values
 from mechunlearn.localize.sites import places_of
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved
+from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, recording, shape
+from mechunlearn.model.edge_runs import EdgeCircuits
+from mechunlearn.model.edges import contributions, source_outputs, source_sites
 from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
@@ -33,7 +36,7 @@ def circuit_values(
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """The metric of the whole model, and of the model with each of these sets of components replaced at some tokens.
 
-    Cost: 2F, and for each set the part of F from its lowest layer on; what replaces is computed once.
+    Cost: 2F (one for the replacement's values), and for each set the part of F from its lowest layer on.
     """
     check("noising", batch_size, metric=metric, replacement=replacement, where=where)
     places = _Places(removed, sizes, device_of(model))
@@ -41,15 +44,50 @@ def circuit_values(
     with preserved(model), torch.no_grad():
         for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "circuits", leave=False, disable=None):
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=places.names)
-            source = replaced(replacement, model, batch, run.values)
+            source = replacement_values(replacement, model, batch, run.values)
             tokens = where(batch) & batch.attention_mask
             whole.append(checked(metric, run.logits, batch).double())
             values.append(_values(model, batch, run, source, tokens, places, metric, batch_size))
     return torch.cat(whole).cpu(), torch.cat(values).cpu()
 
 
+def edge_circuit_values(
+    model: Model,
+    prompts: Prompts,
+    removed: Sequence[Set[Edge]],
+    *,
+    metric: Metric,
+    replacement: Replacement,
+    batch_size: int,
+) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
+    """The metric of the whole model, and of the model with each of these sets of edges replaced.
+
+    Cost: 2F, and a forward for each set.
+    """
+    sizes = shape(model)
+    masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
+    whole, values = [], []
+    with preserved(model), torch.no_grad():
+        circuits = EdgeCircuits(model)
+        for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "edge circuits", leave=False, disable=None):
+            with recording(model, source_sites(sizes)) as own:
+                whole.append(checked(metric, batch.logits(model), batch).double())
+            other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))
+            by_circuit = whole[-1].new_zeros(len(batch), len(masks))
+            ranges = (torch.arange(count, device=by_circuit.device) for count in (len(masks), len(batch)))
+            for circuit, row in (
+                pair.unbind(1) for pair in torch.cartesian_prod(*ranges).split(operator.index(batch_size))
+            ):
+                copies = batch.rows(row)
+                inputs = copies.tokens, copies.attention_mask, copies.positions
+                logits = circuits.logits(*inputs, other[:, row], masks[circuit])
+                by_circuit[row, circuit] = checked(metric, logits, copies).double()
+            values.append(by_circuit)
+    return torch.cat(whole).cpu(), torch.cat(values).cpu()
+
+
 class _Places:
-    """Where sets of components are in the model: hook points, and which heads or neurons there."""
+    """Where sets of components are in the model: hook points, and heads or neurons there."""
 
     def __init__(self, removed: Sequence[Set[Component]], sizes: ModelShape, device: torch.device) -> None:
         components = sorted(set().union(*removed))
@@ -62,10 +100,11 @@ class _Places:
 
     @property
     def names(self) -> list[str]:
+        """The hook points."""
         return list(self._chosen)
 
     def at(self, circuits: Int[Tensor, "row"]) -> Iterable[tuple[str, Bool[Tensor, "row *unit"]]]:
-        """Each hook point where some of the rows have something replaced."""
+        """Each hook point at which some of the rows have a unit replaced, and which units in each row."""
         for name, chosen in self._chosen.items():
             if bool(chosen[circuits].any()):
                 yield name, chosen[circuits]
@@ -93,14 +132,16 @@ def _values(
     tokens: Bool[Tensor, "prompt pos"],
     places: _Places,
     metric: Metric,
-    rows: int,
+    batch_size: int,
 ) -> Float[Tensor, "prompt circuit"]:
     values = run.logits.new_zeros(len(prompts), len(places.lowest), dtype=torch.float64)
+    # Sets that start late come first, so that a pass, which starts at the lowest layer of its rows, runs few layers.
     late_first = places.lowest.argsort(descending=True, stable=True).to(values.device)
     pairs = torch.cartesian_prod(late_first, torch.arange(len(prompts), device=values.device))
-    for circuits, row in (part.unbind(1) for part in pairs.split(operator.index(rows))):
-        hooks = [_putting(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
+    for circuits, row in (pair.unbind(1) for pair in pairs.split(operator.index(batch_size))):
+        hooks = [_replacing_hook(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
         layer = int(places.lowest[circuits.cpu()].min())
+        # The run's own attention output holds for the lowest layer unless something inside the attention is replaced.
         inside = any(name.startswith(f"blocks.{layer}.attn.") for name, _ in hooks)
         attention = None if inside else run.attention[layer][row]
         logits = continued(model, run, row, layer, attention=attention, hooks=hooks)
@@ -108,7 +149,9 @@ def _values(
     return values
 
 
-def _putting(name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]) -> Hook:
+def _replacing_hook(
+    name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]
+) -> Hook:
     """A hook that puts `source` at those tokens, in the units chosen for each row."""
     where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
     return name, partial(_put, source=source, where=where)

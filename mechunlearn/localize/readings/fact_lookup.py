@@ -1,8 +1,8 @@
-"""The paper's mechanistic localization: which MLPs look a fact up, step by step, each step open to correction."""
+"""The paper's mechanistic localization: the MLPs that look a fact up, by steps that can each be overruled."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,20 +11,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechunlearn import files
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
 from mechunlearn.curve import Curve
-from mechunlearn.files import read_tensors, write_tensors
+from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
-from mechunlearn.localize.readings.thresholds import (
-    borderline,
-    described_borderline,
-    effects_near,
-    heads_near_the_cut,
-    read_off,
-)
-from mechunlearn.metrics import Metric, checked, logit_difference, name_of
+from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Hook, Model, device_of, preserved, shape
 from mechunlearn.model.running import constant, mean_activations
 from mechunlearn.tasks.positions import Where, subject_last
@@ -51,22 +45,24 @@ def fact_lookup_by_probes(
     penalty: float = 10.0,
     batch_size: int = 64,
 ) -> "FactLookup":
-    """The MLPs under which an attribute becomes linearly readable at the subject (the paper's way for Sports Facts).
+    """The MLPs that make an attribute linearly readable at the subject (the paper's way for Sports Facts).
 
     1. `probes` give the accuracy for each layer at the subject's last token, on held-out facts.
     2. The lookup begins with the first layer whose output is read better than chance + `rise`, and better than the
-       control task + `selectivity`: where subjects share last tokens, the rise above chance may be these tokens. It
-       ends with the first layer whose output has `saturation` of the whole rise above chance. The MLPs from first to
+       control task + `selectivity`: where subjects share last tokens, these may explain the rise above chance. It ends
+       with the first layer whose output has `saturation` of the whole rise above chance. The MLPs from the first to the
        last are the mask.
     3. Attention outputs of all layers after the last are replaced, at every token, by their mean over `text`
        (such as `task.text`), and new probes are fitted. If no later accuracy falls by more than `tolerance`, the
        representation does not depend on later heads: `findings["holds_without_later_attention"]`.
 
-    `layers`: your own reading of the curves, instead of step 2. The prompts need several answers: for a sport to
-    forget, `tasks.joined(task.forget, task.retain)`. Curves: `"accuracy"`, `"control"`, `"selectivity"` (the
-    difference of the two), and `"later attention ablated"`. `findings["borderline"]` has the layers whose value lies
-    within 20 % of a threshold (for `saturation`, of the share that may be missing): other prompts may put them on its
-    other side. What the MLPs at the subject's last token hold is not proof that the answer needs it: compare with
+    - `layers` overrules step 2.
+    - The prompts need several answers: for a sport to forget, `tasks.joined(task.forget, task.retain)`.
+    - Curves: `"accuracy"`, `"control"`, `"selectivity"` (the difference of the two) and `"later attention ablated"`.
+    - `findings["borderline"]` has the layers whose value lies within 20 % of a threshold (for `saturation`, of the
+      share that may be missing): with other prompts they may lie on its other side.
+
+    That the subject's last token holds an attribute does not prove that the answer needs it: compare with
     `activation_patching`.
 
     Cost: 2 forwards of the prompts, 1 of the text, and the fits of two calls of `probes`.
@@ -74,32 +70,32 @@ def fact_lookup_by_probes(
     """
     _check_shares(rise=rise, selectivity=selectivity, saturation=saturation, tolerance=tolerance)
     sizes = shape(model)
-    given = None if layers is None else _chosen_layers(layers, sizes)
+    overruling = None if layers is None else _checked_layers(layers, sizes)
     options: dict[str, Any] = {"at": at, "seeds": seeds, "folds": folds, "penalty": penalty, "batch_size": batch_size}
-    found = probes(model, prompts, labels, **options)
-    read, near = read_off(found, rise, selectivity, saturation)
-    by_thresholds = read.pop("layers")
-    chosen = by_thresholds if given is None else given
-    curves = found.curves() | {"selectivity": _selectivity(found)}
+    result = probes(model, prompts, labels, **options)
+    by_thresholds, near = layers_by_thresholds(result, rise, selectivity, saturation)
+    from_curves = by_thresholds.pop("layers")
+    chosen = from_curves if overruling is None else overruling
+    selectivities = Curve(result.points, result.correct - result.control, "accuracy minus control")
+    curves = result.curves() | {"selectivity": selectivities}
     thresholds = {"rise": rise, "selectivity": selectivity, "saturation": saturation, "tolerance": tolerance}
-    overruled = [] if given is None else ["layers"]
-    findings: dict[str, Any] = {"layers": chosen, "chance": found.chance, **read, **thresholds, "overruled": overruled}
-    findings["borderline"] = near if given is None else {}
+    findings: dict[str, Any] = {"layers": chosen, "chance": result.chance, **by_thresholds, **thresholds}
+    findings |= {"overruled": [] if layers is None else ["layers"], "borderline": near if layers is None else {}}
     later = list(range(chosen[-1] + 1, sizes.n_layers)) if chosen else []
     if later:
         ablated = probes(model, prompts, labels, **options, hooks=_without_attention(model, text, later, batch_size))
         curves["later attention ablated"] = ablated.curves()["accuracy"]
-        fall = float((found.accuracy - ablated.accuracy)[chosen[-1] + 2 :].max())
+        fall = float((result.accuracy - ablated.accuracy)[chosen[-1] + 2 :].max())  # after the first ablated layer
         findings["attention_ablated_in_layers"] = later
         findings["largest_fall_without_later_attention"] = max(0.0, fall)
         findings["holds_without_later_attention"] = fall <= tolerance
-        findings["borderline"] |= {"tolerance": borderline({"largest fall": fall}, tolerance)}
+        findings["borderline"] |= {"tolerance": _borderline({"largest fall": fall}, tolerance)}
     mask = _mask(chosen, sizes, "fact_lookup_by_probes", findings)
     return FactLookup(mask, "fact_lookup_by_probes", findings, curves)
 
 
 def lowest_layer(extraction_heads: Sequence[Component]) -> Receivers:
-    """The residual stream that enters the lowest extraction head's layer, as in the paper: all above it recomputes."""
+    """The residual stream that enters the lowest extraction head's layer, as in the paper; all above it recomputes."""
     return min(head.layer for head in extraction_heads)
 
 
@@ -124,42 +120,42 @@ def fact_lookup_by_paths(
 
     1. Denoising `path_patching` of every head to the final residual stream, MLPs on the way responding: the `n_heads`
        heads with the largest |effect| are the extraction heads.
-    2. Denoising `path_patching` of every MLP, not through other MLPs, to what `receivers` makes of these heads:
-       `lowest_layer` (default, the paper's: the residual stream that enters the lowest one's layer), `all_inputs`
-       (their queries, keys and values), or a function of yours.
+    2. Denoising `path_patching` of every MLP, not through other MLPs, to the receivers that `receivers` gives for these
+       heads: `lowest_layer` (default, the paper's: the residual stream that enters the lowest one's layer),
+       `all_inputs` (their queries, keys and values), or a function of yours.
     3. The MLPs with |effect| > `threshold` are the mask.
 
-    Effects are shares of the mean difference of the metric between clean and corrupt prompts. The paper subtracts the
-    last layer's effect, as a baseline, which is 0 here: nothing above a receiver has a path to it.
+    Effects are shares of the mean difference of the metric between clean and corrupt prompts. The paper's baseline, the
+    last layer's effect, is 0 here: nothing above a receiver has a path to it.
 
-    `findings["borderline"]` has the MLPs whose |effect| lies within 20 % of `threshold`, and the heads whose |effect|
-    lies within 20 % of the cut, half-way between the last head chosen and the next: other prompts may choose otherwise.
+    - `extraction_heads` overrules step 1, `layers` step 3. Scores: `"heads"` (only from step 1) and `"mlps"`.
+    - `findings["borderline"]` has the MLPs whose |effect| lies within 20 % of `threshold`, and the heads whose |effect|
+      lies within 20 % of the cut, half-way between the last head chosen and the next: other prompts may choose others.
 
-    `extraction_heads` replaces step 1, `layers` step 3. Scores: `"heads"` (without step 1: none) and `"mlps"`.
     Cost: 4F + 2F for the metric's ends, for each head the MLPs above it, for each MLP the layers from the receivers on.
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError without corrupted prompts, if these do not lower the
     metric, and if no MLP is below the receivers because extraction heads are in layer 0.
     """
     sizes = shape(model)
     check("denoising", batch_size, metric=metric, receivers=receivers)
-    given = None if layers is None else _chosen_layers(layers, sizes)
+    overruling = None if layers is None else _checked_layers(layers, sizes)
     gap = _gap(model, prompts, metric, batch_size)
     options: dict[str, Any] = {"metric": metric, "direction": "denoising", "batch_size": batch_size}
     scores, near = {}, {}
     if extraction_heads is None:
-        found = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, **options)
-        scores["heads"] = _share(found, gap)
+        effects = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, **options)
+        scores["heads"] = _share(effects, gap)
         chosen_heads = tuple(scores["heads"].top(k=n_heads))
-        near["n_heads"] = heads_near_the_cut(scores["heads"], n_heads)
+        near["n_heads"] = _heads_near_the_cut(scores["heads"], n_heads)
     else:
         chosen_heads = _heads(extraction_heads, sizes)
     receiving = receivers(chosen_heads)
     _check_above_first_layer(chosen_heads, receiving)
     scores["mlps"] = _share(path_patching(model, prompts, senders=mlps, receivers=receiving, **options), gap)
     crossed = [component.layer for component, effect in scores["mlps"].items() if abs(effect) > threshold]
-    chosen = crossed if given is None else given
-    if given is None:
-        near["threshold"] = effects_near(scores["mlps"], threshold)
+    chosen = crossed if overruling is None else overruling
+    if overruling is None:
+        near["threshold"] = _effects_near(scores["mlps"], threshold)
     findings = {
         "layers": chosen,
         "extraction_heads": [str(head) for head in chosen_heads],
@@ -175,14 +171,11 @@ def fact_lookup_by_paths(
     return FactLookup(mask, "fact_lookup_by_paths", findings, {}, scores)
 
 
-def _selectivity(found: ProbeResult) -> Curve:
-    return Curve(found.points, found.correct - found.control, "accuracy minus control")
-
-
 @torch.no_grad()
 def _without_attention(
     model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
 ) -> list[Hook]:
+    """Hooks that replace the attention outputs of these layers by their mean over the text."""
     names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
     with preserved(model):
         return constant(mean_activations(model, text, names, batch_size=batch_size).items())
@@ -216,12 +209,12 @@ def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> flo
     return means[0] - means[1]
 
 
-def _heads(given: Iterable[Component | str], sizes: ModelShape) -> tuple[Component, ...]:
-    found = chosen_components(given, sizes, "extraction_heads")
-    wrong = [head for head in found if head.kind != ("H", None)]
+def _heads(extraction_heads: Iterable[Component | str], sizes: ModelShape) -> tuple[Component, ...]:
+    chosen = chosen_components(extraction_heads, sizes, "extraction_heads")
+    wrong = [head for head in chosen if head.kind != ("H", None)]
     if wrong:
         raise ValueError(f"expected heads such as L5H3 as extraction heads, got {wrong[0]}: pass heads only.")
-    return found
+    return chosen
 
 
 def _check_above_first_layer(chosen: Sequence[Component], receiving: Receivers) -> None:
@@ -233,11 +226,11 @@ def _check_above_first_layer(chosen: Sequence[Component], receiving: Receivers) 
         )
 
 
-def _chosen_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
-    found = sorted(set(layers))
-    if not found or found[0] < 0 or found[-1] >= sizes.n_layers:
-        raise ValueError(f"expected layers in 0..{sizes.n_layers - 1}, got {found or 'none'}.")
-    return found
+def _checked_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
+    chosen = sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= sizes.n_layers:
+        raise ValueError(f"expected layers in 0..{sizes.n_layers - 1}, got {chosen or 'none'}.")
+    return chosen
 
 
 def _check_shares(**shares: float) -> None:
@@ -246,17 +239,103 @@ def _check_shares(**shares: float) -> None:
             raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
+_MARGIN = 0.2
+"""A value within this share of its threshold is borderline."""
+
+
+def _borderline(values: Mapping[str, float], threshold: float) -> dict[str, float]:
+    """Label -> value, for the values that lie within 20 % of the threshold, on either side of it."""
+    return {label: value for label, value in values.items() if abs(value - threshold) <= _MARGIN * threshold}
+
+
+def _borderline_in_words(values_by_threshold: Mapping[str, Mapping[str, float]]) -> str:
+    """For each threshold what is borderline, in words; "none" if nothing is."""
+    shown = [
+        f"{name}: " + ", ".join(f"{label} ({value:.3g})" for label, value in sorted(values.items(), key=itemgetter(1)))
+        for name, values in sorted(values_by_threshold.items())
+        if values
+    ]
+    return "; ".join(shown) or "none"
+
+
+def layers_by_thresholds(
+    result: ProbeResult, rise: float, selectivity: float, saturation: float
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The layers from where both thresholds are passed to where accuracy saturates, and what is near a threshold.
+
+    Point l + 1 of the probes reads the output of layer l, so the first point is left out.
+    """
+    risen, selective = (result.accuracy - result.chance)[1:].tolist(), result.selectivity[1:].tolist()
+    share = _share_of_rise(result)
+    above_chance = [layer for layer, value in enumerate(risen) if value > rise]
+    above_control = [layer for layer, value in enumerate(selective) if value > selectivity]
+    read = {
+        "layers": _between(risen, selective, share, rise, selectivity, saturation),
+        "first_layer_above_chance": next(iter(above_chance), None),
+        "first_layer_above_control": next(iter(above_control), None),
+    }
+    missing = _borderline(_by_mlp([1 - value for value in share]), 1 - saturation) if saturation < 1 else {}
+    near = {
+        "rise": _borderline(_by_mlp(risen), rise),
+        "selectivity": _borderline(_by_mlp(selective), selectivity),
+        "saturation": {label: 1 - value for label, value in missing.items()},
+    }
+    return read, near
+
+
+def _effects_near(scores: ComponentScores, threshold: float) -> dict[str, float]:
+    """The components whose |effect| is near the threshold."""
+    return _borderline(_magnitudes(scores), threshold)
+
+
+def _heads_near_the_cut(scores: ComponentScores, count: int) -> dict[str, float]:
+    """The components near the middle between the last one chosen and the next; none if all are chosen."""
+    sizes = sorted(_magnitudes(scores).values(), reverse=True)
+    return _borderline(_magnitudes(scores), (sizes[count - 1] + sizes[count]) / 2) if count < len(sizes) else {}
+
+
+def _between(
+    risen: Sequence[float],
+    selective: Sequence[float],
+    share: Sequence[float],
+    rise: float,
+    selectivity: float,
+    saturation: float,
+) -> list[int]:
+    """From the first layer above chance and control to the one that saturates; none if none is above both."""
+    above = [layer for layer, (r, s) in enumerate(zip(risen, selective, strict=True)) if r > rise and s > selectivity]
+    if not above:
+        return []
+    last = next(layer for layer, value in enumerate(share) if value >= saturation)
+    return list(range(above[0], max(above[0], last) + 1))
+
+
+def _share_of_rise(result: ProbeResult) -> list[float]:
+    """For each layer's output, the share of the highest rise above chance that it has reached; 1 at the last."""
+    rises = (result.accuracy - result.chance).tolist()
+    highest = max(rises)
+    return [*(value / highest if highest > 0 else 0.0 for value in rises[1:-1]), 1.0]
+
+
+def _by_mlp(values: Sequence[float]) -> dict[str, float]:
+    return {str(Component(layer, "MLP")): value for layer, value in enumerate(values)}
+
+
+def _magnitudes(scores: ComponentScores) -> dict[str, float]:
+    return {str(component): abs(effect) for component, effect in scores.items()}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FactLookup:
-    """The MLPs that look facts up, and every curve and threshold that says so. Printing it shows the evidence."""
+    """The MLPs that look facts up, with all curves, effects and thresholds as evidence; printing it shows them."""
 
     mask: ComponentMask
     """The MLPs; empty if nothing crossed the thresholds."""
     method: str
     """The function that made it."""
     findings: Mapping[str, Any]
-    """Thresholds, what was read off with them, checks, and which steps were overruled by hand. `"borderline"`:
-    threshold -> what lies within 20 % of it, so that other prompts might decide otherwise -> its value."""
+    """Thresholds, what follows from them, checks, and the steps that were overruled by hand. `"borderline"`: threshold
+    -> layer, MLP or head within 20 % of it, which other prompts might put on its other side -> its value."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """Evidence by layer: accuracy of probes."""
     scores: Mapping[str, ComponentScores] = field(default_factory=dict)
@@ -290,53 +369,26 @@ class FactLookup:
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with mask, findings and all evidence."""
-        tensors: dict[str, Tensor] = {f"curve {name}": curve.per_prompt for name, curve in self.curves.items()}
-        for name, scores in self.scores.items():
-            assert scores.per_prompt is not None  # path patching always has them
-            tensors[f"scores {name}"] = scores.per_prompt
-        content = {
-            "method": self.method,
-            "mask": [str(component) for component in self.mask],
-            "provenance": dict(self.mask.provenance),
-            "shape": asdict(self.mask.shape),
-            "findings": list(self.findings.items()),  # lists keep their order
-            "curves": [(name, [c.points, c.unit, c.chance]) for name, c in self.curves.items()],
-            "scores": {
-                name: [[str(c) for c in s], s.method, s.metric, dict(s.settings)] for name, s in self.scores.items()
-            },
-        }
-        write_tensors(path, "FactLookup", tensors, json.loads(json.dumps(content)))
+        """Write everything but the model to one file of safetensors, with a checksum."""
+        files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "FactLookup":
-        """What `save` wrote; ValueError for a corrupted or truncated file."""
-        tensors, content = read_tensors(path, "FactLookup")
-        shape = ModelShape(**content["shape"])
-        members = frozenset(Component.parse(label) for label in content["mask"])
-        curves = {
-            name: Curve(tuple(points), tensors[f"curve {name}"], unit, chance)
-            for name, (points, unit, chance) in content["curves"]
-        }
-        scores = {}
-        for name, (labels, method, metric, settings) in content["scores"].items():
-            values, components = tensors[f"scores {name}"], tuple(Component.parse(label) for label in labels)
-            scores[name] = ComponentScores(components, values.mean(0), shape, method, metric, settings, values)
-        mask = ComponentMask(members, shape, content["provenance"])
-        return cls(mask, content["method"], dict(content["findings"]), curves, scores)
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return files.load(cls, path)
 
     def __repr__(self) -> str:
         shown = dict(self.findings)
         if "borderline" in shown:
-            shown["borderline"] = described_borderline(shown["borderline"])
-        found = [f"  {name.replace('_', ' ')}: {value}" for name, value in shown.items()]
-        found += [f"  {name}: {curve}" for name, curve in self.curves.items()]
-        found += [f"  {name}: {scores}" for name, scores in self.scores.items()]
-        return "\n".join([f"FactLookup({self.method}; {self.mask})", *found])
+            shown["borderline"] = _borderline_in_words(shown["borderline"])
+        rows = [f"  {name.replace('_', ' ')}: {value}" for name, value in shown.items()]
+        rows += [f"  {name}: {curve}" for name, curve in self.curves.items()]
+        rows += [f"  {name}: {scores}" for name, scores in self.scores.items()]
+        return "\n".join([f"FactLookup({self.method}; {self.mask})", *rows])
 
 
 def _lines(figure: "Figure", row: int, heights: Sequence[float]) -> None:
-    """Thresholds, dashed."""
+    """Draw thresholds as dashed lines."""
     for height in heights:
         figure.add_hline(y=height, line_dash="dash", line_color="grey", row=row, col=1)  # type: ignore[arg-type]
 
@@ -367,8 +419,8 @@ PAPER_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
         "counterfact 48:64": (6, 7, 8),
     },
 }
-"""Model -> task -> layers whose MLPs the authors trained. `sports`: probes and ablations; `counterfact a:b`: path
-patching on facts a to b of their list for that model (a fact counts if the model gives its answer at least 0.5).
+"""Model -> task -> layers whose MLPs the authors trained. `sports`: by probes and ablations; `counterfact a:b`: by path
+patching on facts a to b of their list for that model, of facts whose answer the model gives a probability of 0.5.
 
 Source: the paper (arXiv 2410.12949) for sports; for CounterFact the layer lists in the authors' published analysis
 code, github.com/magikarp01/mechanistic-unlearning at a36be56."""

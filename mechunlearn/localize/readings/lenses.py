@@ -1,4 +1,4 @@
-"""Lenses: what each component writes towards the answer, and what the model would answer after each layer."""
+"""Lenses: each component's direct contribution to the answer, and the answer read off after each layer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,17 +29,17 @@ def direct_logit_attribution(
         score = mean over prompts of W(output of the component at the last token) . (u_answer - mean of u_others)
 
     with u the columns of the unembedding and W the final norm with its scale held at the run's value, so that
-    contributions add up. Without candidates it is the logit of the answer that is split up. A head's output in a
-    model with post-norms (Gemma 2) is that after the post-norm, its scale held as well.
+    contributions add up. Without candidates, the logit of the answer is split up. In a model with post-norms (Gemma 2)
+    a head's output is that after the post-norm, whose scale is held as well.
 
-    `settings` has the means of the `logit_difference` (or `answer_logit`) before a final soft-cap and of the
-    `remainder`, which is that minus the sum of the scores: for `heads_and_mlps` or `layers`, it is what the
-    embeddings and biases contribute (the final norm's, the unembedding's and, for heads, the attention's output bias;
-    an MLP has its own in its output). Components that overlap are counted several times in the remainder.
+    `settings` has the means of the `logit_difference` (or `answer_logit`), before a final soft-cap, and of the
+    `remainder`: that minus the sum of the scores. For `heads_and_mlps` or `layers`, the remainder is what embeddings
+    and biases contribute (those of the final norm, the unembedding and, for heads, the attention's output; an MLP's is
+    part of its output). Components that overlap are subtracted several times.
 
     A component that acts only through later ones scores about zero, however much the answer depends on it.
 
-    Components: heads (or W_O), attention layers, MLPs (or W_out), neurons. Cost: 1 forward per batch.
+    Components: heads (or W_O), attention layers, MLPs (or W_out), neurons. Cost: 1F.
     Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; nostalgebraist 2020 (logit lens).
     ValueError for answers of several tokens and for components that do not write to the residual stream.
     """
@@ -47,18 +47,16 @@ def direct_logit_attribution(
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
     writing_sites(chosen)
-    given = prompts.to(device_of(model))
-    if given.answers.shape[1] > 1:
+    prompts = prompts.to(device_of(model))
+    if prompts.answers.shape[1] > 1:
         raise ValueError(
-            f"expected answers of one token, got up to {given.answers.shape[1]}: the direct contribution to a longer "
+            f"expected answers of one token, got up to {prompts.answers.shape[1]}: the direct contribution to a longer "
             f"answer is not a sum over components; keep its first token."
         )
-    found = []
     with preserved(model), torch.no_grad():
-        for batch in given.batches(batch_size):
-            found.append(_contributions(model, batch, chosen))
-    per_prompt = torch.cat([scores for scores, _ in found]).cpu().double()
-    totals = torch.cat([total for _, total in found]).cpu().double()
+        pieces = [_contributions(model, batch, chosen) for batch in prompts.batches(batch_size)]
+    per_prompt = torch.cat([scores for scores, _ in pieces]).cpu().double()
+    totals = torch.cat([total for _, total in pieces]).cpu().double()
     split = "logit_difference" if prompts.candidates is not None else "answer_logit"
     remainder = float((totals - per_prompt.sum(1)).mean())
     settings = {split: float(totals.mean()), "remainder": remainder, "batch_size": batch_size}
@@ -68,21 +66,24 @@ def direct_logit_attribution(
 def _contributions(
     model: Model, batch: Prompts, components: tuple[Component, ...]
 ) -> tuple[Float[Tensor, "batch component"], Float[Tensor, "batch"]]:
-    """Scores, and what they are parts of."""
+    """The scores, and the logit difference (or logit) that they and the remainder add up to."""
     run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=writing_sites(components))
     places = batch.positions[:, 0]
+    # With its scale held the final norm is linear, so the direction that the logits read can be taken back through it:
+    # then a contribution is a dot product with what a component adds to the residual stream.
     norm = final_norm(model, run, places)
     read = _difference(unembedding(model).T, batch).to(norm.scale.dtype)
     direction = norm.transposed(read[:, None])[:, 0]
-    scores = _gathered(model, run, components, places, direction)
+    scores = _written_columns(model, run, components, places, direction)
     residual = run.residuals[-1][torch.arange(len(places), device=places.device), places]
     bias = read @ norm.norm.bias + _difference(unembedding_bias(model), batch).to(read.dtype)
     return scores, (residual.to(read.dtype) * direction).sum(-1) + bias
 
 
-def _gathered(
+def _written_columns(
     model: Model, run: Run, components: tuple[Component, ...], places: Tensor, direction: Float[Tensor, "batch d_model"]
 ) -> Float[Tensor, "batch component"]:
+    """Dot products of the direction with what each component writes: all of a layer's heads or neurons at once."""
     units: dict[tuple[int, str], Tensor] = {}
     columns = []
     for component in components:
@@ -101,6 +102,28 @@ def _difference(values: Float[Tensor, "d_vocab *rest"], batch: Prompts) -> Float
     return chosen[:, 0] - chosen[:, 1:].mean(1)
 
 
+def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), batch_size: int = 64) -> "LogitLens":
+    """The final norm and the unembedding applied, at the prompt's last token, to what enters each layer.
+
+    The last point is the model itself, soft-cap included. `components` are read alone, with the final norm's scale held
+    at the run's value (as in `direct_logit_attribution`), without biases and soft-cap. Of an answer of several tokens,
+    the first counts. Early layers need not write in the basis that the unembedding reads: where a lens shows nothing,
+    probes may find something.
+
+    Cost: 1F, and one unembedding at one token per prompt and point.
+    nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens.
+    ValueError for components that do not write to the residual stream.
+    """
+    check_batch_size(batch_size)
+    sizes = shape(model)
+    chosen = chosen_components(components, sizes) if components != () else ()
+    batches = prompts.to(device_of(model)).batches(batch_size)
+    with preserved(model), torch.no_grad():
+        values = torch.cat([_measured(model, batch, chosen) for batch in batches]).cpu().double()
+    points = (*(str(layer) for layer in range(sizes.n_layers + 1)), *(str(component) for component in chosen))
+    return LogitLens(points, values[..., 0], values[..., 1], None if prompts.candidates is None else values[..., 2])
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
     """How well each point of the model, read as if it were the last, knows the first token of the answer."""
@@ -108,7 +131,7 @@ class LogitLens:
     points: tuple[str, ...]
     """"3" is the residual stream that enters layer 3, the last number the final one; then the components."""
     log_probability: Float[Tensor, "prompt point"]
-    """Of the answer, over the vocabulary, in nats."""
+    """Log-probability of the answer over the vocabulary, in nats."""
     rank: Float[Tensor, "prompt point"]
     """How many tokens have a higher logit than the answer: 0 is the top."""
     logit_difference: Float[Tensor, "prompt point"] | None = None
@@ -116,18 +139,19 @@ class LogitLens:
 
     @property
     def probability(self) -> Float[Tensor, "prompt point"]:
+        """Probability of the answer over the vocabulary."""
         return self.log_probability.exp()
 
     def curves(self) -> dict[str, Curve]:
         """Each quantity, with intervals over prompts."""
-        found = {
+        curves = {
             "log_probability": Curve(self.points, self.log_probability, "log-probability of the answer, nats"),
             "probability": Curve(self.points, self.probability, "probability of the answer"),
             "rank": Curve(self.points, self.rank, "rank of the answer (0 is the top)"),
         }
         if self.logit_difference is not None:
-            found["logit_difference"] = Curve(self.points, self.logit_difference, "logit difference, nats")
-        return found
+            curves["logit_difference"] = Curve(self.points, self.logit_difference, "logit difference, nats")
+        return curves
 
     def to_frame(self) -> "DataFrame":
         """Means over prompts: one row per point, one column per quantity."""
@@ -144,28 +168,6 @@ class LogitLens:
         return f"LogitLens({len(self.rank)} prompts; {self.curves()['log_probability']})"
 
 
-def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), batch_size: int = 64) -> LogitLens:
-    """The final norm and the unembedding applied, at the prompt's last token, to what enters each layer.
-
-    The last point is the model itself, soft-cap included. `components` are read alone: the final norm with its scale
-    held at the run's value (as in `direct_logit_attribution`), without biases and soft-cap. Of an answer of several
-    tokens, the first counts. Early layers need not write in the basis that the unembedding reads: a lens that shows
-    nothing there does not mean that nothing is known (probes find it).
-
-    Cost: 1 forward, and one unembedding at one token per prompt and point.
-    nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens.
-    ValueError for components that do not write to the residual stream.
-    """
-    check_batch_size(batch_size)
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes) if components != () else ()
-    given = prompts.to(device_of(model))
-    with preserved(model), torch.no_grad():
-        values = torch.cat([_measured(model, batch, chosen) for batch in given.batches(batch_size)]).cpu().double()
-    points = (*(str(layer) for layer in range(sizes.n_layers + 1)), *(str(component) for component in chosen))
-    return LogitLens(points, values[..., 0], values[..., 1], None if prompts.candidates is None else values[..., 2])
-
-
 def _measured(model: Model, batch: Prompts, components: tuple[Component, ...]) -> Float[Tensor, "batch point quantity"]:
     """Log-probability, rank and logit difference (if there are candidates) at every point."""
     run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=writing_sites(components))
@@ -175,7 +177,7 @@ def _measured(model: Model, batch: Prompts, components: tuple[Component, ...]) -
 
 
 def _stream(model: Model, run: Run, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_vocab"]:
-    """The model's own last steps, at the prompt's last token."""
+    """Logits of the model's own last steps, applied to a residual stream at the prompt's last token."""
     places = run.positions[:, :1]
     rows = torch.arange(len(places), device=places.device)[:, None]
     tokens = run.tokens[rows, places]
@@ -184,6 +186,7 @@ def _stream(model: Model, run: Run, residual: Float[Tensor, "batch pos d_model"]
 
 
 def _alone(model: Model, run: Run, component: Component) -> Float[Tensor, "batch d_vocab"]:
+    """Logits of what one component writes at the prompt's last token."""
     places = run.positions[:, 0]
     normed = final_norm(model, run, places)(written(model, run, component, places)[:, None])[:, 0]
     return normed.to(run.residuals[0].dtype) @ unembedding(model)
@@ -193,8 +196,8 @@ def _quantities(logits: Float[Tensor, "batch d_vocab"], batch: Prompts) -> Float
     answer = batch.answers[:, :1]
     log_probability = logits.log_softmax(-1).gather(1, answer)
     rank = (logits > logits.gather(1, answer)).sum(1, keepdim=True)
-    found = [log_probability, rank.float()]
+    quantities = [log_probability, rank.float()]
     if batch.candidates is not None:
         chosen = logits.gather(1, batch.candidates)
-        found.append(chosen[:, :1] - chosen[:, 1:].mean(1, keepdim=True))
-    return torch.cat(found, 1)
+        quantities.append(chosen[:, :1] - chosen[:, 1:].mean(1, keepdim=True))
+    return torch.cat(quantities, 1)

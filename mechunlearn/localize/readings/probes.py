@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve, lines
-from mechunlearn.metrics import name_of
+from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, shape
 from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
 from mechunlearn.tasks.positions import Where, subject_last
@@ -22,9 +22,60 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+def probes(
+    model: Model,
+    prompts: Prompts,
+    labels: Sequence[Any] | Tensor | None = None,
+    *,
+    at: Where = subject_last,
+    seeds: int = 5,
+    folds: int = 5,
+    penalty: float = 10.0,
+    hooks: Sequence[Hook] = (),
+    batch_size: int = 64,
+) -> "ProbeResult":
+    """Logistic regressions for `labels` (default: the answer's first token) on the residual stream at one token.
+
+    For each layer, seed and fold, a probe is fitted on the other folds' facts (features standardised, multinomial
+    cross-entropy plus penalty / 2 times the squared weights) and classifies those of the fold. A fact is a name of
+    `prompts.names` (without names, the subject's tokens): prompts about one subject are never on both sides, and every
+    prompt is held out once per seed. Accuracy is the share classified right, chance the commonest label's share.
+
+    - `at`: the token, `subject_last` (default), `answer`, or a function from prompts to a mask with one token a row.
+    - `hooks`: forward hooks that the model runs with, such as ablations.
+
+    The control task has a random label for each *last token of a subject*, such as a surname's ending (a label per fact
+    would be at chance, since each fact is held out). Where tokens recur, its accuracy on held-out facts, `control`,
+    exceeds chance by what a probe gains from telling tokens apart; `selectivity` is accuracy - control. Its accuracy on
+    the fitted facts, `control_fitted`, is the capacity to memorise.
+
+    A probe finds what can be read off, not what the model uses. A gain from one layer to the next is due to attention
+    and MLP together, so there are no component scores.
+
+    Cost: 1 forward, then 2 x points x seeds x folds small fits on the CPU.
+    Alain & Bengio 2016, https://arxiv.org/abs/1610.01644; Hewitt & Liang 2019, https://arxiv.org/abs/1909.03368.
+    ValueError for one class only, fewer facts than folds, and prompts without a subject if `at` needs it.
+    """
+    check_batch_size(batch_size)
+    check_functions(at=at)
+    sizes = shape(model)
+    targets, classes = _targets(prompts, labels)
+    groups = _facts(prompts)
+    _check(classes, targets, groups, folds, seeds, penalty)
+    states = states_at(model, prompts, at, hooks=hooks, batch_size=batch_size)
+    types = subject_tokens(prompts, at)
+    rounds = [_round(states, targets, types, groups, seed, folds, penalty) for seed in range(seeds)]
+    correct, control, fitted = (torch.stack(values) for values in zip(*rounds, strict=True))
+    settings = {"at": name_of(at), "seeds": seeds, "folds": folds, "penalty": penalty, "hooks": len(hooks)}
+    points = tuple(str(layer) for layer in range(sizes.n_layers + 1))
+    chance = float(np.bincount(targets).max() / len(targets))
+    per_seed = correct.mean(1)
+    return ProbeResult(points, correct.mean(0), control.mean(0), fitted.mean(0), per_seed, chance, classes, settings)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeResult:
-    """Accuracy of probes by layer, with what it has to be compared to."""
+    """Accuracy of probes by layer, with the accuracies to compare it to."""
 
     points: tuple[str, ...]
     """"3" is the residual stream that enters layer 3, the last number the final one, before its norm."""
@@ -77,71 +128,17 @@ class ProbeResult:
         )
 
 
-def probes(
-    model: Model,
-    prompts: Prompts,
-    labels: Sequence[Any] | Tensor | None = None,
-    *,
-    at: Where = subject_last,
-    seeds: int = 5,
-    folds: int = 5,
-    penalty: float = 10.0,
-    hooks: Sequence[Hook] = (),
-    batch_size: int = 64,
-) -> ProbeResult:
-    """Logistic regressions for `labels` (default: the answer's first token) on the residual stream at one token.
-
-    For each layer, seed and fold: features are standardised and the probe is fitted (multinomial cross-entropy plus
-    penalty / 2 times the squared weights) without the fold's facts, and asked for these. A fact is a name of
-    `prompts.names` (without names: the subject's tokens): prompts about one subject are never on both sides, and
-    every prompt is held out once per seed. Accuracy is the share answered right; chance is the commonest label's share.
-
-    `at`: which token, `subject_last` (default), `answer`, or a function of prompts that gives a mask with one token
-    per row. `hooks`: forward hooks that the model runs with, such as ablations.
-
-    **Control task.** Hewitt & Liang give each word type a random label, so that a control can only be solved by
-    remembering types. Facts are types here, and each is held out: a random label per fact is at chance by
-    construction and says nothing. So a type is the *last token of the subject* (a surname's ending, a suffix), which
-    facts share: `control` is the accuracy on held-out facts with random labels per such token, in the same splits.
-    Where tokens recur it rises above chance by as much as a probe gains by telling tokens apart, and
-    `selectivity` = accuracy - control takes that away. Where they do not recur the control is at chance. Its
-    accuracy on the fitted facts, `control_fitted`, is the capacity to memorise: why only held-out facts count.
-
-    A probe finds what can be read there, not what the model uses. Layer by layer gains mix attention and MLP, so
-    there are no component scores.
-
-    Cost: 1 forward, then 2 x points x seeds x folds small fits on the CPU.
-    Alain & Bengio 2016, https://arxiv.org/abs/1610.01644; Hewitt & Liang 2019, https://arxiv.org/abs/1909.03368.
-    ValueError for one class only, fewer facts than folds, and prompts without a subject if `at` needs it.
-    """
-    check_batch_size(batch_size)
-    check_functions(at=at)
-    sizes = shape(model)
-    targets, classes = _targets(prompts, labels)
-    groups = _facts(prompts)
-    _check(classes, targets, groups, folds, seeds, penalty)
-    states = states_at(model, prompts, at, hooks=hooks, batch_size=batch_size)
-    types = subject_tokens(prompts, at)
-    rounds = [_round(states, targets, types, groups, seed, folds, penalty) for seed in range(seeds)]
-    correct, control, fitted = (torch.stack(kind) for kind in zip(*rounds, strict=True))
-    settings = {"at": name_of(at), "seeds": seeds, "folds": folds, "penalty": penalty, "hooks": len(hooks)}
-    points = tuple(str(layer) for layer in range(sizes.n_layers + 1))
-    chance = float(np.bincount(targets).max() / len(targets))
-    per_seed = correct.mean(1)
-    return ProbeResult(points, correct.mean(0), control.mean(0), fitted.mean(0), per_seed, chance, classes, settings)
-
-
 def _targets(prompts: Prompts, labels: Sequence[Any] | Tensor | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    given = prompts.answers[:, 0].cpu() if labels is None else labels
-    if len(given) != len(prompts):
-        raise ValueError(f"expected one label for each of {len(prompts)} prompts, got {len(given)}.")
-    values = given.tolist() if isinstance(given, Tensor) else list(given)
+    labels = prompts.answers[:, 0].cpu() if labels is None else labels
+    if len(labels) != len(prompts):
+        raise ValueError(f"expected one label for each of {len(prompts)} prompts, got {len(labels)}.")
+    values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     classes, targets = np.unique(np.array(values), return_inverse=True)
     return targets, tuple(str(value) for value in classes)
 
 
 def _facts(prompts: Prompts) -> list[str]:
-    """What each prompt is about."""
+    """The fact that each prompt is about: prompts of one fact are held out together."""
     if prompts.names:
         return list(prompts.names)
     real = prompts.attention_mask if prompts.subject is None else prompts.subject & prompts.attention_mask
@@ -178,11 +175,11 @@ def _round(
     rng = np.random.default_rng(seed)
     places = _folds(targets, groups, folds, rng)
     random_labels = labels_by_token(types, targets, rng)
-    found = [
+    by_task = [
         [_held_out(layer, labels, places, folds, penalty) for layer in states] for labels in (targets, random_labels)
     ]
-    correct, control = (torch.stack([held_out for held_out, _ in kind], 1) for kind in found)
-    return correct, control, torch.tensor([fitted for _, fitted in found[1]], dtype=torch.float64)
+    correct, control = (torch.stack([held_out for held_out, _ in by_layer], 1) for by_layer in by_task)
+    return correct, control, torch.tensor([fitted for _, fitted in by_task[1]], dtype=torch.float64)
 
 
 def _folds(targets: np.ndarray, groups: list[str], folds: int, rng: np.random.Generator) -> np.ndarray:
@@ -197,6 +194,7 @@ def _folds(targets: np.ndarray, groups: list[str], folds: int, rng: np.random.Ge
 def _held_out(
     features: Float[np.ndarray, "prompt d_model"], labels: np.ndarray, places: np.ndarray, folds: int, penalty: float
 ) -> tuple[Float[Tensor, "prompt"], float]:
+    """Whether each prompt's label is right when its fold is held out, and the mean accuracy on the fitted folds."""
     correct, fitted = np.zeros(len(labels)), []
     for fold in range(folds):
         held = places == fold

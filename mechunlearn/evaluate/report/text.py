@@ -1,4 +1,4 @@
-"""A report in words: its table as rows of text, and what to say below it; as Markdown and as LaTeX."""
+"""A report as text: its table, and notes on what the numbers mean and what failed; as Markdown and as LaTeX."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,18 @@ from mechunlearn.evaluate.results import Result
 
 _WIDEST = 13
 """Columns, with "edited weights"."""
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\n": " ",
+}
+"""Characters that LaTeX writes otherwise."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +45,12 @@ class TextTable:
 
 
 def text_table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool = False) -> TextTable:
-    """Three digits, "failed" where there is no result, nothing where a test was not run."""
-    found, first = by_row_and_test(cells), first_results(cells)
+    """The table with three digits, "failed" where there is no result, and nothing where a test was not run."""
+    cells_of, first = by_row_and_test(cells), first_results(cells)
     return TextTable(
         (*first, "edited weights"),
         {
-            row: (*(_text(found.get((row, test), ()), intervals) for test in first), f"{count:,}")
+            row: (*(_text(cells_of.get((row, test), ()), intervals) for test in first), f"{count:,}")
             for row, count in weights.items()
         },
         (*("" if r is None or r.chance is None else f"{r.chance:.3f}" for r in first.values()), ""),
@@ -46,26 +58,26 @@ def text_table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: 
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """What the numbers are, over how many seeds, and what failed why."""
+    """Sentences on what the numbers mean, over how many seeds they are means, and what failed and why."""
     first = {test: result for test, result in first_results(cells).items() if result is not None}
     meanings: dict[str, list[str]] = {}
     for test, result in first.items():
         meanings.setdefault(_meaning(result), []).append(test)
-    found = [f"{meaning}: {_listed(tests)}" for meaning, tests in meanings.items()]
+    meanings_listed = [f"{meaning}: {_listed(tests)}" for meaning, tests in meanings.items()]
     most = max((len(same) for same in by_row_and_test(cells).values()), default=1)
-    return found + ([f"mean over up to {most} seeds"] if most > 1 else []) + failures(cells)
+    return meanings_listed + ([f"mean over up to {most} seeds"] if most > 1 else []) + failures(cells)
 
 
 def failures(cells: Sequence[Cell]) -> list[str]:
-    """Row, test, seeds and error of the cells without a result."""
+    """A sentence for each failure, with its row, test, seeds and error."""
     several = len({cell.seed for cell in cells}) > 1
     seeds: dict[tuple[str, str, str], list[str]] = {}
     for cell in cells:
         if cell.result is None:
             seeds.setdefault((cell.row, cell.test, " ".join(cell.error.split())), []).append(str(cell.seed))
     return [
-        f"failed: {row}, {test}{_of_seeds(found) if several else ''}: {error}"
-        for (row, test, error), found in seeds.items()
+        f"failed: {row}, {test}{_of_seeds(seeds_of) if several else ''}: {error}"
+        for (row, test, error), seeds_of in seeds.items()
     ]
 
 
@@ -89,19 +101,8 @@ def latex(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool)
 
 
 def escaped_for_latex(text: str) -> str:
-    """Text as LaTeX shows it."""
+    """Text with the characters that LaTeX treats specially escaped."""
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\n": " ",
-}
 
 
 def _text(cells: Sequence[Cell], intervals: bool) -> str:
@@ -119,7 +120,7 @@ def _of_seeds(seeds: Sequence[str]) -> str:
 
 
 def _listed(tests: Sequence[str]) -> str:
-    """The tests; "forget, X" and "retain, X" together."""
+    """The names of the tests, with "forget, X" and "retain, X" as one."""
     sides = {side: [test[len(side) :] for test in tests if test.startswith(side)] for side in ("forget, ", "retain, ")}
     both = [name for name in sides["forget, "] if name in sides["retain, "]]
     paired = {side + name for name in both for side in sides}

@@ -12,8 +12,6 @@ from mechunlearn.auditing import Audit, Finding, Plan, audit, quick
 from mechunlearn.evaluate import Result
 from mechunlearn.tasks import Format
 
-pytestmark = pytest.mark.once
-
 FORMATS = ("trained prompt", "question", "multiple choice")
 ASKED = ("clean", "question", "multiple choice", "generated")
 LATENT = ("probes", "logit lens", "patching")

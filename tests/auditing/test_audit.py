@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import pytest
 import tiny
 import torch
@@ -12,7 +13,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.auditing import Plan, audit, full, quick
-from mechunlearn.auditing.verdict import Audit, elsewhere
+from mechunlearn.auditing.verdict import Audit, random_controls
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Report, Result
 
@@ -200,65 +201,166 @@ def steps(model, task, mask, **options):
     return mu.edit.finetune(model, task, mask, steps=2, progress=False, **options)
 
 
-def test_the_edit_is_made_again_at_random_places_by_default(llama):
-    """By the same editor, options included, on as many weights; with other weights as the result."""
+def test_with_an_editor_the_edit_is_made_again_at_random_places(llama):
+    """By that editor, options included, on as many weights; with other weights as the result."""
     task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
-    edit = mu.edit.finetune(llama, task, mask, steps=2, learning_rate=0.0, progress=False)
+    still = partial(steps, learning_rate=0.0)
     with left_as_it_was(llama):
-        found = audit(llama, task, edit, budget=small, progress=False)
+        found = audit(llama, task, still(llama, task, mask), editor=still, budget=small, progress=False)
     assert list(found.table.index) == ["original", "edit", "random"]
     assert found.report.weights["random"] == found.report.weights["edit"] > 0
-    for test in ("clean", "question"):  # a rate of 0 was the edit's own option
+    for test in ("clean", "question"):  # a rate of 0 is the editor's own option
         assert found.table.loc["random", test] == pytest.approx(float(found.table.loc["original", test]))
-    control = mu.localize.random_like(mask, llama, seed=0)
-    others = {"by hand": steps(llama, task, control)}
-    moved = audit(llama, task, steps(llama, task, mask), budget=small, others=others, progress=False).table
+    assert found.random_note == ""
+    assert "random places" not in found.to_markdown()
+    others = {"by hand": steps(llama, task, mu.localize.random_like(mask, llama, seed=0))}
+    edit = steps(llama, task, mask)
+    moved = audit(llama, task, edit, editor=steps, budget=small, others=others, progress=False).table
     assert moved.loc["random", "clean"] == moved.loc["by hand", "clean"] != moved.loc["original", "clean"]
 
 
-def test_of_several_edits_each_is_repeated_on_a_mask_of_its_own(llama):
+def test_a_loaded_edit_is_audited_as_fully_as_a_fresh_one(llama, tmp_path):
     task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
-    edits = [steps(llama, task, mask, seed=seed) for seed in range(2)]
-    rows, reason = elsewhere(llama, task, edits, count=2)
-    assert reason == ""
+    fresh = steps(llama, task, mask)
+    fresh.save(tmp_path / "edit")
+    rows = [
+        audit(llama, task, edit, editor=steps, budget=small, progress=False)
+        for edit in (fresh, mu.Edit.load(tmp_path / "edit"))
+    ]
+    numbers = [found.to_frame().query("row == 'random'")[["test", "value", "left"]] for found in rows]
+    assert len(numbers[0]) == 4
+    assert numbers[0].equals(numbers[1])
+    assert [found.random_note for found in rows] == ["", ""]
+
+
+def test_of_several_edits_each_is_made_again_with_its_seed_on_a_mask_of_its_own(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    edits = [steps(llama, task, mask, seed=seed) for seed in (3, 1)]
+    rows, note = random_controls(llama, task, edits, partial(steps, seed=7), count=2)
+    assert note == ""
     assert list(rows) == ["random 1", "random 2"]
-    expected = [[mu.localize.random_like(mask, llama, seed=seed) for seed in pair] for pair in ((0, 1), (2, 3))]
-    found = {name: row for name, row in rows.items() if isinstance(row, tuple)}
-    assert [[edit.mask for edit in row] for row in found.values()] == expected
-    assert [edit.provenance["seed"] for edit in found["random 1"]] == [0, 1]
+    masks = [[mu.localize.random_like(mask, llama, seed=seed) for seed in pair] for pair in ((0, 1), (2, 3))]
+    controls = {name: row for name, row in rows.items() if isinstance(row, tuple)}
+    assert [[edit.mask for edit in row] for row in controls.values()] == masks
+    assert [edit.provenance["seed"] for edit in controls["random 1"]] == [3, 1]
+    expected = steps(llama, task, masks[1][1], seed=1)
+    assert all(torch.equal(controls["random 2"][1].values[label], value) for label, value in expected.values.items())
 
 
-def test_an_audit_says_why_there_is_no_edit_at_random_places(llama, tmp_path):
+def test_without_an_editor_the_control_is_left_out_and_the_audit_says_so_and_how_to_get_it(llama, tmp_path):
+    found = audit(llama, tiny.task(llama), edited(llama), budget=small, progress=False)
+    assert list(found.table.index) == ["original", "edit"]
+    text = found.to_markdown()
+    assert "there is no edit at random places, so nothing says whether the place matters (no editor was given" in text
+    assert "editor=..., the function that made the edit, with its options" in repr(found)
+    found.report.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "random places" in page
+    assert "no editor was given: pass editor=..." in page
+
+
+def test_an_audit_says_why_there_is_no_edit_at_random_places(llama):
     task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
-    everywhere = steps(llama, task, mu.localize.everything(llama))
-    steps(llama, task, mask).save(tmp_path / "saved")
-    loaded = mu.Edit.load(tmp_path / "saved")
-    streamed = steps(llama, task, mask, text=iter([[1, 2, 3] * 100] * 40), text_length=8)
-    elsewhere_made = steps(llama, replace(task, name="another"), mask)
+    edit, everywhere = steps(llama, task, mask), steps(llama, task, mu.localize.everything(llama))
 
     def out_of_memory(model, task, mask):
         raise torch.OutOfMemoryError("no")
 
-    large = replace(steps(llama, task, mask), editor=out_of_memory)
-    cases = ((loaded, "loaded"), (streamed, "from a stream"), (edited(llama), "by hand"), (everywhere, "equal to"))
-    cases = (*cases, (elsewhere_made, "on another task, another"), (large, "OutOfMemoryError: no"))
-    for edit, why, random in (*((*case, 1) for case in cases), (steps(llama, task, mask), "random=0 was passed", 0)):
-        found = audit(llama, task, edit, budget=small, random=random, progress=False)
+    cases = (
+        (everywhere, steps, 1, "ValueError: expected a pool with other components"),
+        (edit, out_of_memory, 1, "OutOfMemoryError: no"),
+        (edit, steps, 0, "random=0 was passed"),
+    )
+    for edit, editor, random, why in cases:
+        found = audit(llama, task, edit, editor=editor, budget=small, random=random, progress=False)
         assert list(found.table.index) == ["original", "edit"]
-        assert why in found.to_markdown()
+        assert f"there is no edit at random places, so nothing says whether the place matters ({why}" in repr(found)
 
 
-def test_a_note_says_why_only_other_edits_are_there(llama):
-    found = audit(llama, tiny.task(llama), edited(llama), budget=small, others={"by hand": edited(llama, "L2MLP")})
-    assert "random places: how to repeat it is not known" in found.to_markdown()
+def test_what_is_made_before_an_editor_fails_is_kept(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    calls = []
+
+    def once(model, task, mask):
+        calls.append(mask)
+        if len(calls) > 1:
+            raise FloatingPointError("diverged")
+        return steps(model, task, mask)
+
+    rows, note = random_controls(llama, task, steps(llama, task, mask), once, count=2)
+    assert (list(rows), note) == (["random 1"], "FloatingPointError: diverged")
 
 
-def test_an_edit_that_is_sent_has_lost_its_editor_whose_options_may_not_be_sendable(llama):
+def test_where_only_other_edits_are_there_a_note_says_why(llama):
+    found = audit(llama, tiny.task(llama), edited(llama), budget=small, others={"random": edited(llama, "L2MLP")})
+    assert "random places: no editor was given" in found.to_markdown()
+
+
+def test_a_control_that_is_another_edit_is_called_one_and_in_what_it_differs(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    edit = steps(llama, task, mask, seed=4)
+    other = partial(steps, learning_rate=0.5, forget_loss=mu.losses.npo)
+    found = audit(llama, task, edit, editor=other, budget=small, progress=False)
+    for text in (found.to_markdown(), found.random_note):
+        assert "the control is another edit than the audited one: it differs in terms.forget ([1.0, " in text
+        assert "; learning_rate (0.5; the edit: 0.001)" in text
+    assert "seed" not in found.random_note
+    renamed = audit(llama, replace(task, name="x"), edit, editor=steps, budget=small, progress=False)
+    assert renamed.random_note.endswith('it differs in task ("x"; the edit: "tiny")')
+    by_hand = audit(llama, task, edited(llama), editor=steps, budget=small, progress=False)
+    assert (
+        'differs in editor ("finetune"; the edit: "zeroed"); text_length (null; the edit: none)' in by_hand.random_note
+    )
+
+
+def test_numbers_that_an_editor_finds_on_its_mask_do_not_make_another_edit(llama):
+    """Those of the covariance, of mean ablation, and which prefixes a seed draws; and how options were searched."""
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP.W_out"], mu.shape(llama))
+    searched = steps(llama, task, mask)
+    searched = replace(searched, provenance={**searched.provenance, "search": {"trials": 3}})
+    rome = partial(mu.edit.rome, steps=2, progress=False)
+    task = replace(task, injection=task.forget if task.injection is None else task.injection)
+    cases = ((searched, steps), (mu.edit.mean_ablated(llama, task, mask), mu.edit.mean_ablated))
+    for edit, editor in (*cases, (rome(llama, task, mask, seed=1), rome)):
+        rows, note = random_controls(llama, task, edit, editor, count=1)
+        assert list(rows) == ["random"]
+        assert note == ""
+
+
+def test_a_bad_editor_is_an_error_before_any_test_runs(llama):
+    task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+
+    def never_run(model, task):
+        raise AssertionError
+
+    def without_seed(model, task, mask):
+        return steps(model, task, mask)
+
+    edit, plan = steps(llama, task, mask), Plan(never_run, {}, {}, {}, {})
+    learned = partial(mu.edit.learn_weight_mask, steps=1, progress=False)
+    cases = (
+        (edit, "finetune", r"called as editor\(model, task, mask\), got str \('finetune' is not a callable"),
+        (edit, lambda model, task: edit, r"called as editor\(model, task, mask\), got <lambda> \(too many"),
+        ([edit], without_seed, r"called as editor\(model, task, mask, seed=0\), got without_seed"),
+        (edit, partial(mu.edit.finetune, stepz=2), "got finetune"),
+        (edit, partial(steps, stepz=2), "stepz"),
+        (edit, learned, r"got learn_weight_mask, which returns LearnedMask: wrap it"),
+        (edit, lambda model, task, mask: edit, "edits the place of the edit again"),
+    )
+    jaxtyping.config.update("jaxtyping_disable", True)  # which would be the first to refuse what cannot be called
+    try:
+        for edits, editor, message in cases:
+            with pytest.raises((ValueError, TypeError), match=message):
+                audit(llama, task, edits, editor=editor, budget=lambda task: plan, progress=False)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_an_edit_carries_no_functions_and_can_be_sent(llama):
     task, mask = tiny.task(llama), mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
     edit = steps(llama, task, mask, until=lambda row: False)
+    assert not any(callable(value) for value in vars(edit).values())
     sent = pickle.loads(pickle.dumps(edit))
-    assert edit.editor is not None
-    assert sent.editor is None
     assert all(torch.equal(edit.values[label], value) for label, value in sent.values.items())
     assert (sent.mask, sent.fingerprint, sent.provenance["seed"]) == (edit.mask, edit.fingerprint, 0)
 
@@ -275,8 +377,9 @@ def test_names_that_are_taken_are_refused(llama):
     with pytest.raises(ValueError, match="got random=-1"):
         audit(llama, tiny.task(llama), edited(llama), random=-1, progress=False)
     for name in ("edit", "never knew", "random"):
+        others = {name: edited(llama)}
         with pytest.raises(ValueError, match=f"got '{name}': rename it"):
-            audit(llama, tiny.task(llama), edited(llama), others={name: edited(llama)}, progress=False)
+            audit(llama, tiny.task(llama), edited(llama), editor=steps, others=others, progress=False)
     with pytest.raises(ValueError, match="each column of an audit once, got 'x' twice"):
         _ = Plan(asked, {"x": asked}, {}, {"x": asked}, {}).tests
 
