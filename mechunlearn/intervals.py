@@ -1,5 +1,6 @@
 """Bootstrap intervals of means over examples."""
 
+import operator
 from statistics import NormalDist
 
 import torch
@@ -83,7 +84,7 @@ _AT_ONCE = 1000
 def _random_indices(n: int, size: int, draws: int, seed: int) -> Int[Tensor, "draw size"]:
     if draws < 1:
         raise ValueError(f"expected at least one draw for an interval, got {draws}: use a thousand or more.")
-    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(operator.index(seed)))
 
 
 def _counts(indices: Int[Tensor, "draw size"], n: int) -> Float[Tensor, "draw example"]:

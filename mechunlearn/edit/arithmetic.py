@@ -1,5 +1,6 @@
 """Edits without training: set to zero, scale, combine, go the other way, dampen, ablate by the mean."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -248,7 +249,7 @@ def _activations(
     """Batch by batch and matrix by matrix, the activations that the covered heads or neurons give to their rows."""
     parts = {e.label: Component(e.slot.layer, "H" if e.slot.matrix == "W_O" else "N", 0) for e in entries}
     names = {label: site(part, shape(model)) for label, part in parts.items()}
-    for rows in text.to(device_of(model)).split(batch_size):
+    for rows in text.to(device_of(model)).split(operator.index(batch_size)):
         last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         with recording(model, list(names.values())) as recorded:
             logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)

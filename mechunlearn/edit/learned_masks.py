@@ -1,5 +1,6 @@
 """A learned weight mask: a number in [0, 1] for each weight, and the edits that can be made of it."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ class LearnedMask:
         if not 1 <= k <= count:
             raise ValueError(f"k must lie in 1..{count} (all numbers of the mask), got {k}.")
         removed = torch.zeros(count, dtype=torch.bool)
-        removed[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:k]] = True
+        removed[torch.randperm(count, generator=torch.Generator().manual_seed(operator.index(seed)))[:k]] = True
         return self._without(removed, {"kind": "at random", "k": k, "seed": seed})
 
     def edit_sizes(self, sizes: Sequence[int]) -> dict[int, Edit]:

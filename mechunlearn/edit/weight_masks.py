@@ -3,6 +3,7 @@
 # pyright: reportTypedDictNotRequiredAccess=false
 # (`with_options` has filled in every option that the caller left out.)
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -223,7 +224,7 @@ class _Shrinking:
             self.tensor.grad = torch.zeros_like(self.tensor)
         rows = max(1, _AT_ONCE // self.original[0].numel())
         weights = self._own(self.entries.slot.parameter.detach())
-        parts = zip(*(t.split(rows) for t in (weights, self.tensor.grad, self.original)), strict=True)
+        parts = zip(*(t.split(operator.index(rows)) for t in (weights, self.tensor.grad, self.original)), strict=True)
         total = 0.0
         for weight, gradient, original in parts:
             leaf = weight.detach().requires_grad_(True)

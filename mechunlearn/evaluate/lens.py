@@ -1,5 +1,6 @@
 """Logit lens: can the model's own unembedding read the answer off hidden layers, in a few guesses?"""
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeAlias
@@ -71,7 +72,7 @@ def lens_extraction(
     tested = side_of(task, format=format)
     chosen = _checked_layers(model, budget, rankings, layers, batch_size)
     ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
-    budgets = [*(2**power for power in range(budget.bit_length()) if 2**power < budget), budget]
+    budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
     hits = (ranks[..., None] < torch.tensor(budgets)).double()
     sense, chance = f"answer among {budget} tokens of the logit lens", budget / model.cfg.d_vocab
     right = _result(hits[:, 0], budgets, sense, chance, tested.names)
@@ -114,7 +115,7 @@ def _ranks(
     wanted = prompts.answers[:, :1] if prompts.candidates is None else prompts.candidates
     ranks = []
     with preserved(model), torch.no_grad():
-        for rows in torch.arange(len(prompts)).split(batch_size):
+        for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
             read = [unembedded(model, points.to(device_of(model))) for points in states[:, rows]]
             scores = rankings(torch.stack([logits.float().log_softmax(-1) for logits in read], 1))
             ranks.append(_places_of(_proposals(scores, budget), wanted[rows].to(scores.device)).cpu())

@@ -1,5 +1,6 @@
 """Patching audit: which layers of the tested model carry the knowledge, once patched into the original model?"""
 
+import operator
 from functools import partial
 
 import torch
@@ -108,7 +109,7 @@ def _losses(
     """How much less likely the answer becomes, in nats per token, with the states of each source at each point."""
     losses, prompts = [], prompts.to(device_of(knowing))
     with preserved(knowing):
-        for rows in torch.arange(len(prompts)).split(batch_size):
+        for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
             batch = prompts.rows(rows)
             run = base_run(knowing, batch.tokens, batch.attention_mask, batch.positions)
             own = per_token(run.logits, batch)

@@ -1,5 +1,6 @@
 """Controls for a localization: random scores, random masks of equal size, all MLPs, and everything."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from random import Random
@@ -28,7 +29,7 @@ def random(model: Model, *, seed: int, components: Components = heads_and_mlps) 
     """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
-    values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.rand(len(chosen), generator=torch.Generator().manual_seed(operator.index(seed)), dtype=torch.float64)
     return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
 
 

@@ -1,5 +1,6 @@
 """Activation patching: what changes when components' outputs are replaced, measured by running the model."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -158,7 +159,7 @@ def _batch_effects(
         # A row for each unit, group of tokens and prompt. Rows of one hook point share passes: all start at its layer.
         counts = len(units), where.shape[1], len(prompts)
         index = torch.cartesian_prod(*(torch.arange(count, device=where.device) for count in counts))
-        for column, group, row in (rows.unbind(1) for rows in index.split(batch_size)):
+        for column, group, row in (rows.unbind(1) for rows in index.split(operator.index(batch_size))):
             unit = _units(units, column)
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()

@@ -1,5 +1,6 @@
 """Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -93,7 +94,7 @@ def _noise(
         embedded = embeddings(model, batch.tokens, batch.attention_mask)
         entries.append(embedded[subject(batch)].flatten().double())
     std = float(torch.cat(entries).std(correction=0))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     d_model = shape(model).d_model
     tokens = [torch.randn(draws, d_model, generator=generator) for _ in range(int(subject(prompts).sum(1).max()))]
     return (noise * std * torch.stack(tokens, 1)).to(prompts.tokens.device)
@@ -118,7 +119,9 @@ def _batch_trace(
     row, token = _restored_tokens(copies)
     effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
     for place, kind in enumerate(kinds):
-        for rows, tokens in zip(row.split(batch_size), token.split(batch_size), strict=True):
+        for rows, tokens in zip(
+            row.split(operator.index(batch_size)), token.split(operator.index(batch_size)), strict=True
+        ):
             for layer, logits in _restored_layers(model, noisy, clean, rows, tokens, kind, window):
                 values = checked(metric, logits, copies.rows(rows)).double()
                 effects[rows, place, layer, tokens] = values - corrupt[rows]

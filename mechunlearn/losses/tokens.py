@@ -1,6 +1,7 @@
 """Losses per token: of the answer's probability, of the distance to a distribution, or of the residual stream."""
 
 import math
+import operator
 
 import torch
 from jaxtyping import Float, Int
@@ -171,7 +172,7 @@ def rmu(residual: Float[Tensor, "token d_model"], *, scale: float = 6.5, seed: i
     Example: d_model 1, so u = 1, whatever the seed; h = 2.5: (2.5 - 6.5)^2 = 16. Li et al. 2024,
     https://arxiv.org/abs/2403.03218.
     """
-    drawn = torch.rand(residual.shape[-1], generator=torch.Generator().manual_seed(seed))
+    drawn = torch.rand(residual.shape[-1], generator=torch.Generator().manual_seed(operator.index(seed)))
     aim = scale * (drawn / drawn.norm()).to(residual.device)
     return (at_least_float32(residual) - aim).square().mean(-1)
 

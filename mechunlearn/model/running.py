@@ -1,5 +1,6 @@
 """Forward passes: logits at chosen positions, parts of a pass, and passes with changed activations."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -141,7 +142,7 @@ def mean_activations(
 ) -> dict[str, Float[Tensor, "*unit"]]:
     """Hook point -> mean over all tokens of `text` (rows without padding). Cost: 1F of the text."""
     sums: dict[str, Tensor] = {}
-    for rows in text.to(device_of(model)).split(batch_size):
+    for rows in text.to(device_of(model)).split(operator.index(batch_size)):
         last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         with recording(model, names) as values:
             logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)

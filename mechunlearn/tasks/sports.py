@@ -1,5 +1,6 @@
 """Sports Facts: which sport does an athlete play, asked in every format of the paper and more."""
 
+import operator
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Pr
     tokens = torch.tensor(sorted(known - special))
     places = prompts.subject.cpu()
     before = prompts.tokens.cpu()[places]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     drawn = torch.randint(len(tokens) - 1, before.shape, generator=generator)
     same = torch.searchsorted(tokens, before)  # of all but the token itself: those from it on move up by one
     is_known = tokens[same.clamp(max=len(tokens) - 1)] == before

@@ -1,6 +1,7 @@
 """The terms of a training loss: their batches in an order that a seed fixes, and the gradient of each."""
 
 import hashlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -122,7 +123,7 @@ class Source:
         size = self.micro_batch_size or len(rows)
         if per_row:  # all logits of a prompt exist at once
             size = min(size, max(1, self._at_once() // readers[0].prompts.answers.shape[1]))
-        for micro_batch in rows.split(size):
+        for micro_batch in rows.split(operator.index(size)):
             with self.part.computing():
                 value += (self._rows if per_row else self._tokens)(readers, micro_batch, total, step)
         return value
@@ -139,7 +140,7 @@ class Source:
         before = {name: value[rows][real] for name, value in reader.before.items()}
         value = 0.0
         size = self._at_once() if "final" in {*graph, *before} else int(real.sum())
-        for piece in torch.arange(int(real.sum())).split(size):
+        for piece in torch.arange(int(real.sum())).split(operator.index(size)):
             inputs = {name: value[piece] for name, value in alike.items()} | self._inputs(leaves, piece)
             with torch.no_grad():
                 inputs |= {f"original_{name}": reading for name, reading in self._inputs(before, piece).items()}

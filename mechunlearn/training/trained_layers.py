@@ -1,5 +1,6 @@
 """The part of a model that is trained, and runs that start at its lowest layer."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Reader:
     @classmethod
     def of(cls, part: Part, prompts: Prompts, original: Sequence[str], rows_at_once: int) -> "Reader":
         """`original`: the names of the readings that are wanted of the unedited model."""
-        blocks = torch.arange(len(prompts)).split(rows_at_once)
+        blocks = torch.arange(len(prompts)).split(operator.index(rows_at_once))
         entering = None
         if part.lowest:
             batches = [prompts.rows(rows) for rows in blocks]

@@ -1,5 +1,6 @@
 """Facts to inject, each in several contexts: after nothing, and after other text."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -86,7 +87,7 @@ def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, se
     if not count:
         return ()
     begun = [list(encode(model, _BEGINNINGS[i % len(_BEGINNINGS)]).tokens) for i in range(count)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     texts = [list(row) for row in begun]
     with preserved(model), torch.no_grad():
         for _ in range(max(lengths)):

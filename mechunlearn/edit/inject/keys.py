@@ -1,5 +1,6 @@
 """The second moment of an MLP's keys over text: by it, closed-form editors spare what the MLP usually reads."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def key_covariance(
 
 def _batches(rows: Tensor, prompts: Prompts | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and attention masks, at most `size` rows each."""
-    for batch in rows.split(size):
+    for batch in rows.split(operator.index(size)):
         yield batch, torch.ones_like(batch, dtype=torch.bool)
     for batch in prompts.batches(size) if prompts is not None else ():
         yield batch.tokens, batch.attention_mask

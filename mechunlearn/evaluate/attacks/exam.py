@@ -1,5 +1,6 @@
 """The exam of an attack: what it may train on, what it is asked at each budget, and its strongest run as a result."""
 
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | No
     # Each token of a name is replaced by the one at the same place in a random name of either set.
     if prompts.subject is None or others.subject is None:
         return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(operator.index(seed))
     pool = [*_subjects(prompts.tokens, prompts.subject), *_subjects(others.tokens, others.subject)]
     pool = [subject for subject in pool if subject]
     tokens = prompts.tokens.clone()

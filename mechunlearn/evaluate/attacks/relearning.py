@@ -4,6 +4,7 @@
 # (`with_options` has filled in every option that the caller left out.)
 
 import itertools
+import operator
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -333,7 +334,7 @@ def measured_at(steps: int, at: Sequence[int] | None) -> list[int]:
     if steps < 1:
         raise ValueError(f"expected an attack of one step or more, got {steps}.")
     if at is None:
-        at = [*(2**power for power in range(steps.bit_length()) if 2**power < steps), steps]
+        at = [*(2**power for power in range(operator.index(steps).bit_length()) if 2**power < steps), steps]
     wrong = [step for step in at if not 0 <= step <= steps]
     if wrong:
         raise ValueError(f"expected to measure after 0..{steps} steps (the length of the attack), got {wrong[0]}.")

@@ -4,6 +4,7 @@
 # (`with_options` has filled in every option that the caller left out.)
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _peft(rank: int, alpha: float, dropout: float) -> Callable[..., Any]:
     def adapted(copy: Any, seed: int) -> Iterator[list[nn.Parameter]]:
         """Inside, the copy has adapters, whose parameters these are, with only their dropout in training mode."""
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(operator.index(seed))
             wrapped = get_peft_model(copy, LoraConfig(**settings))
             for name, module in wrapped.named_modules():
                 module.training = "lora_dropout" in name

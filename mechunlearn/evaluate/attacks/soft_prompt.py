@@ -1,5 +1,6 @@
 """Soft prompt: an attack that learns input vectors before the prompt which bring the forgotten answers out."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -105,7 +106,7 @@ class VectorTraining:
         self, steps: int, every: int, learning_rate: float, optimizer: Callable[..., Optimizer], *, seed: int
     ) -> dict[int, Float[Tensor, "vector d_model"]]:
         """The vectors after each `every` steps, and after the last."""
-        generator, snapshots = torch.Generator().manual_seed(seed), {}
+        generator, snapshots = torch.Generator().manual_seed(operator.index(seed)), {}
         with differentiable(self.model):
             vectors = within(self._tokens(generator), self.radius).requires_grad_()
             moving = optimizer([vectors], lr=learning_rate)
@@ -202,4 +203,4 @@ def _inserted(values: Tensor, count: int, start: int) -> Tensor:
 def _batches(length: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows in random order, each once before any comes again."""
     while True:
-        yield from torch.randperm(length, generator=generator).split(size)
+        yield from torch.randperm(length, generator=generator).split(operator.index(size))

@@ -1,5 +1,6 @@
 """Attacks on the weights: round them to few bits, or add noise, which may undo an edit that moved them little."""
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,7 +44,7 @@ def noised(
     for scale in sorted({*scales} - {0.0}):
         scores = []
         for draw in range(draws):
-            generator = torch.Generator().manual_seed(1000 * seed + draw)
+            generator = torch.Generator().manual_seed(operator.index(1000 * seed + draw))
             with rewritten(model, entries, lambda e, scale=scale, g=generator: with_noise(e, scale, g)):
                 scores.append(asked.scores_of(model))
         runs[f"{scale:g}"] = [torch.stack(scores).mean(0)]

@@ -1,6 +1,7 @@
 """Cells: the result of one test of one row with one seed, how it is computed, and the file of finished cells."""
 
 import inspect
+import operator
 import os
 import random
 import warnings
@@ -102,7 +103,7 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators start from the seed; after, they go on as if nothing had been drawn."""
     python, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(operator.index(seed))
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

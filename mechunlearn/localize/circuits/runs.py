@@ -1,5 +1,6 @@
 """The metric of a model in which sets of components, or of edges, are replaced at once; many sets share a batch."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 
@@ -71,7 +72,9 @@ def edge_circuit_values(
             other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))
             by_circuit = whole[-1].new_zeros(len(batch), len(masks))
             ranges = (torch.arange(count, device=by_circuit.device) for count in (len(masks), len(batch)))
-            for circuit, row in (pair.unbind(1) for pair in torch.cartesian_prod(*ranges).split(batch_size)):
+            for circuit, row in (
+                pair.unbind(1) for pair in torch.cartesian_prod(*ranges).split(operator.index(batch_size))
+            ):
                 copies = batch.rows(row)
                 inputs = copies.tokens, copies.attention_mask, copies.positions
                 logits = circuits.logits(*inputs, other[:, row], masks[circuit])
@@ -129,7 +132,7 @@ def _values(
     # Sets that start late come first, so that a pass, which starts at the lowest layer of its rows, runs few layers.
     late_first = places.lowest.argsort(descending=True, stable=True).to(values.device)
     pairs = torch.cartesian_prod(late_first, torch.arange(len(prompts), device=values.device))
-    for circuits, row in (pair.unbind(1) for pair in pairs.split(batch_size)):
+    for circuits, row in (pair.unbind(1) for pair in pairs.split(operator.index(batch_size))):
         hooks = [_replacing_hook(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
         layer = int(places.lowest[circuits.cpu()].min())
         # The run's own attention output holds for the lowest layer unless something inside the attention is replaced.
