@@ -19,27 +19,7 @@ from mechunlearn.weights import Edit
 __version__ = "0.1.0"
 
 __all__ = [
-    "Audit",
-    "Component",
-    "ComponentMask",
-    "ComponentScores",
-    "EdgeMask",
-    "EdgeScores",
-    "Edit",
-    "ModelShape",
-    "Prompts",
-    "Task",
-    "audit",
-    "auditing",
-    "components",
-    "edit",
-    "evaluate",
-    "fingerprint",
-    "localize",
-    "losses",
-    "metrics",
-    "model",
-    "shape",
-    "tasks",
-    "testbed",
-]
+    "Audit", "Component", "ComponentMask", "ComponentScores", "EdgeMask", "EdgeScores", "Edit", "ModelShape",
+    "Prompts", "Task", "audit", "auditing", "components", "edit", "evaluate", "fingerprint", "localize", "losses",
+    "metrics", "model", "shape", "tasks", "testbed",
+]  # fmt: skip

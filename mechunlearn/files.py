@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 2
-"""Of the files that are written. Those of mechunlearn 0.1.0 do not say theirs, and are refused."""
+"""The format of the files that are written. Files of mechunlearn 0.1.0 state none, and are refused."""
 
 T = TypeVar("T")
 
@@ -37,8 +37,21 @@ def save(value: Any, path: str | Path, *, text: bool = False) -> None:
 
 
 def load(cls: type[T], path: str | Path) -> T:
-    """What `save` wrote; `ValueError` if the file is damaged, of another class or of another format."""
+    """The value in a file of `save`; `ValueError` if it is damaged, of another class or of another format."""
     return cls(**read(path, cls.__name__, cls))
+
+
+class Saved:
+    """Gives a dataclass its file: `value.save(path)`, and `Class.load(path)`."""
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the model to one file with a checksum: safetensors, or JSON without tensors."""
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        return load(cls, path)
 
 
 def write(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
@@ -48,9 +61,9 @@ def write(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
 
 
 def read(path: str | Path, kind: str, *classes: type) -> dict[str, Any]:
-    """What `write` wrote; `ValueError` if the file is damaged, of another kind or of another format.
+    """The mapping in a file of `write`; `ValueError` if it is damaged, of another kind or of another format.
 
-    `classes`: of the dataclasses in it. Those that their fields name need not be given.
+    `classes`: the dataclasses that occur in it, but for those that their fields name.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a file with a {kind}, found none at {path}.")
@@ -73,7 +86,7 @@ def to_text(kind: str, content: Mapping[str, Any]) -> str:
 
 
 def from_text(line: bytes, kind: str, *classes: type, path: str | Path) -> dict[str, Any]:
-    """What `to_text` was given; `ValueError` as for `read`. `path` is where the line was found."""
+    """The inverse of `to_text`; `ValueError` as for `read`. `path` is the file that the line is from."""
     try:
         record = json.loads(line)
         header = {name: json.dumps(part) if name == "content" else part for name, part in record.items()}
@@ -83,13 +96,13 @@ def from_text(line: bytes, kind: str, *classes: type, path: str | Path) -> dict[
 
 
 def packed(value: Any, tensors: dict[str, Tensor] | None = None) -> Any:
-    """The value in JSON values, from which `unpacked` makes it again, exactly.
+    """The value as JSON values; `unpacked` is the exact inverse.
 
     It may consist of None, numbers, strings, lists, tuples, frozensets, mappings, tensors, dataclasses of all these,
-    and labels: dataclasses with a method `parse`, which is the inverse of `str`. What JSON has no word for is
-    `{"$what it is": content}`. Tensors are put into `tensors`, under the names of the fields that they are in; without
-    it they become bytes in place. TypeError for anything else, and for a dataclass that no type hint of the dataclass
-    around it names, because it would not be known on reading.
+    and labels: dataclasses with a method `parse`, which is the inverse of `str`. A value that JSON cannot express is
+    `{"$type": content}`. Tensors are put into `tensors`, under the names of their fields; without `tensors` they become
+    bytes in place. TypeError for any other value, and for a dataclass that no type hint of the dataclass around it
+    names, because a reader could not know it.
     """
     return _packed(value, "", tensors, None)
 
@@ -122,7 +135,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor] | None, known: Map
 
 
 def _sequence(value: Any, name: str, tensors: dict[str, Tensor] | None, known: Mapping[str, type] | None) -> Any:
-    """Labels of one class are written as strings; members of a set in an order of their own."""
+    """Labels of one class are written as strings; members of a set in sorted order."""
     classes = {type(member) for member in value}
     label = next((cls for cls in classes if _is_label(cls)), None) if len(classes) == 1 else None
     ordered = value if not isinstance(value, frozenset) else sorted(value, key=repr if label is None else None)
@@ -134,23 +147,23 @@ def _sequence(value: Any, name: str, tensors: dict[str, Tensor] | None, known: M
 
 
 def unpacked(content: Any, *classes: type, tensors: Mapping[str, Tensor] | None = None) -> Any:
-    """What `packed` was given. `classes`: of the dataclasses in it; those that their fields name need not be given."""
+    """The inverse of `packed`. `classes`: the dataclasses that occur, but for those that their fields name."""
     return _unpacked(content, _reachable(*classes), tensors or {})
 
 
 def _unpacked(content: Any, classes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(content, list):
-        return [_unpacked(each, classes, tensors) for each in content]
+        return [_unpacked(member, classes, tensors) for member in content]
     if not isinstance(content, dict):
         return content
     tag, inner = next(iter(content.items()), ("", {}))
     if len(content) > 1 or not tag.startswith("$"):
-        return {key: _unpacked(each, classes, tensors) for key, each in content.items()}
+        return {key: _unpacked(member, classes, tensors) for key, member in content.items()}
     what, _, label = tag[1:].partition(" of ")
     if what == "tensor":
         return tensors[inner] if isinstance(inner, str) else _tensor(inner)
     if what == "mapping":
-        return {_unpacked(key, classes, tensors): _unpacked(each, classes, tensors) for key, each in inner}
+        return {_unpacked(key, classes, tensors): _unpacked(member, classes, tensors) for key, member in inner}
     if what in ("tuple", "frozenset"):
         members = map(classes[label].parse, inner) if label else _unpacked(inner, classes, tensors)
         return tuple(members) if what == "tuple" else frozenset(members)
@@ -193,7 +206,7 @@ def _bytes(tensor: Tensor) -> dict[str, Any]:
 
 
 def _tensor(content: Mapping[str, Any]) -> Tensor:
-    """What `_bytes` gave, also through JSON, where the bytes are in base64."""
+    """The inverse of `_bytes`; from JSON, the bytes come in base64."""
     raw, dtype = content["bytes"], getattr(torch, content["dtype"].removeprefix("torch."))
     raw = bytearray(base64.b64decode(raw) if isinstance(raw, str) else raw)
     if not raw:
@@ -206,7 +219,7 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those that use the memory of an earlier one, which safetensors would refuse."""
+    """The tensors, with a copy in place of each that shares memory with an earlier one: safetensors refuses those."""
     seen: set[int] = set()
     alone = {}
     for name, tensor in tensors.items():
@@ -257,8 +270,8 @@ def _checked(header: Mapping[str, str], tensors: Mapping[str, Tensor], kind: str
     if missing:
         raise _unreadable(path, kind, f"it has no {missing[0]}")
     if header["kind"] != kind:
-        found = header["kind"]
-        raise ValueError(f"expected a file with a {kind}, got one with a {found} ({path}): load it with that class.")
+        other = header["kind"]
+        raise ValueError(f"expected a file with a {kind}, got one with a {other} ({path}): load it with that class.")
     if _digest(header, tensors) != header["sha256"]:
         raise _unreadable(path, kind, "its checksum does not match")
     if header["format"] != str(FORMAT):

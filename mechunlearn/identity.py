@@ -39,20 +39,19 @@ def described(function: Callable[..., object]) -> str:
 
 
 def identified(value: Any) -> Any:
-    """Numbers and strings as they are; of anything else a description and its digest, by which two are told apart."""
+    """Numbers and strings as they are; for anything else, a description and a digest that tells two values apart."""
     if value is None or isinstance(value, int | float | str):
         return value
     return f"{_option(value) or type(value).__name__} {digest(value)}"
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of a value: of a function its code and what is bound to it, of a dataclass its fields, of a
-    tensor its numbers.
+    """16 hex digits of a value, the same in another process.
 
-    The same in another process. Functions that a function calls are not looked into; of other objects only the type
-    counts and, if it tells more than an address, the repr.
+    Of a function its code and the values bound to it count, not the code of functions that it calls; of a dataclass its
+    fields, of a tensor its numbers; of other objects the type and, if it tells more than an address, the repr.
     """
-    return hashlib.sha256(_told(value, ()).encode()).hexdigest()[:16]
+    return hashlib.sha256(_text_of(value, ()).encode()).hexdigest()[:16]
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -61,15 +60,15 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def _option(value: object) -> str:
-    """Nothing for what cannot be shown in a few words."""
+    """The value in a few words; an empty string where that is impossible."""
     if value is None or isinstance(value, int | float | str | bool):
         return str(value)
     if isinstance(value, tuple | list):
-        return str(tuple(value)) if all(isinstance(each, int | float | str | bool) for each in value) else ""
+        return str(tuple(value)) if all(isinstance(member, int | float | str | bool) for member in value) else ""
     return described(value) if callable(value) and not isinstance(value, Tensor) else ""
 
 
-def _told(value: Any, above: tuple[int, ...]) -> str:
+def _text_of(value: Any, above: tuple[int, ...]) -> str:
     """`above`: the objects that this one is a part of; one that contains itself is not followed."""
     if value is None or isinstance(value, int | float | complex | str | bytes | Path | torch.dtype | torch.device):
         return f"{type(value).__name__} {value!r}"
@@ -79,12 +78,12 @@ def _told(value: Any, above: tuple[int, ...]) -> str:
     if isinstance(value, Tensor):
         return _numbers(value)
     if isinstance(value, torch.nn.Module):
-        return _told(dict(value.named_parameters()), inside)
+        return _text_of(dict(value.named_parameters()), inside)
     parts = _parts(value)
     if parts is None:
         shown = repr(value)
         return type(value).__qualname__ if " at 0x" in shown else f"{type(value).__qualname__} {shown}"
-    return f"{type(value).__qualname__}({'; '.join(_told(part, inside) for part in parts)})"
+    return f"{type(value).__qualname__}({'; '.join(_text_of(part, inside) for part in parts)})"
 
 
 def _parts(value: Any) -> list[Any] | None:
@@ -123,5 +122,5 @@ def _is_filled(cell: Any) -> bool:
 
 def _numbers(tensor: Tensor) -> str:
     own = tensor.detach().cpu().contiguous()
-    found = hashlib.sha256(own.flatten().view(torch.uint8).numpy().data).hexdigest()
-    return f"Tensor {own.dtype} {tuple(own.shape)} {found}"
+    numbers = hashlib.sha256(own.flatten().view(torch.uint8).numpy().data).hexdigest()
+    return f"Tensor {own.dtype} {tuple(own.shape)} {numbers}"

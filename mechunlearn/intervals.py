@@ -31,12 +31,7 @@ def bootstrap(
 
 
 def bootstrap_of_others(
-    values: Float[Tensor, "example *number"],
-    others: int,
-    *,
-    confidence: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+    values: Float[Tensor, "example *number"], others: int, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[Float[Tensor, "*number"], Float[Tensor, "*number"]]:
     r"""Low and high end of the interval of the mean over so many other examples, for each number by itself.
 

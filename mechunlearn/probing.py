@@ -17,11 +17,8 @@ def states_at(
     model: Model, prompts: Prompts, at: Where, *, hooks: Sequence[Hook] = (), batch_size: int = 64
 ) -> Float[np.ndarray, "point prompt d_model"]:
     """The residual stream at one token of each prompt, in double precision; ValueError unless `at` gives one token."""
-
-    def places(batch: Prompts) -> Int[Tensor, "batch _"]:
-        return place_of(batch, at)[:, None]
-
-    return residuals_at(model, prompts, places, hooks=hooks, batch_size=batch_size)[:, :, 0].double().numpy()
+    residuals = residuals_at(model, prompts, lambda p: place_of(p, at)[:, None], hooks=hooks, batch_size=batch_size)
+    return residuals[:, :, 0].double().numpy()
 
 
 def residuals_at(

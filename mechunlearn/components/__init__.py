@@ -17,22 +17,7 @@ from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.scores import ComponentScores, PositionScores
 
 __all__ = [
-    "Component",
-    "ComponentMask",
-    "ComponentScores",
-    "Components",
-    "Edge",
-    "EdgeMask",
-    "EdgeScores",
-    "ModelShape",
-    "PositionScores",
-    "destinations",
-    "edges",
-    "heads",
-    "heads_and_mlps",
-    "layers",
-    "matrices",
-    "mlps",
-    "neurons",
+    "Component", "ComponentMask", "ComponentScores", "Components", "Edge", "EdgeMask", "EdgeScores", "ModelShape",
+    "PositionScores", "destinations", "edges", "heads", "heads_and_mlps", "layers", "matrices", "mlps", "neurons",
     "sources",
-]
+]  # fmt: skip

@@ -79,11 +79,7 @@ _EXPECTED = "expected an edge with a label such as L1H2->L3H0.W_Q, embed->L0MLP 
 
 
 def edges(shape: ModelShape, *, parallel: bool = False) -> list[Edge]:
-    """Every edge of a model of that shape, in model order.
-
-    `parallel`: attention and MLP of a layer read the same input (GPT-NeoX), so that a layer's heads do not feed
-    its MLP.
-    """
+    """Every edge, in model order; `parallel`: a layer's MLP reads what its heads read (GPT-NeoX), not what they add."""
     return list(edges_where(edge_mask(shape, parallel=parallel), shape))
 
 

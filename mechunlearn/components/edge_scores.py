@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import (
     Destination,
@@ -26,6 +24,7 @@ from mechunlearn.components.edge import (
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
+from mechunlearn.files import Saved
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeScores(Mapping[Edge, float]):
+class EdgeScores(Mapping[Edge, float], Saved):
     """A score for every edge: a mapping from edges (or their labels, `"L1H2->L3H0.W_Q"`) to floats."""
 
     tensor: Float[Tensor, "source destination"]
@@ -127,7 +126,9 @@ class EdgeScores(Mapping[Edge, float]):
         if len(rule) != 1:
             raise ValueError(f"expected exactly one of k, fraction and threshold, got {rule or 'none'}.")
         ranks = by(self.values_in_order)
-        order = torch.sort(ranks, descending=True, stable=True).indices[: self._count(ranks, **rules)]
+        by_rank = None if threshold is None else int((ranks >= threshold).sum())
+        count = count_of(len(ranks), "edges", k, fraction) if by_rank is None else by_rank
+        order = torch.sort(ranks, descending=True, stable=True).indices[:count]
         if not len(order):
             raise ValueError(
                 f"expected a rule that selects at least one edge, got {rule}, which selects none: the highest rank "
@@ -138,24 +139,13 @@ class EdgeScores(Mapping[Edge, float]):
         provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return EdgeMask(frozenset(edges_where(chosen, self.shape)), self.shape, provenance)
 
-    def _count(
-        self, ranks: Float[Tensor, "edge"], k: int | None, fraction: float | None, threshold: float | None
-    ) -> int:
-        if k is not None or fraction is not None:
-            return count_of(len(ranks), "edges", k, fraction)
-        assert threshold is not None
-        return int((ranks >= threshold).sum())
-
     def nodes(self) -> ComponentScores:
         """Each head's and MLP's score: the signed sum over the destinations of its edges (the embedding is left out).
 
         For edge attribution over all edges, this is the node's own attribution.
         """
-        rows = [
-            row
-            for row, source in enumerate(sources(self.shape))
-            if isinstance(source, Component) and bool(self.scored[row].any())
-        ]
+        scored = self.scored.any(1).tolist()
+        rows = [row for row, source in enumerate(sources(self.shape)) if source != "embed" and scored[row]]
         if not rows:
             raise ValueError("expected an edge from a head or an MLP, got edges from the embedding only: score others.")
         chosen = tuple(end for end in (sources(self.shape)[row] for row in rows) if isinstance(end, Component))
@@ -198,15 +188,6 @@ class EdgeScores(Mapping[Edge, float]):
         names = [str(end) for end in sources(self.shape)], [str(end) for end in destinations(self.shape)]
         return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "EdgeScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
-
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)
         if not bool(self.scored[place]):
@@ -230,11 +211,8 @@ class EdgeScores(Mapping[Edge, float]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeMask(Set[Edge]):
-    """A set of edges: `|`, `&`, `-`, `^`, `in`, `len`, iteration in model order.
-
-    Two of them are equal when they select the same edges of the same shape.
-    """
+class EdgeMask(Set[Edge], Saved):
+    """A set of edges: `|`, `&`, `-`, `^`, `in`, `len`, iteration in model order; equal for the same edges and shape."""
 
     edges: frozenset[Edge]
     """What is selected."""
@@ -268,15 +246,6 @@ class EdgeMask(Set[Edge]):
         ends = {edge.source for edge in self.edges} | {self._component(edge.destination) for edge in self.edges}
         chosen = frozenset(end for end in ends if isinstance(end, Component))
         return ComponentMask(chosen, self.shape, dict(self.provenance) | {"components of": f"{len(self)} edges"})
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON with provenance and a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "EdgeMask":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges

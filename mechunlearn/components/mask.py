@@ -2,20 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mechunlearn import files
 from mechunlearn.components.component import Component, ModelShape, resolve
 from mechunlearn.components.plot import heat_map
+from mechunlearn.files import Saved
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ComponentMask(Set[Component]):
+class ComponentMask(Set[Component], Saved):
     """A set of components: `|`, `&`, `-`, `^`, `in`, `len`, iteration in layer order.
 
     Two masks are equal when they select the same components of the same shape. Components may
@@ -42,15 +41,6 @@ class ComponentMask(Set[Component]):
     def n_parameters(self) -> int:
         """Number of weights it covers, shared and overlapping ones counted once."""
         return self.shape.n_parameters(self.components)
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON with provenance and a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ComponentMask":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def plot(self) -> "Figure":
         """Layer x component map: 1 where selected."""

@@ -46,18 +46,9 @@ def signed_heat_map(
     """Heat map of rows of values: red for negative, white for zero, blue for positive, up to the size `limit`."""
     import plotly.graph_objects as go
 
-    heat = go.Heatmap(
-        z=values,
-        x=x,
-        y=y,
-        colorscale="RdBu",
-        zmid=0,
-        zmin=-limit,
-        zmax=limit,
-        colorbar={"title": {"text": unit, "side": "right"}},
-        hovertemplate=f"{hover}<extra></extra>",
-        **cells,
-    )
+    colors = {"colorscale": "RdBu", "zmid": 0, "zmin": -limit, "zmax": limit}
+    colors["colorbar"] = {"title": {"text": unit, "side": "right"}}
+    heat = go.Heatmap(z=values, x=x, y=y, hovertemplate=f"{hover}<extra></extra>", **colors, **cells)
     return go.Figure(heat, layout={"template": "plotly_white", **layout})
 
 

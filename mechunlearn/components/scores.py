@@ -4,17 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import heat_map, signed_heat_map
+from mechunlearn.files import Saved
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ComponentScores(Mapping[Component, float]):
+class ComponentScores(Mapping[Component, float], Saved):
     """A score for every component: a mapping from components (or their labels) to floats."""
 
     components: tuple[Component, ...]
@@ -108,7 +107,13 @@ class ComponentScores(Mapping[Component, float]):
             raise ValueError(f"expected exactly one of k, fraction, threshold and parameters, got {rule or 'none'}.")
         ranks = dict(zip(self.components, by(self.tensor).tolist(), strict=True))
         ordered = sorted(self.components, key=lambda component: (-ranks[component], component))
-        chosen = ordered[: self._count(ordered, ranks, **rules)]
+        if threshold is not None:
+            count = sum(rank >= threshold for rank in ranks.values())
+        elif parameters is not None:
+            count = self._count_within(ordered, parameters)
+        else:
+            count = count_of(len(ordered), "scores", k, fraction)
+        chosen = ordered[:count]
         if not chosen:
             highest = ordered[0]
             raise ValueError(
@@ -117,22 +122,6 @@ class ComponentScores(Mapping[Component, float]):
             )
         provenance = {"method": self.method, "metric": self.metric, "settings": dict(self.settings), "top": rule}
         return ComponentMask(frozenset(chosen), self.shape, provenance)
-
-    def _count(
-        self,
-        ordered: list[Component],
-        ranks: Mapping[Component, float],
-        k: int | None,
-        fraction: float | None,
-        threshold: float | None,
-        parameters: int | None,
-    ) -> int:
-        if k is not None or fraction is not None:
-            return count_of(len(ordered), "scores", k, fraction)
-        if threshold is not None:
-            return sum(rank >= threshold for rank in ranks.values())
-        assert parameters is not None
-        return self._count_within(ordered, parameters)
 
     def _count_within(self, ordered: list[Component], budget: int) -> int:
         cover, spent = Cover(self.shape), 0
@@ -165,34 +154,17 @@ class ComponentScores(Mapping[Component, float]):
         """One row per component: layer, part, index, matrix, score, weights; highest size first."""
         import pandas as pd
 
-        rows = [
-            {
-                "component": str(c),
-                "layer": c.layer,
-                "part": c.part,
-                "index": c.index,
-                "matrix": c.matrix,
-                "score": value,
-                "weights": self.shape.n_parameters([c]),
-            }
-            for c, value in self.items()
-        ]
-        frame = pd.DataFrame(rows).set_index("component").astype({"index": "Int64"})
+        names = ["component", "layer", "part", "index", "matrix", "score", "weights"]
+        weights = [self.shape.n_parameters([c]) for c in self.components]
+        scored = zip(self.components, self.tensor.tolist(), weights, strict=True)
+        rows = [(str(c), c.layer, c.part, c.index, c.matrix, score, count) for c, score, count in scored]
+        frame = pd.DataFrame(rows, columns=names).set_index("component").astype({"index": "Int64"})
         return frame.sort_values("score", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> "Figure":
         """Layer x component heat map; red is negative, blue positive."""
         title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
         return heat_map(self, title=title, unit=self.metric.replace("_", " "))
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ComponentScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __getitem__(self, component: Component | str) -> float:
         wanted = Component.parse(component) if isinstance(component, str) else component
@@ -251,7 +223,7 @@ def interval_frame(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PositionScores:
+class PositionScores(Saved):
     """A score for every component at every group of tokens; `.at(group)` gives those of one group."""
 
     components: tuple[Component, ...]
@@ -309,15 +281,6 @@ class PositionScores:
         look = {"limit": limit, "unit": unit, "hover": hover, "layout": {"title": title} | size}
         figure = signed_heat_map(self.tensor.tolist(), self.positions, labels, **look)
         return figure.update_yaxes(autorange="reversed")
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PositionScores":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         sizes = f"{len(self.components)} components x {len(self.positions)} positions, {len(self.per_prompt)} prompts"

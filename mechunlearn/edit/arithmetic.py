@@ -31,7 +31,7 @@ from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 def zeroed(model: Model, mask: ComponentMask) -> Edit:
     """Every weight of the mask set to zero: the bluntest edit, and a check on what the others do better.
 
-    A zeroed head or MLP adds its output bias and nothing else. ValueError for an empty mask or one of another model.
+    A zeroed head or MLP adds its output bias and nothing else.
     """
     values = {label: torch.zeros_like(value) for label, value in read(select(model, mask)).items()}
     return Edit(mask, values, fingerprint(model), {"editor": "zeroed"})
@@ -40,8 +40,8 @@ def zeroed(model: Model, mask: ComponentMask) -> Edit:
 def scaled(model: Model, edit: Edit, factor: float) -> Edit:
     """original + factor * (edited - original): task arithmetic on the edit's entries.
 
-    With a `factor` of -1 an edit that *learned* something (such as `finetune` with `forget_loss=cross_entropy`, which
-    learns the forget set further) is negated, to forget it; between 0 and 1 an edit is made milder. 1 gives the edit.
+    A `factor` of -1 negates an edit that *learned* something (such as `finetune` with `forget_loss=cross_entropy`), to
+    forget it. Between 0 and 1 it makes an edit milder; 1 gives the edit.
 
     Ilharco et al. 2023, https://arxiv.org/abs/2212.04089. ValueError for a model that the edit was not made for.
     """
@@ -80,7 +80,7 @@ def combined(*edits: Edit) -> Edit:
 
 
 def _moved(before: Tensor, after: Tensor, factor: float) -> Tensor:
-    """In the precision of at least float32, rounded once; exactly the edit for a factor of 1."""
+    """Computed in at least float32 and rounded once; a factor of 1 gives `after` exactly."""
     if factor == 1.0:
         return after.clone()
     precise = torch.promote_types(before.dtype, torch.float32)
@@ -114,13 +114,12 @@ def task_vector(
     strength: float = 1.0,
     learn: Callable[[Model, Task, ComponentMask], Edit] = learned_further,
 ) -> Edit:
-    """original - strength * (learned - original): weights of `mask` negated in what learning the forget set changes.
+    """original - strength * (learned - original): the change that learning the forget set makes in `mask`, negated.
 
-    `learn` makes the edit that is negated. Its options are bound with `partial`, for example
-    `learn=partial(learned_further, steps=100, learning_rate=1e-4)`, or its learning editor is another one (`lora`).
-    `scaled` negates an edit that you have already, for instance with several strengths.
+    `learn` is the editor that learns, such as `partial(learned_further, steps=100, learning_rate=1e-4)`. `scaled`
+    negates an edit that you have already, for instance with several strengths.
 
-    Nothing in it keeps what should be retained: choose `strength` by what it costs there. Ilharco et al. 2023,
+    Nothing protects the retained facts: choose `strength` by what it costs there. Ilharco et al. 2023,
     https://arxiv.org/abs/2212.04089. Cost and errors: those of `learn`.
     """
     return scaled(model, learn(model, task, mask), -strength)
@@ -135,17 +134,17 @@ def dampened(
     dampening: float = 1.0,
     loss: Loss = cross_entropy,
 ) -> Edit:
-    """Weights of `mask` with importance I_f to the forget set and I_r to the retain set, without training:
+    """Weights of `mask` made smaller where they matter more to the forget set than to the retain set; no training.
 
         weight * min(dampening * I_r / I_f, 1)   where I_f > selection * I_r, and as it was elsewhere
 
-    Importance is the diagonal of the empirical Fisher information: the squared gradient of a prompt's mean loss over
-    its answer tokens, averaged over the prompts of `task.forget` and `task.retain`. `selection` and `dampening` are
-    alpha and lambda of Foster et al. 2024 (SSD, https://arxiv.org/abs/2308.07707), with their defaults. They compare
-    with all training data, the forget set included. Here it is the retain set: where forget prompts are more than
-    1 / selection of both together, nothing could be selected otherwise. General text has no say.
+    I_f and I_r, the importance to `task.forget` and `task.retain`, are diagonals of the empirical Fisher information:
+    the squared gradient of a prompt's mean loss over its answer tokens, averaged over the prompts. General text does
+    not count. A model that gives the forget answers with p = 1 has no gradient there, and nothing to select.
 
-    A model that gives the forget answers with p = 1 has no gradient there, and nothing to select.
+    `selection` and `dampening` are alpha and lambda of Foster et al. 2024 (SSD, https://arxiv.org/abs/2308.07707), with
+    their defaults. They compare with all training data, the forget set included; here it is the retain set, because
+    with more than 1 / selection forget prompts among both nothing could be selected otherwise.
 
     Cost: 1F + 1B per prompt of both sides, one prompt at a time; two numbers for each weight of the mask. ValueError
     if no weight is selected, for a dampening below 0 or a selection that is not above 0, and as for `finetune`.
@@ -180,8 +179,8 @@ def _importance(model: Model, prompts: Prompts, entries: list[Entries], loss: Lo
         parameters = [e.slot.parameter.requires_grad_(True) for e in entries]
         for prompt in prompts.to(device_of(model)).batches(1):
             real = prompt.answer_mask
-            given = {"logits": prompt.logits(model)[real], "targets": prompt.answers[real]}
-            value = loss(**{name: given[name] for name in needs(loss)}).mean()
+            inputs = {"logits": prompt.logits(model)[real], "targets": prompt.answers[real]}
+            value = loss(**{name: inputs[name] for name in needs(loss)}).mean()
             for e, gradient in zip(entries, torch.autograd.grad(value, parameters), strict=True):
                 squared = e.read(gradient).to(torch.promote_types(gradient.dtype, torch.float32)).square_()
                 total[e.label] = total[e.label].add_(squared) if e.label in total else squared
@@ -193,18 +192,18 @@ def mean_ablated(
 ) -> Edit:
     """Heads, MLPs and neurons of `mask` that add nearly the same to the residual stream everywhere: their mean.
 
-    A constant output needs a bias. Biases belong to no component, and most architectures have none where it would be
-    needed, so no edit of weights is a mean ablation. This is the nearest one. With a the activations that the mask's
-    heads (or neurons) of a layer give to W_O (or W_out), W their rows of it and m = E[a] over `task.text`, the rows
-    become
+        W' = u (m W)    with u = (E[a a^T] + shrinkage * mean of its diagonal * identity)^-1 m
 
-        u (m W), with u = (E[a a^T] + shrinkage * mean of its diagonal * identity)^-1 m
+    - a: the activations that the mask's heads (or neurons) of a layer give to W_O (or W_out).
+    - W: their rows of that matrix, which W' replaces. The mask's other matrices are left alone.
+    - m = E[a], where E is the mean over the tokens of `task.text`.
+    - a u, a linear map that is nearly 1 on every token. Shrinkage apart, W' makes E |a W' - m W|^2 smallest.
 
-    which makes E |a W' - m W|^2 smallest but for the shrinkage: a linear map that gives nearly 1 on every token, times
-    the mean output. How nearly is in the provenance, under `explained`, for each matrix: 1 - E (a u - 1)^2 on
-    `task.text_test`, the share of the mean output that is reached, where 1 is mean ablation and 0 as far from it as
-    `zeroed`. A whole MLP comes close. A single neuron does not: its row shrinks by E[a]^2 / E[a^2]. The mask's other
-    matrices are left alone. Exact mean ablation for measurements, by hooks: `localize.faithfulness`.
+    A constant output would need a bias, which belongs to no component and is absent in most architectures: no edit of
+    weights is a mean ablation, and this is the nearest one. The provenance says how near, under `explained`: for each
+    matrix 1 - E (a u - 1)^2 on `task.text_test`, where 1 is mean ablation and 0 is as far from it as `zeroed`. A whole
+    MLP comes close. A single neuron does not: its row shrinks by E[a]^2 / E[a^2]. For measurements,
+    `localize.faithfulness` has exact mean ablation, by hooks.
 
     In a model with norms after the layer (Gemma 2) it is the mean before that norm. Cost: 1F of both texts, and for
     each matrix its number of covered rows squared in float64. ValueError for a mask without W_O and W_out.
@@ -215,7 +214,7 @@ def mean_ablated(
     values, explained = read(select(model, mask)), {}
     with preserved(model), torch.no_grad():
         moments = _moments(model, task.text, entries, batch_size)
-        maps = {label: _nearly_one(*found, shrinkage) for label, found in moments.items()}
+        maps = {label: _nearly_one(*of_matrix, shrinkage) for label, of_matrix in moments.items()}
         for e in entries:
             (mean, _), weight = moments[e.label], values[e.label]
             output = mean @ weight.flatten(0, 1).double()
@@ -228,7 +227,7 @@ def mean_ablated(
 
 
 def _nearly_one(mean: Float[Tensor, "n"], square: Float[Tensor, "n n"], shrinkage: float) -> Float[Tensor, "n"]:
-    """u, such that a @ u is as near to 1 as a linear map of the activations comes."""
+    """u, which makes a @ u as near to 1 as a linear map of the activations can be."""
     ridge = shrinkage * square.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     return torch.linalg.lstsq(square + ridge, mean[:, None]).solution[:, 0]
 
@@ -238,22 +237,22 @@ def _moments(
 ) -> dict[str, tuple[Float[Tensor, "_"], Float[Tensor, "_ _"]]]:
     """E[a] and E[a a^T] over all tokens of the text."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for label, found in _activations(model, text, entries, batch_size):
+    for label, activations in _activations(model, text, entries, batch_size):
         mean, square = sums.get(label, (0, 0))
-        sums[label] = mean + found.sum(0), square + found.T @ found
+        sums[label] = mean + activations.sum(0), square + activations.T @ activations
     return {label: (mean / text.numel(), square / text.numel()) for label, (mean, square) in sums.items()}
 
 
 def _activations(
     model: Model, text: Int[Tensor, "row pos"], entries: Sequence[Entries], batch_size: int
 ) -> Iterator[tuple[str, Float[Tensor, "token _"]]]:
-    """Batch by batch, what the covered heads or neurons give to their rows of each matrix."""
+    """Batch by batch and matrix by matrix, the activations that the covered heads or neurons give to their rows."""
     parts = {e.label: Component(e.slot.layer, "H" if e.slot.matrix == "W_O" else "N", 0) for e in entries}
     names = {label: site(part, shape(model)) for label, part in parts.items()}
     for rows in text.to(device_of(model)).split(operator.index(batch_size)):
         last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        with recording(model, list(names.values())) as found:
+        with recording(model, list(names.values())) as recorded:
             logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)
         for e in entries:
-            value = found[names[e.label]].flatten(0, 1)
+            value = recorded[names[e.label]].flatten(0, 1)
             yield e.label, value[:, e.units.to(value.device)].flatten(1).double()

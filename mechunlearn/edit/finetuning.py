@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.inject.facts import asked_and_answered, each, injected
+from mechunlearn.edit.inject.facts import asked_and_answered, facts_of, injected
 from mechunlearn.identity import described, digest
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
 from mechunlearn.model import Model, differentiable, fingerprint
@@ -36,13 +36,12 @@ def finetune(model: Model, task: Task, mask: ComponentMask, **options: Unpack[Tr
 
     Each term is a mean over answer tokens (or prompts: `mu.losses`), in nats. Erasure by log(1 - p) is the default.
     Options of a loss are bound with `partial`, e.g. the cut-off of erasure:
-    `forget_loss=partial(log_one_minus_probability, cutoff=-10)`. A loss that compares with the unedited model is given
-    what that model says, computed on the same weights: there is no second model.
+    `forget_loss=partial(log_one_minus_probability, cutoff=-10)`. What the unedited model says, for a loss that compares
+    with it, is computed on the same weights: there is no second model.
 
-    The defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949): 50 steps, 64 examples a term,
-    AdamW without weight decay, cosine schedule, clipping at 1; but the learning rate suits the shipped
-    model. Theirs for 7B-9B models are 2e-6 to 1e-4. Learning rates that fit one localization need not
-    fit another: give each the same search before comparing them.
+    The defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949), but the learning rate suits the shipped
+    model; theirs for 7B-9B models are 2e-6 to 1e-4. A learning rate that fits one localization need not fit another:
+    give each the same search (`search`) before comparing them.
 
     Cost per step: one forward and one backward of each batch from the lowest localized layer up, weight
     gradients for the localized matrices alone.
@@ -59,12 +58,12 @@ adam = partial(torch.optim.Adam, weight_decay=0.0)
 
 @with_options(steps=25, learning_rate=5e-4, clip=None, optimizer=adam)
 def ft_l(model: Model, task: Task, mask: ComponentMask, *, bound: float = 5e-4, **options: Unpack[RunOptions]) -> Edit:
-    """Train the weights of `mask` on `task.injection`; none may end further than `bound` from what it was.
+    """Train the weights of `mask` on `task.injection`; no weight may move further than `bound`.
 
         loss = -log p(injected answer),    |weight - original| <= bound for each weight, after each step
 
-    Nothing is retained by rehearsal: the bound alone limits what else is changed. It is a baseline for `rome` and
-    `memit`, and works on any mask: heads, matrices, MLPs, neurons. Weights below float32 are rounded after bounding.
+    Nothing is rehearsed: the bound alone limits what else changes. It is a baseline for `rome` and `memit`, and works
+    on any mask: heads, matrices, MLPs, neurons. Weights below float32 are rounded after bounding.
 
     FT-L (FT with an L-infinity norm constraint) in Meng et al. 2022, https://arxiv.org/abs/2202.05262, after
     Zhu et al. 2020, https://arxiv.org/abs/2012.00363. Defaults are those for GPT-2 XL, where one W_out was trained. A
@@ -87,7 +86,7 @@ def ft_l(model: Model, task: Task, mask: ComponentMask, *, bound: float = 5e-4, 
 
 @dataclass(frozen=True, eq=False)
 class _Bounded:
-    """How far each weight has moved, in float32 or above, within the bound."""
+    """The optimizer moves the distance of each weight from its original value, in float32 or above."""
 
     entries: Entries
     original: Tensor
@@ -111,15 +110,15 @@ class _Bounded:
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """What training some entries of a mask came to."""
+    """Trained entries of a mask, with what is needed to make a value of them."""
 
     mask: ComponentMask
     values: dict[str, Tensor]
-    """Matrix label -> what was trained: the weights, or the numbers of a weight mask."""
+    """Matrix label -> the trained weights, or the trained numbers of a weight mask."""
     original: dict[str, Tensor]
     """Matrix label -> the weights before."""
     fingerprint: str
-    """Of the model before."""
+    """That of the model before the training."""
     provenance: Mapping[str, Any]
     history: tuple[Row, ...]
 
@@ -155,18 +154,18 @@ def training_run(
     result: Callable[[M], Tensor] = present_weights,
     penalty: Callable[[M], float] | None = None,
 ) -> TrainingRun:
-    """`fit` on the entries (default: all) of a mask, with every option given; the model is left as it was.
+    """`fit` on the entries (default: all) of a mask; the model is left as it was.
 
-    `moving` makes what the optimizer moves from entries and their original values: editors differ in it. `result`
-    reads what it came to off each mover, and `penalty` adds a gradient of its own to it. `about` begins the provenance;
-    a checkpoint is of this run if all of the provenance, the data, the mask and the model are.
+    Editors differ in `moving`, which makes the tensors that the optimizer moves from entries and their original values.
+    `result` reads the trained tensor of a mover; `penalty` adds a gradient to it and gives the penalty's value. `about`
+    begins the provenance. A checkpoint belongs to this run if provenance, data, mask and model are the same.
     """
     entries = select(model, mask) if entries is None else entries
     weights, original = fingerprint(model), read(select(model, mask))  # in this order: a fingerprint takes memory
     provenance = {
         **about,
         "task": task.name,
-        "terms": _settings(terms),
+        "terms": {term.name: _setting(term) for term in terms},
         "optimizer": described(options["optimizer"]),
         "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
         "steps": options["steps"],
@@ -178,7 +177,10 @@ def training_run(
     }
     checkpoints = None
     if options["checkpoint"] is not None:
-        identity = {"model": weights, "mask_and_prompts": digest(_data(mask, terms)), **provenance}
+        # A stream of text is not read for the digest: that would use it up.
+        prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
+        data = digest(([str(component) for component in mask], prompts))
+        identity = {"model": weights, "mask_and_prompts": data, **provenance}
         checkpoints = Checkpoints(options["checkpoint"], options["every"], identity)
     try:
         with exclusively(model), differentiable(model):
@@ -203,21 +205,18 @@ def training_run(
                 until=options["until"],
                 checkpoints=checkpoints,
             )
-            values = {label: _joined([result(mover) for mover in of_matrix]) for label, of_matrix in movers.items()}
+            values = {}
+            for label, of_matrix in movers.items():
+                # Where units are not neighbours, a matrix has a mover for each run of them, in their order.
+                parts = [result(mover) for mover in of_matrix]
+                values[label] = parts[0] if len(parts) == 1 else torch.cat(parts)
     finally:
         write(entries, original)
     return TrainingRun(mask, values, original, weights, provenance, tuple(history))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
-
-
 def task_terms(model: Model, task: Task, options: TrainingOptions) -> list[Term]:
-    """The terms, in the order forget, retain, text; no forget loss: erasure, or cross-entropy to what is injected.
-
-    ValueError for an injection that the task does not have, or one of the true answer.
-    """
+    """The terms forget (or inject), retain and text; ValueError for an injection that the task lacks, or a true one."""
     inject, size, text = options["inject"], options["batch_size"], options["text"]
     forget_loss = options["forget_loss"] or (cross_entropy if inject else log_one_minus_probability)
     first = injected(task) if inject else task.forget
@@ -231,27 +230,14 @@ def task_terms(model: Model, task: Task, options: TrainingOptions) -> list[Term]
 
 
 def row_length(options: TrainingOptions) -> int | None:
-    """For the provenance: how long the rows are that text was packed to; None for the task's own text."""
+    """The length of packed rows of text, for the provenance; None for the task's own text."""
     return None if options["text"] is None else options["text_length"]
 
 
-def _settings(terms: Sequence[Term]) -> dict[str, list[float | str | int]]:
-    """For the provenance of an edit: name -> coefficient, loss, batch size; and "stream" where text is one."""
-    return {
-        term.name: [
-            term.coefficient,
-            described(term.loss),
-            term.batch_size,
-            *([] if isinstance(term.prompts, Prompts) else ["stream"]),
-        ]
-        for term in terms
-    }
-
-
-def _data(mask: ComponentMask, terms: Sequence[Term]) -> Any:
-    """What is trained on what; a stream of text is not read for it."""
-    prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
-    return [str(component) for component in mask], prompts
+def _setting(term: Term) -> list[float | str | int]:
+    """Coefficient, loss and batch size, for the provenance; and "stream" where text is one."""
+    stream = [] if isinstance(term.prompts, Prompts) else ["stream"]
+    return [term.coefficient, described(term.loss), term.batch_size, *stream]
 
 
 def _preferred(task: Task, loss: Loss) -> Prompts | None:
@@ -259,7 +245,7 @@ def _preferred(task: Task, loss: Loss) -> Prompts | None:
     if task.injection is None or not any("alternative" in name for name in needs(loss)):
         return None
     preferred = injected(task)
-    pairs = zip(each(task.forget), each(preferred), strict=False)
+    pairs = zip(facts_of(task.forget), facts_of(preferred), strict=False)
     other = [row for row, pair in enumerate(pairs) if len({asked_and_answered(fact)[0] for fact in pair}) > 1]
     if other:
         raise ValueError(

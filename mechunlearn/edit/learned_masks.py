@@ -1,4 +1,4 @@
-"""What learning a weight mask gives: a number in [0, 1] for each weight, and edits made of it."""
+"""A learned weight mask: a number in [0, 1] for each weight, and the edits that can be made of it."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ class LearnedMask:
     """Numbers in [0, 1] for localized weights: 1 keeps a weight, 0 removes it."""
 
     mask: ComponentMask
-    """What was localized."""
+    """The localization."""
     numbers: Mapping[str, Tensor]
     """Matrix label -> [unit, width, d_model], or [unit, 1, 1] where there is one number for each unit."""
     original: Values
     """The weights that they multiply."""
     fingerprint: str
-    """Of the model that they were learned on."""
+    """That of the model that they were learned on."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per step: each loss term, the penalty, gradient norm, learning rate."""
@@ -106,7 +106,7 @@ class LearnedMask:
 
     @classmethod
     def load(cls, path: str | Path) -> "LearnedMask":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
+        """The mask of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0."""
         return files.load(cls, path)
 
     def __repr__(self) -> str:
@@ -114,7 +114,7 @@ class LearnedMask:
         return f"LearnedMask({count:,} numbers on {self.mask!r}; {self.n_moved:,} below 1)"
 
     def _without(self, removed: Tensor, how: Mapping[str, Any]) -> Edit:
-        """The weights, but 0 where a flag, one for each number in their order, is set."""
+        """The weights, with 0 wherever `removed`, which has a flag for each number, is True."""
         parts = removed.split([value.numel() for value in self.numbers.values()])
         kept = {}
         for (label, value), part in zip(self.numbers.items(), parts, strict=True):
@@ -163,7 +163,7 @@ class Numbers:
 
 
 def numbered(model: Model, mask: ComponentMask, by_unit: bool) -> list[Entries]:
-    """The entries that have numbers: all of the mask, or, by unit, what its heads and neurons write with."""
+    """The entries that get numbers: all of the mask, or, by unit, those of W_O and W_out."""
     entries = [e for e in select(model, mask) if not by_unit or e.slot.matrix in ("W_O", "W_out")]
     if not entries:
         raise ValueError(

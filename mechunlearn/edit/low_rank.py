@@ -34,18 +34,16 @@ def lora(
 
         weight = original + alpha / rank * left @ right
 
-    `left` has a row for each covered row of the matrix (of `Slot.view`: a neuron, or one of a head's `d_head`), `right`
-    a column for each direction of the residual stream. So the update of one head, or of some neurons, has rank `rank`
-    by itself and nothing else moves. Where fewer than `rank` rows are covered, as for a single neuron, the update is
-    not restricted. The factor on the matrix's input starts as random numbers of variance 1 / (its inputs), the other
-    at 0, so that training starts from the original model. There is no dropout.
+    - `left` has a row for each covered row of the matrix (of `Slot.view`: a neuron, or one of a head's `d_head`),
+      `right` a column for each direction of the residual stream. So the update of one head, or of some neurons, has
+      rank `rank` by itself; where fewer than `rank` rows are covered, as for a single neuron, it is not restricted.
+    - The factor on the matrix's input starts as random numbers of variance 1 / (its inputs), the other at 0: training
+      starts from the original model. There is no dropout.
+    - `alpha / rank` scales every update, so the learning rate belongs with it. The default suits the shipped model.
 
-    The loss and the errors are those of `finetune`. The default learning rate suits the shipped model; it belongs with
-    `alpha / rank`, which scales every update.
-
-    Cost: as `finetune`, weight gradients included, which are projected on the factors one matrix after the other. What
-    is saved is memory: the gradient and the optimizer's state have `rank` numbers for each row and each column. Hu et
-    al. 2021, https://arxiv.org/abs/2106.09685. ValueError for a rank below 1.
+    Loss, errors and cost are those of `finetune`. It saves memory, not time: the gradient and the optimizer's state
+    have `rank` numbers for each row and each column. Hu et al. 2021, https://arxiv.org/abs/2106.09685. ValueError for a
+    rank below 1.
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}.")
@@ -108,5 +106,5 @@ class _Factors:
 
 
 def _seed_of(entries: Entries, seed: int) -> int:
-    """Another one for each matrix, the same in every process."""
+    """A seed for each matrix, which is the same in every process."""
     return int.from_bytes(hashlib.sha256(f"{seed} lora {entries.label}".encode()).digest()[:6], "big")

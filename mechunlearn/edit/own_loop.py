@@ -17,12 +17,12 @@ from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 
 @dataclass(eq=False)
 class LocalizedTraining:
-    """What `gradient_mask` yields: the parameters to optimize, and the change as a value."""
+    """The parameters to optimize inside `gradient_mask`, and the change as a value."""
 
     mask: ComponentMask
     entries: list[Entries]
     fingerprint: str
-    """Of the weights as they were."""
+    """That of the weights before the training."""
     trained: Values | None = None
     """The values on leaving the context."""
 
@@ -41,11 +41,11 @@ class LocalizedTraining:
 def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraining]:
     """Inside, only the entries that `mask` covers can be trained; everything else stays bit-identical.
 
-    Parameters without masked entries do not require a gradient. Of those with some, the gradient of
-    the others is zeroed, and after every step of any torch optimizer they are put back: weight decay,
-    momentum and stale optimizer state cannot move them.
+    Parameters without masked entries do not require a gradient. In the others, the gradient outside the mask is zeroed,
+    and what lies there is put back after every step of any torch optimizer: weight decay, momentum and stale optimizer
+    state cannot move it.
 
-    **On leaving, also by an exception, the model is as it was.** What was trained is in `.edit()`:
+    **On leaving, also by an exception, the model is as it was.** `.edit()` gives the trained weights:
 
         with mu.edit.gradient_mask(model, mask) as training:
             optimizer = torch.optim.AdamW(training.parameters, lr=1e-4)
@@ -61,7 +61,6 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     that is being trained already.
     """
     entries = select(model, mask)
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     training = LocalizedTraining(mask, entries, fingerprint(model))
     outside = [e.outside() for e in entries if not e.is_whole]
     original, kept = read(entries), read(outside)
@@ -69,25 +68,34 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     def put_back(optimizer: Optimizer, *arguments: Any) -> None:
         write(outside, kept)
 
-    with exclusively(model):
-        handles = [register_optimizer_step_post_hook(put_back)]
+    with exclusively(model), ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.callback(register_optimizer_step_post_hook(put_back).remove)
         try:
-            for parameter, _, _ in flags:
-                parameter.requires_grad_(False)
-                parameter.grad = None
             for e in entries:
                 e.slot.parameter.requires_grad_(True)
-            handles += [e.slot.parameter.register_hook(_zeroing(e)) for e in outside]
+            for e in outside:
+                stack.callback(e.slot.parameter.register_hook(_zeroing(e)).remove)
             yield training
         finally:
-            for handle in handles:
-                handle.remove()
             training.trained = read(entries)
             write(entries, original)
             write(outside, kept)
-            for parameter, requires_grad, gradient in flags:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """Inside, no parameter has or requires a gradient; after, each is as it was."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
 
 def _zeroing(outside: Entries) -> Callable[[Tensor], Tensor]:
@@ -101,13 +109,13 @@ def _zeroing(outside: Entries) -> Callable[[Tensor], Tensor]:
 
 @dataclass(eq=False)
 class MaskTraining:
-    """What `weight_mask` yields: the numbers to optimize, and what they have become as a value."""
+    """The numbers to optimize inside `weight_mask`, and the learned mask as a value."""
 
     mask: ComponentMask
     numbers: list[Numbers]
     original: Values
     fingerprint: str
-    """Of the weights."""
+    """That of the weights."""
     is_open: bool = True
     """False once the context has been left."""
 
@@ -141,7 +149,7 @@ def weight_mask(model: Model, mask: ComponentMask, *, by_unit: bool = False) -> 
     `.parameters`; terms of your own in m add to it. After each step of any torch optimizer m is clamped to [0, 1]. All
     weights are frozen.
 
-    **On leaving, also by an exception, the model is as it was.** What was learned is in `.learned()`:
+    **On leaving, also by an exception, the model is as it was.** `.learned()` gives the learned mask:
 
         with mu.edit.weight_mask(model, mask) as training:
             optimizer = torch.optim.SGD(training.parameters, lr=1e-3, momentum=0.9)
@@ -161,13 +169,9 @@ def weight_mask(model: Model, mask: ComponentMask, *, by_unit: bool = False) -> 
     """
     entries = numbered(model, mask, by_unit)
     original = read(select(model, mask))
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     training = MaskTraining(mask, [], original, fingerprint(model))
-    with exclusively(model), ExitStack() as stack:
+    with exclusively(model), _frozen(model), ExitStack() as stack:
         try:
-            for parameter, _, _ in flags:
-                parameter.requires_grad_(False)
-                parameter.grad = None
             training.numbers = [Numbers.of(e, original[e.label], by_unit) for e in entries]
             for numbers in training.numbers:
                 numbers.tensor.requires_grad_(True)
@@ -177,6 +181,3 @@ def weight_mask(model: Model, mask: ComponentMask, *, by_unit: bool = False) -> 
         finally:
             training.is_open = False
             write(entries, original)
-            for parameter, requires_grad, gradient in flags:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient

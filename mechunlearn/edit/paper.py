@@ -66,13 +66,13 @@ def paper_settings(*, model: str, task: str, localization: str) -> dict[str, Any
     the three), `"counterfact 16"`, `"counterfact 64"`, `"counterfact 64 sequential"` (each of 4 x 16).
     `localization`: one of those in `PAPER_GROUPS`.
 
-    All their edits inject: another sport at random (athletes), golf (sport), CounterFact's false answer. 64 examples a
-    term, of text too, which is the Pile in rows of 100 tokens. They trained in bfloat16, Gemma-2-9B with 8-bit AdamW
+    All their edits inject: another sport at random (athletes), golf (sport), CounterFact's false answer. Every term,
+    also text (the Pile in rows of 100 tokens), has 64 examples. They trained in bfloat16, Gemma-2-9B with 8-bit AdamW
     (`optimizer=mu.edit.adamw_8bit`); `finetune` keeps float32 masters, so that no small step is lost.
 
-    Chosen by one run, on athletes 64, basketball and CounterFact, for the localizations that name the groups; other
-    localizations, sports and the 16 athletes use what was chosen there. For a comparison of your own, `search` gives
-    each localization its own. ValueError, with what there is, for other names.
+    They chose the settings by one run, on athletes 64, basketball and CounterFact, for the localizations that name the
+    groups; other localizations, sports and the 16 athletes use the same ones. For a comparison of your own, `search`
+    gives each localization its own. ValueError, which lists the known names, for another name.
     """
     groups = {name: place for place, names in enumerate(PAPER_GROUPS.values()) for name in names}
     _check("model", model, PAPER_SETTINGS)

@@ -52,8 +52,8 @@ class Search:
     def best(self) -> dict[str, Mapping[str, Any]]:
         """Localization -> the options with the highest score (the first of equals); none where every trial failed."""
         names = dict.fromkeys(trial.mask for trial in self.trials)
-        found = {name: _best([trial for trial in self.trials if trial.mask == name]) for name in names}
-        return {name: trial.options for name, trial in found.items() if trial is not None}
+        best = {name: _best([trial for trial in self.trials if trial.mask == name]) for name in names}
+        return {name: trial.options for name, trial in best.items() if trial is not None}
 
     @property
     def table(self) -> "DataFrame":
@@ -67,8 +67,8 @@ class Search:
         return frame.astype({"score": float}).reindex(columns=["mask", "stage", *options, "score", "failure"])
 
     def __repr__(self) -> str:
-        each = len(self.trials) // len({trial.mask for trial in self.trials})
-        return f"Search({each} trials for each localization; best: {self.best}; without an edit: {[*self.failures]})"
+        count = len(self.trials) // len({trial.mask for trial in self.trials})
+        return f"Search({count} trials for each localization; best: {self.best}; without an edit: {[*self.failures]})"
 
 
 def search(
@@ -89,18 +89,17 @@ def search(
     `score(model, task)`: a number, higher is better, of the edited model; ask `task.formats`, which hold the validation
     facts. `edit`: any function `(model, task, mask, **options) -> Edit`.
 
-    `stages`: option -> values to try. All combinations of a stage are tried, with the best options so far for those
-    that it leaves out (where every trial failed, the first value of each). Default `PAPER_STAGES`, of Guo et al. 2025
-    (https://arxiv.org/abs/2410.12949): six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36.
-    Their rates suit models of 7B to 9B; the shipped model takes some hundred times those.
+    - `stages`: option -> values to try. All combinations of a stage are tried, with the best options so far for those
+      that it leaves out (where every trial failed, the first value of each). Default `PAPER_STAGES`, of Guo et al. 2025
+      (https://arxiv.org/abs/2410.12949): six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36. Their
+      rates suit models of 7B to 9B; the shipped model takes some hundred times those.
+    - `folder`: results are kept there (JSON, and the last edits), and a search that is called again goes on from them,
+      other masks and grids included. It tells editors and scores apart by their own code and the options bound to them:
+      when you change a function that one calls, take a new folder.
 
     Every localization gets the same number of trials. A trial that diverges (FloatingPointError, or a score that is not
-    finite) counts as one, and is recorded with its reason; if none is left, or the last edit diverges, the localization
-    is in `failures`. A combination tried before is not run again; its result counts in both stages.
-
-    `folder`: results are kept there (JSON, and the last edits), and a search that is called again goes on from
-    them, other masks and grids included. Editor and score are told apart by their own code and the options bound to
-    them: when you change what one calls, take a new folder.
+    finite) counts as one, and its reason is recorded; if none is left, or the last edit diverges, the localization is
+    in `failures`. A combination tried before is not run again; its result counts in both stages.
 
     Cost: an edit and its score for each trial, and one more edit for each localization. The model is left as it was.
     ValueError for no masks or stages, a grid without values, and masks of another model.
@@ -121,7 +120,7 @@ def search(
 
 
 def _finished(tried: "Trials", task: Task, masks: Mapping[str, ComponentMask], trials: Sequence[Trial]) -> Search:
-    """With the edit that the best options of each localization make of the final task."""
+    """The trials with the edits that the best options of each localization make of the final task."""
     edits: dict[str, Edit] = {}
     failures: dict[str, str] = {}
     for name, mask in masks.items():
@@ -131,7 +130,7 @@ def _finished(tried: "Trials", task: Task, masks: Mapping[str, ComponentMask], t
             failures[name] = f"all {len(own)} trials failed, the last so: {own[-1].failure}"
             continue
         try:
-            edits[name] = _told(tried.final(task, mask, chosen.options), chosen, len(own))
+            edits[name] = _with_search(tried.final(task, mask, chosen.options), chosen, len(own))
         except FloatingPointError as error:
             failures[name] = f"with the best options, on the final task: {error}"
     return Search(tuple(trials), edits, failures)
@@ -142,7 +141,7 @@ def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _start(own: Sequence[Trial]) -> Mapping[str, Any]:
-    """What a stage begins with: the best options so far, or the first values of each grid where all trials failed."""
+    """The best options so far, or the first ones tried where all trials failed."""
     if not own:
         return {}
     best = _best(own)
@@ -154,8 +153,8 @@ def _best(trials: Sequence[Trial]) -> Trial | None:
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def _told(edit: Edit, chosen: Trial, count: int) -> Edit:
-    """The edit, which says in its provenance how its options were chosen."""
+def _with_search(edit: Edit, chosen: Trial, count: int) -> Edit:
+    """The edit, with a provenance that says how its options were chosen."""
     how = {"trials": count, "options": {k: str(v) for k, v in chosen.options.items()}, "score": chosen.score}
     return replace(edit, provenance={**edit.provenance, "search": how})
 
@@ -179,9 +178,9 @@ Outcome: TypeAlias = tuple[float | None, str | None]
 
 
 def trials(folder: str | Path) -> "DataFrame":
-    """What searches have kept in a folder: a row for each trial, a column for each option, score, failure, components.
+    """The trials that searches have kept in a folder: a column for each option, score, failure, components.
 
-    In the order of the files' names, which says nothing.
+    The rows are in no particular order.
     """
     from pandas import DataFrame
 
@@ -205,7 +204,7 @@ class Trials:
     score: Score
     folder: Path | None
     common: Mapping[str, Any]
-    """What tells the trials of this search from others in the folder."""
+    """Digests of the model, task, editor and score, which tell this search's trials from others in the folder."""
     known: dict[str, Outcome] = field(default_factory=dict)
 
     @classmethod
@@ -218,11 +217,18 @@ class Trials:
         return cls(model, task, edit, score, Path(folder), common)
 
     def outcome(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
-        """Of the edit with these options; from memory or the folder if it was made before."""
+        """The outcome of the edit with these options; from memory or the folder if it was made before."""
         identity = self.identity(mask, options)
         key = key_of(identity)
+        path = None if self.folder is None else self.folder / f"trial-{key}.json"
+        if key not in self.known and path is not None and path.exists():
+            content = files.read(path, "Trial")
+            self.known[key] = content["score"], content["failure"]
         if key not in self.known:
-            self.known[key] = self._stored(key) or self._kept(key, identity, self._made(mask, options))
+            score, failure = self._scored(mask, options)
+            if path is not None:
+                files.write(path, "Trial", {**identity, "score": score, "failure": failure})
+            self.known[key] = score, failure
         return self.known[key]
 
     def final(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
@@ -242,12 +248,12 @@ class Trials:
     def _edited(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
         return checked_edit(self.edit(self.model, task, mask, **options), self.edit)
 
-    def _made(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
+    def _scored(self, mask: ComponentMask, options: Mapping[str, Any]) -> Outcome:
         try:
-            found = self._edited(self.task, mask, options)
+            edit = self._edited(self.task, mask, options)
         except FloatingPointError as error:
             return None, str(error)
-        with found.applied(self.model):
+        with edit.applied(self.model):
             value = self.score(self.model, self.task)
         if not isinstance(value, SupportsFloat):
             raise ValueError(
@@ -256,19 +262,6 @@ class Trials:
             )
         number = float(value)
         return (number, None) if isfinite(number) else (None, f"the score of the edited model is {number}.")
-
-    def _kept(self, key: str, identity: Mapping[str, Any], outcome: Outcome) -> Outcome:
-        if self.folder is not None:
-            content = {**identity, "score": outcome[0], "failure": outcome[1]}
-            files.write(self.folder / f"trial-{key}.json", "Trial", content)
-        return outcome
-
-    def _stored(self, key: str) -> Outcome | None:
-        path = None if self.folder is None else self.folder / f"trial-{key}.json"
-        if path is None or not path.exists():
-            return None
-        content = files.read(path, "Trial")
-        return content["score"], content["failure"]
 
 
 def _asked(task: Task) -> str:

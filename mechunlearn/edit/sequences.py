@@ -24,13 +24,13 @@ class EditSequence:
     """Edits that build on each other, and what was measured on the way."""
 
     edits: tuple[Edit, ...]
-    """One per task. Each belongs to the weights that the ones before it make: apply them in order."""
+    """One per task. Each is made for the weights that the ones before it give: apply them in order."""
     combined: Edit
-    """All of them as one edit of the original model: the last weights, of every entry that any of them covers."""
+    """All of them as one edit of the original model: the last weights of every entry that any of them covers."""
     names: tuple[str, ...]
-    """Of the tasks."""
+    """The names of the tasks."""
     evaluations: tuple[Mapping[str, Any], ...] = ()
-    """What `after` gave: for the original model first, then after each edit; empty without `after`."""
+    """The rows that `after` returned: for the original model, then after each edit; empty without `after`."""
 
     @property
     def table(self) -> "DataFrame":
@@ -38,7 +38,7 @@ class EditSequence:
         from pandas import DataFrame
 
         rows = ("original", *self.names)[: len(self.evaluations)]
-        return DataFrame([dict(found) for found in self.evaluations], index=list(rows))
+        return DataFrame([dict(row) for row in self.evaluations], index=list(rows))
 
     def __repr__(self) -> str:
         return f"EditSequence({len(self.edits)} edits; combined: {self.combined!r})"
@@ -54,9 +54,11 @@ def sequence(
 ) -> EditSequence:
     """Make an edit for each task, in order, on the model as edited so far; the model is left as it was.
 
-    `localize`: `(model, task) -> ComponentMask`, called on the model as edited so far; or one mask for all tasks, or a
-    mask for each. `edit` is any editor, its options bound with `partial`; each call of one that trains has a fresh
-    optimizer. `after(model)` is called on the original model and after each edit, and gives a row of the table.
+    - `localize`: `(model, task) -> ComponentMask`, called on the model as edited so far; or one mask for all tasks, or
+      a mask for each.
+    - `edit`: any editor, its options bound with `partial`. Every call has a fresh optimizer.
+    - `after(model)` gives a row of the table; it is called on the original model and after each edit.
+
     Earlier facts are not rehearsed, unless a task has them: `tasks.partitioned(task, k, rehearse=True)`.
 
     The protocol of Guo et al. 2025 (https://arxiv.org/abs/2410.12949): 64 CounterFact facts as 4 x 16,
@@ -65,7 +67,6 @@ def sequence(
 
     Cost: that of the edits and evaluations; memory for the localized weights of each edit twice, and once more for
     `combined`. ValueError for no tasks, another number of masks than tasks, and an editor that gives no `Edit`.
-    Whatever is raised, also by `localize`, `edit` or `after`, leaves the model as it was.
     """
     if not tasks:
         raise ValueError("expected at least one task, got none: tasks.partitioned(task, k) makes k of one.")
@@ -76,9 +77,8 @@ def sequence(
             evaluations.append(_row(after, model))
         for task, mask in zip(tasks, where, strict=True):
             place = mask if isinstance(mask, ComponentMask) else mask(model, task)
-            found = checked_edit(edit(model, task, place), edit)
-            applied.enter_context(found.applied(model))
-            edits.append(found)
+            edits.append(checked_edit(edit(model, task, place), edit))
+            applied.enter_context(edits[-1].applied(model))
             if after is not None:
                 evaluations.append(_row(after, model))
         combined = _combined(model, edits, original)
@@ -96,17 +96,17 @@ def _localizers(
 
 
 def _row(after: Callable[[Model], Mapping[str, Any]], model: Model) -> Mapping[str, Any]:
-    found = after(model)
-    if not isinstance(found, Mapping):
+    row = after(model)
+    if not isinstance(row, Mapping):
         raise ValueError(
-            f"expected after(model) to give a row, column -> number, got {type(found).__name__} from {name_of(after)}: "
+            f"expected after(model) to give a row, column -> number, got {type(row).__name__} from {name_of(after)}: "
             f'return {{"name": number}}.'
         )
-    return found
+    return row
 
 
 def _combined(model: Model, edits: Sequence[Edit], original: str) -> Edit:
-    """What the model has now, of every entry that an edit covers."""
+    """The present weights of every entry that an edit covers, as an edit of the original model."""
     first = edits[0].mask
     members = frozenset(component for edit in edits for component in edit.mask)
     mask = ComponentMask(members, first.shape, {"method": "sequence", "of": [dict(e.mask.provenance) for e in edits]})

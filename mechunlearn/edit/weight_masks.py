@@ -55,17 +55,16 @@ def learn_weight_mask(
                + text_coefficient   * text_loss(task.text)
                + penalty_coefficient * sum over weights of penalty(m)
 
-    m starts at 1, moves by SGD, and is clamped to [0, 1] after each step; all weights are frozen. `penalty` is a
-    function of m: `distance_from_one` (default, keeps what need not move; the paper's code has its mean over each
-    matrix, with a coefficient that rises over the epochs), or `mask_value` (the paper's text: removes what need not
-    stay).
+    m starts at 1, moves by SGD, and is clamped to [0, 1] after each step; all weights are frozen. The result's
+    `discretize(k=...)` and `edit_sizes([...])` make edits that set weights to zero.
 
-    `by_unit`: one number for each head (on its W_O slice, what it adds to the residual stream) and each neuron (its
-    row of W_out), in place of one for each weight; the mask's other matrices are left alone.
+    - `penalty`: `distance_from_one` keeps weights that need not move (the paper's code has its mean over each matrix,
+      with a coefficient that rises over the epochs); `mask_value` (the paper's text) removes those that need not stay.
+    - `by_unit`: one number for each head (on its W_O slice, which writes to the residual stream) and each neuron (its
+      row of W_out), in place of one for each weight. The mask's other matrices are left alone.
 
-    The result says what was learned, and its `discretize(k=...)` and `edit_sizes([...])` make edits that set weights
-    to zero. Defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949, section 3.2) but for the learning rate,
-    which suits the shipped model; theirs is 1e-3.
+    Defaults follow Guo et al. 2025 (https://arxiv.org/abs/2410.12949, section 3.2) but for the learning rate, which
+    suits the shipped model; theirs is 1e-3.
 
     Cost: as `finetune`, with three numbers of extra memory (m, its gradient, the original) for each weight of the mask,
     one more with momentum; `learn_weight_mask_in_place` takes two. Errors: as for `finetune`.
@@ -91,7 +90,7 @@ def learn_weight_mask(
 
 
 def _penalise(numbers: Tensor, penalty: Callable[[Tensor], Tensor], coefficient: float) -> float:
-    """Add the penalty's gradient to that of the numbers; gives its value."""
+    """The value of the penalty, whose gradient is added to that of the numbers."""
     leaf = numbers.detach().requires_grad_(True)
     cost = coefficient * penalty(leaf).sum()
     add_gradient(numbers, torch.autograd.grad(cost, leaf)[0])
@@ -102,10 +101,10 @@ Penalty = Callable[[Tensor, Tensor], Tensor]
 """(weights, original weights) -> one cost for each."""
 
 _AT_ONCE = 1 << 16
-"""Weights whose penalty is computed together."""
+"""The number of weights whose penalty is computed together."""
 
 _RUNS = 64
-"""Above so many runs of units, handling each by itself takes too long: they are gathered for each step instead."""
+"""With more runs of units than this, one by one takes too long: their weights are gathered for each step instead."""
 
 
 def distance_from_original(weight: Tensor, original: Tensor) -> Tensor:
@@ -130,20 +129,18 @@ def learn_weight_mask_in_place(
 ) -> LearnedMask:
     """`learn_weight_mask` in the least memory: the weights w are trained, each clamped between 0 and its original w0.
 
-    The result is the same kind of thing, m = w / w0 in [0, 1] (1 where w0 is 0), but the way to it is another: a step
-    moves w by d loss / d w, and so m by d loss / d w / w0, where `learn_weight_mask` moves m by d loss / d w * w0.
-    Small weights are the first to go here, large ones there. Learning rates do not carry over; the default suits the
-    shipped model.
+    The result is also a mask m = w / w0 in [0, 1] (1 where w0 is 0), but another one: a step moves w by d loss / d w,
+    and so m by d loss / d w / w0, where `learn_weight_mask` moves m by d loss / d w * w0. Small weights are the first
+    to go here, large ones there. Learning rates do not carry over; the default suits the shipped model.
 
-    The loss is that of `learn_weight_mask` with a penalty in weights, `penalty(w, w0)` summed over them:
-    `distance_from_original` (default: keeps what need not move) or `magnitude` (the paper's code: removes what need
-    not stay). Guo et al. 2025, https://arxiv.org/abs/2410.12949, in the latest code of which masks are learned so.
+    The loss is that of `learn_weight_mask` with the sum of `penalty(w, w0)`: `distance_from_original` keeps weights
+    that need not move, `magnitude` (the paper's code) removes those that need not stay. The latest code of Guo et al.
+    2025, https://arxiv.org/abs/2410.12949, learns masks in this way.
 
     Weights move in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight round away.
 
-    Cost: as `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one matrix for
-    what a step computes. The default optimizer, SGD without momentum, keeps nothing; another one may. Errors: as for
-    `finetune`.
+    Cost and errors: as for `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one
+    matrix during a step. The default optimizer, SGD without momentum, keeps nothing; another one may.
     """
     run = training_run(
         model,
@@ -164,7 +161,7 @@ def learn_weight_mask_in_place(
 
 
 def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
-    """A part for each run of units that lie together; one part, gathered for each step, where there are many."""
+    """A mover for each run of neighbouring units; where there are many runs, one mover that gathers them for a step."""
     entries.slot.parameter.requires_grad_(True)
     places = entries.units.nonzero()[:, 0]
     # A run begins at the first unit, and wherever the number of a unit is more than one above the last.
@@ -180,13 +177,13 @@ def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
 
 @dataclass(eq=False)
 class _Shrinking:
-    """Weights on their way to zero, trained where they are: `tensor` is a view of the parameter."""
+    """Neighbouring units, trained where they are: `tensor` is a view of the parameter."""
 
     entries: Entries
     units: slice | Tensor
     original: Tensor
     is_last: bool
-    """Of the parts of one parameter."""
+    """Whether it is the last of the movers of its parameter."""
     tensor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -222,7 +219,7 @@ class _Shrinking:
         return (weights.to(precise) / self.original.to(precise)).masked_fill_(self.original == 0, 1.0)
 
     def penalise(self, penalty: Penalty, coefficient: float) -> float:
-        """Add the penalty's gradient, a few units at a time, which takes no second copy; gives its value."""
+        """The value of the penalty; its gradient is added a few units at a time, which takes no second copy."""
         if self.tensor.grad is None:
             self.tensor.grad = torch.zeros_like(self.tensor)
         rows = max(1, _AT_ONCE // self.original[0].numel())
@@ -242,18 +239,19 @@ class _Shrinking:
 
 
 class _Gathered(_Shrinking):
-    """Weights in many places, which are together in `tensor` during a step only."""
+    """Units in many places: `tensor` is a copy, which has memory only during a step."""
 
     def __post_init__(self) -> None:
         self.tensor = torch.empty_like(self.original)
-        self.tensor.untyped_storage().resize_(0)  # the tensor keeps its shape, and the optimizer its key
+        # Without memory the tensor keeps its shape, and it stays the key to the optimizer's state.
+        self.tensor.untyped_storage().resize_(0)
 
     def fetch(self) -> None:
-        """Take memory again and copy the present weights into it, just before the optimizer's step."""
+        """Give `tensor` memory again and copy the present weights into it, just before the optimizer's step."""
         self.tensor.untyped_storage().resize_(self.original.numel() * self.original.element_size())
         self.tensor.copy_(self._own(self.entries.slot.parameter.detach()))
 
     def publish(self) -> None:
-        """Scatter the weights back to their places, then give the memory up."""
+        """Put the weights back into their places, then give the memory up."""
         super().publish()
         self.tensor.untyped_storage().resize_(0)

@@ -8,19 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.components import Components, ComponentScores, heads_and_mlps
-from mechunlearn.localize.sites import (
-    Direction,
-    Places,
-    activations_at,
-    component_effects,
-    effect_columns,
-    effects_at,
-    gradients,
-    graph_start,
-    metric_and_activations,
-    scores_of,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction, Places
 from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model, shape
 from mechunlearn.model.hooks import attended_again, attention_calls, layer_of
@@ -61,8 +50,7 @@ def atp_star(
     `W_K`), GradDrop about n_layers / 2 backwards, since each starts at the dropped layer. (The paper counts
     2F + (L + 1)B.) Memory: that of `attribution_patching`, and the gradients twice.
 
-    Kramár et al. 2024, https://arxiv.org/abs/2403.00745. ValueError without corrupted prompts, and for GradDrop on
-    a model of one layer.
+    Kramár et al. 2024, https://arxiv.org/abs/2403.00745. ValueError for GradDrop on a model of one layer.
     """
     n_layers = shape(model).n_layers
     if grad_drop and n_layers < 2:
@@ -72,11 +60,11 @@ def atp_star(
         run = _run(model, patched, other, metric, list(places), n_layers, qk_fix=qk_fix)
         if grad_drop:
             return _mean_over_dropped(run, places, n_layers)
-        return effect_columns(_estimates(run, run.slopes), places)
+        return sites.effect_columns(_estimates(run, run.slopes), places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "qk_fix": qk_fix, "grad_drop": grad_drop, "batch_size": batch_size}
-    return scores_of(atp_star, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(atp_star, chosen, per_prompt, model, metric, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,21 +91,23 @@ def _run(
     linear = [name for name in names if name not in queries + keys]
     inside = [_beside(name, part) for name in queries + keys for part in ("z", "v")]
     residuals = [_residual_after(layer, n_layers) for layer in range(n_layers)]
-    source = activations_at(model, other, names)
+    source = sites.activations_at(model, other, names)
     with attention_calls(model, {layer_of(name) for name in queries + keys}) as calls:
-        values, base = metric_and_activations(model, patched, metric, [*linear, *inside, *residuals], [graph_start()])
-    slopes = gradients(values, base, metric, keep_graph=True)
+        values, base = sites.metric_and_activations(
+            model, patched, metric, [*linear, *inside, *residuals], [sites.graph_start()]
+        )
+    slopes = sites.gradients(values, base, metric, keep_graph=True)
     changes = {name: (name, source[name] - base[name].detach()) for name in linear}
     for name in queries:
         # A query moves its own row of the pattern only: with all of them changed at once, each z has its own's effect.
-        z, other_query = _beside(name, "z"), value_hook(name, source[name])
+        z, other_query = _beside(name, "z"), sites.value_hook(name, source[name])
         after = attended_again(model, calls[layer_of(name)], [other_query], [z])[z]
         changes[name] = z, after - base[z].detach()
     key_scores = {}
     for name in keys:
         # A key moves one column of every row. All columns of the scores are computed at once; `_key_effects` puts them
         # into the softmax one at a time.
-        scores, other_key = _beside(name, "attn_scores"), value_hook(name, source[name])
+        scores, other_key = _beside(name, "attn_scores"), sites.value_hook(name, source[name])
         call = calls[layer_of(name)]
         before, after = (attended_again(model, call, hooks, [scores])[scores] for hooks in ([], [other_key]))
         key_scores[name] = before, after, base[_beside(name, "v")].detach()
@@ -130,10 +120,10 @@ def _mean_over_dropped(run: _Run, places: Places, n_layers: int) -> Float[Tensor
     # each of them. A component's own layer, dropped, leaves it no gradient at all.
     layer_by_column = {column: layer_of(name) for name, units in places.items() for column in units}
     below = torch.tensor([layer_by_column[column] for column in range(len(layer_by_column))], device=run.real.device)
-    total = below * effect_columns(_estimates(run, run.slopes), places).abs()
+    total = below * sites.effect_columns(_estimates(run, run.slopes), places).abs()
     for dropped in range(1, n_layers):
         lower = {name: units for name, units in places.items() if layer_of(name) < dropped}
-        names = [name for name in run.values if layer_of(name) < dropped and not _is_residual(name)]
+        names = [name for name in run.values if layer_of(name) < dropped and "hook_resid" not in name]
         if lower:
             # Gradients above the dropped layer are those of the whole model. The skip connection carries them past the
             # layer: the gradient at its output is that at its input. The backward pass goes on from there.
@@ -141,14 +131,14 @@ def _mean_over_dropped(run: _Run, places: Places, n_layers: int) -> Float[Tensor
             into = run.values[_residual_after(dropped - 1, n_layers)]
             results = torch.autograd.grad(into, [run.values[name] for name in names], above, retain_graph=True)
             slopes = dict(zip(names, results, strict=True))
-            total += effect_columns(_estimates(run, slopes), lower, len(below)).abs()
+            total += sites.effect_columns(_estimates(run, slopes), lower, len(below)).abs()
     return total / (n_layers - 1)
 
 
 def _estimates(run: _Run, slopes: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "batch _"]]:
     """Hook point of components -> estimate for each unit, where there is a gradient."""
     estimates = {
-        name: effects_at(change, slopes[shown], run.real)
+        name: sites.effects_at(change, slopes[shown], run.real)
         for name, (shown, change) in run.changes.items()
         if shown in slopes
     }
@@ -194,19 +184,10 @@ def _sum_of_others(terms: Float[Tensor, "*batch pos"]) -> Float[Tensor, "*batch 
     return from_left + from_right
 
 
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
-
-
 def _beside(name: str, part: str) -> str:
-    """Another hook point of the same attention."""
     return f"blocks.{layer_of(name)}.attn.hook_{part}"
 
 
 def _residual_after(layer: int, n_layers: int) -> str:
     last = layer == n_layers - 1
     return f"blocks.{layer}.hook_resid_post" if last else f"blocks.{layer + 1}.hook_resid_pre"
-
-
-def _is_residual(name: str) -> bool:
-    return "hook_resid" in name

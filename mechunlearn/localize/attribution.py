@@ -108,8 +108,7 @@ def relp(
     queries and keys have no relevance, so `W_Q` and `W_K` are refused. The soft cap of Gemma 2's logits, for which the
     paper has no rule, is differentiated. Cost and memory are those of `attribution_patching`.
 
-    Rezaei Jafari et al. 2025, https://arxiv.org/abs/2508.21258. ValueError without corrupted prompts, for `W_Q`
-    and `W_K`, and for norms that are neither a LayerNorm nor an RMSNorm.
+    Rezaei Jafari et al. 2025, https://arxiv.org/abs/2508.21258. Norms have to be LayerNorms or RMSNorms.
     """
     sizes = shape(model)
     check_unforked(model)

@@ -44,8 +44,7 @@ def ratio(forget: ComponentScores, retain: ComponentScores, *, damping: float = 
 def standardised_difference(forget: ComponentScores, retain: ComponentScores) -> ComponentScores:
     """Difference of z-scores over the components: forget's scale and retain's need not be the same.
 
-    In standard deviations; adding a constant to either side's scores, or a positive factor, changes nothing. ValueError
-    for scores that are all the same.
+    In standard deviations; adding a constant to either side's scores, or a positive factor, changes nothing.
     """
     values = _standardised(forget.tensor, "forget") - _standardised(_aligned(forget, retain), "retain")
     return _combination("standardised_difference", values, {"forget": forget, "retain": retain})
@@ -71,7 +70,6 @@ def mean_absolute(scores: ComponentScores) -> ComponentScores:
     """The mean over prompts of |effect|, by which the AtP papers rank, from any method with per-prompt values.
 
     It keeps per-prompt values (the sizes), so it has intervals. Kramár et al. 2024, https://arxiv.org/abs/2403.00745.
-    ValueError for scores without per-prompt values.
     """
     if scores.per_prompt is None:
         raise ValueError(

@@ -25,12 +25,7 @@ from mechunlearn.components.component import Cover, resolve
 from mechunlearn.model import Model, shape
 
 
-def random(
-    model: Model,
-    *,
-    seed: int,
-    components: Components = heads_and_mlps,
-) -> ComponentScores:
+def random(model: Model, *, seed: int, components: Components = heads_and_mlps) -> ComponentScores:
     """Scores uniform in [0, 1), independent of the model's weights. Cost: none."""
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
@@ -38,13 +33,7 @@ def random(
     return ComponentScores(chosen, values, sizes, "random", "", {"seed": seed})
 
 
-def random_like(
-    mask: ComponentMask,
-    model: Model,
-    seed: int,
-    *,
-    pool: Components | None = None,
-) -> ComponentMask:
+def random_like(mask: ComponentMask, model: Model, seed: int, *, pool: Components | None = None) -> ComponentMask:
     """A random mask that covers as many weights as `mask`: its control.
 
     Without `pool`, two MLPs and three heads are matched by two MLPs and three heads drawn from all MLPs and
@@ -52,10 +41,9 @@ def random_like(
     be among them (`provenance["shared"]` counts them), but never all: use several seeds, or pass a pool
     without them. With `pool`, components are drawn from it alone, of whatever kind.
 
-    Components that would exceed the count are passed over, so the control has at most as many weights as the mask,
-    and falls short by less than one smallest component of the pool. Where query heads share KV heads, which count
-    once, the number of heads may differ. ValueError if the pool cannot cover so many weights
-    or holds nothing but the mask.
+    Components that would exceed the count are passed over, so the control has at most as many weights as the mask, and
+    falls short by less than one smallest component of the pool. Where query heads share KV heads, which count once, the
+    number of heads may differ. ValueError if the pool cannot cover so many weights or holds nothing but the mask.
     """
     sizes = shape(model)
     if mask.shape != sizes:

@@ -10,15 +10,8 @@ from torch import Tensor
 from mechunlearn.components import Edge, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import edge_mask
 from mechunlearn.identity import name_of
-from mechunlearn.localize.sites import (
-    Direction,
-    activations_at,
-    graph_start,
-    metric_and_activations,
-    midpoints,
-    run_pairs,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction
 from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.edge_runs import InputGradients
@@ -69,9 +62,8 @@ def edge_attribution_patching(
     Cost: 2F + 1B and matrix products that grow as sources x destinations x d_model. Memory: the backward pass of a
     batch (about 40 floats per layer, position and d_model in GPT-2), 32 MiB of sources' contributions, and the result.
 
-    Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts, for an edge that the
-    model does not have (in parallel blocks: from a head to its own layer's MLP), and for a model that is not
-    the sum of its parts.
+    Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError for an edge that the model does not have (in parallel
+    blocks: from a head to its own layer's MLP), and for a model that is not the sum of its parts.
     """
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
@@ -113,7 +105,7 @@ def edge_integrated_gradients(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806. ValueError also for fewer than one step.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
@@ -153,13 +145,13 @@ def edge_integrated_gradients_of_activations(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
     layers = range(model.cfg.n_layers)
     names = [_EMBEDDING, *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out"))]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
         difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
-        here, there = activations_at(model, patched, names), activations_at(model, other, names)
+        here, there = sites.activations_at(model, patched, names), sites.activations_at(model, other, names)
         for name in names:
             between = _between(name, here[name], there[name], points)
             yield difference, _gradients_over(model, patched, metric, between)
@@ -225,8 +217,9 @@ def edge_scores(
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
     sizes, chosen = shape(model), edges_of(model, edges)
-    batch_size = _fitting_batch(prompts, sizes) if batch_size is None else batch_size
-    batches = run_pairs(model, prompts, metric, direction, batch_size)
+    if batch_size is None:
+        batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
+    batches = sites.run_pairs(model, prompts, metric, direction, batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):
         for patched, other in batches:
@@ -238,10 +231,6 @@ def edge_scores(
     values = torch.cat(rows) if per_prompt else None
     name, label = name_of(metric), name_of(method)
     return EdgeScores(total / len(prompts), chosen, sizes, label, name, all_settings, values)
-
-
-def _fitting_batch(prompts: Prompts, sizes: ModelShape) -> int:
-    return max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
 
 
 @torch.no_grad()
@@ -257,7 +246,7 @@ def add_run(
 ) -> SourceOutputs:
     """Add the gradients of a run with these hooks, and give what its sources write. Cost: 1F + 1B."""
     with recording_outputs(model) as outputs, recording_inputs(model) as inputs:
-        values, _ = metric_and_activations(model, prompts, metric, [], [*hooks, graph_start()])
+        values, _ = sites.metric_and_activations(model, prompts, metric, [], [*hooks, sites.graph_start()])
     slopes = torch.autograd.grad(values.sum(), inputs[0].tensors(), allow_unused=True)
     if slopes[-1] is None:
         raise ValueError(
@@ -269,7 +258,6 @@ def add_run(
 
 
 def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Iterable[Hook]) -> InputGradients:
-    """The gradients averaged over runs, each with one of the hooks."""
     gradients = InputGradients(model, prompts.attention_mask)
     for hook in hooks:
         add_run(gradients, model, prompts, metric, [hook])
@@ -279,17 +267,15 @@ def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Itera
 def _between(name: str, start: Tensor, end: Tensor, points: list[float]) -> Iterator[Hook]:
     """For each point, a hook that puts there the value at that share of the way from start to end."""
     for point in points:
-        yield value_hook(name, torch.lerp(start, end, point))
+        yield sites.value_hook(name, torch.lerp(start, end, point))
 
 
 def _products(
     model: Model, difference: SourceOutputs, gradients: InputGradients
 ) -> Float[Tensor, "batch source destination"]:
-    """Dot products of differences and gradients, summed over positions and d_model.
-
-    A tensor [batch, pos, source, d_model] would be too large, so what sources add is made for a piece of the batch at a
-    time, and multiplied there with the gradients of one layer's destinations after the other's.
-    """
+    """Dot products of differences and gradients, summed over positions and d_model."""
+    # A tensor [batch, pos, source, d_model] would be too large: what sources add is made for a piece of the batch at a
+    # time, and multiplied there with the gradients of one layer's destinations after the other's.
     sizes, parallel = gradients.sizes, is_parallel(model)
     batch, places, width = difference.embed.shape
     n_sources = 1 + sizes.n_layers * (sizes.n_heads + 1)
@@ -298,15 +284,13 @@ def _products(
         sources = contributions(model, difference.at(rows, positions))
         for columns, count, readers in _readers(gradients, sizes, rows, positions, parallel):
             # A destination reads the first `count` sources, those below it. Later ones are left at zero.
-            scores[rows, :count, columns] += _dot(sources[:count], readers)
+            below, read = sources[:count].flatten(2).transpose(0, 1), readers.flatten(2).permute(1, 2, 0)
+            scores[rows, :count, columns] += torch.bmm(below, read)
     return scores
 
 
 def _pieces(batch: int, places: int, size: int) -> Iterable[tuple[slice, slice]]:
-    """Several prompts with all of their positions; where one prompt is too large, a part of its positions.
-
-    `size` is the bytes that one position of one prompt needs.
-    """
+    """Several prompts, or a part of one's positions, that fit; `size`: the bytes of one position of one prompt."""
     n_rows, n_places = max(1, _TEMPORARY // (size * places)), max(1, _TEMPORARY // size)
     for row in range(0, batch, n_rows):
         for place in range(0, places, n_places):
@@ -325,9 +309,3 @@ def _readers(
         mlp = max(columns) + 1
         yield torch.tensor([mlp]), counts[mlp], gradients.at_mlp(layer, rows, places)
     yield torch.tensor([len(counts) - 1]), counts[-1], gradients.at_logits(rows, places)
-
-
-def _dot(
-    sources: Float[Tensor, "source batch pos d_model"], readers: Float[Tensor, "destination batch pos d_model"]
-) -> Float[Tensor, "batch source destination"]:
-    return torch.bmm(sources.flatten(2).transpose(0, 1), readers.flatten(2).permute(1, 2, 0))

@@ -65,8 +65,6 @@ def edge_patching(
 
 @dataclass(frozen=True, eq=False)
 class _Base:
-    """The run that is patched, and what every source would change in it."""
-
     model: Model
     prompts: Prompts
     run: Run
@@ -174,8 +172,13 @@ def _attention_changes(
     base: _Base, sizes: ModelShape, layer: int, matrix: str, source: Int[Tensor, "copy"], row: Int[Tensor, "copy"]
 ) -> Callable[[Int[Tensor, "pair"], Int[Tensor, "pair"]], Float[Tensor, "pair pos d_model"]]:
     """What the attention's output gains when a unit of the matrix alone reads the change of its copy's source."""
+    # The change of the queries, keys or values if all heads read the source's change: biases drop out.
+    residual = base.run.residuals[layer][row]
+    norm = norm_of(base.model.blocks[layer].ln1, base.model)
+    difference = norm.without_bias(residual + base.change[source, row]) - norm.without_bias(residual)
+    reading = slots(base.model)[layer, matrix].weight.to(difference.dtype)
+    projected = einsum(difference, reading, "copy pos d, unit width d -> copy pos unit width")
     name = f"blocks.{layer}.attn.hook_z"
-    projected = _projection_change(base, layer, matrix, source, row)
     hook = (f"blocks.{layer}.attn.hook_{matrix[-1].lower()}", lambda value, hook: value + projected.to(value.dtype))
     _, values = through_layer(base.model, base.run, row, layer, hooks=[hook], names=[name], with_mlp=False)
     units = sizes.units(matrix)
@@ -183,14 +186,3 @@ def _attention_changes(
     change = (values[name] - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
     weight = slots(base.model)[layer, "W_O"].weight.unflatten(0, (units, -1)).flatten(1, 2)
     return lambda copy, unit: torch.bmm(change[copy, :, unit], weight[unit])
-
-
-def _projection_change(
-    base: _Base, layer: int, matrix: str, source: Int[Tensor, "copy"], row: Int[Tensor, "copy"]
-) -> Float[Tensor, "copy pos unit d_head"]:
-    """The change of the queries, keys or values if all heads read the source's change: biases drop out."""
-    residual = base.run.residuals[layer][row]
-    norm = norm_of(base.model.blocks[layer].ln1, base.model)
-    difference = norm.without_bias(residual + base.change[source, row]) - norm.without_bias(residual)
-    weight = slots(base.model)[layer, matrix].weight.to(difference.dtype)
-    return einsum(difference, weight, "copy pos d, unit width d -> copy pos unit width")

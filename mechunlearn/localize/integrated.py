@@ -7,19 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import Components, ComponentScores, heads_and_mlps
-from mechunlearn.localize.sites import (
-    Direction,
-    Places,
-    activations_at,
-    component_effects,
-    effect_columns,
-    effects_at,
-    gradients,
-    metric_and_activations,
-    midpoints,
-    scores_of,
-    value_hook,
-)
+from mechunlearn.localize import sites
+from mechunlearn.localize.sites import Direction, Places
 from mechunlearn.metrics import Metric, checked, logit_difference
 from mechunlearn.model import Model, recording
 from mechunlearn.model.hooks import layer_of
@@ -59,9 +48,8 @@ def integrated_gradients(
     Cost: 2F + steps * (F + B) per batch. Memory: as `attribution_patching`, and the gradients once more.
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
-    ValueError without corrupted prompts and for fewer than one step.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
     explained, differences = [], []
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
@@ -69,16 +57,16 @@ def integrated_gradients(
         after, source = _measured(model, other, metric, [*places, _EMBEDDING])
         slopes = _slopes_between(model, patched, metric, places, base[_EMBEDDING], source[_EMBEDDING], points)
         real = patched.attention_mask
-        by_name = {name: effects_at(source[name] - base[name], slopes[name], real) for name in base}
+        by_name = {name: sites.effects_at(source[name] - base[name], slopes[name], real) for name in base}
         # The embedding is all that differs at first: its own score, complete, is the whole change of the metric.
         explained.append(by_name[_EMBEDDING].sum(1))
         differences.append(after - before)
-        return effect_columns(by_name, places)
+        return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
     settings |= {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
-    return scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
 
 
 def integrated_gradients_of_activations(
@@ -106,30 +94,28 @@ def integrated_gradients_of_activations(
     Cost: 2F + steps * (F + B) for each hook point, of the layers from there on: more than `integrated_gradients` by
     the number of hook points. Memory: one hook point's gradient, and the residual stream of every layer.
 
-    The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes. ValueError
-    without corrupted prompts and for fewer than one step.
+    The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes.
     """
-    points = midpoints(steps)
+    points = sites.midpoints(steps)
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
-        base = activations_at(model, patched, [*places, *(_entering(name) for name in places)])
-        source = activations_at(model, other, places)
+        base = sites.activations_at(model, patched, [*places, *(_entering(name) for name in places)])
+        source = sites.activations_at(model, other, places)
         by_name = {}
         for name in places:
             slope = _slope_at(model, patched, metric, name, base, source[name], points)
-            by_name[name] = effects_at(source[name] - base[name], slope, patched.attention_mask)
-        return effect_columns(by_name, places)
+            by_name[name] = sites.effects_at(source[name] - base[name], slope, patched.attention_mask)
+        return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
+    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
     settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
-    return scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
+    return sites.scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
 
 
 @torch.no_grad()
 def _measured(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    """The metric of a plain run, and the values at the hook points."""
     with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model), prompts)
     return values, activations
@@ -148,8 +134,10 @@ def _slopes_between(
     means: dict[str, Tensor] = {}
     for point in points:
         entering = torch.lerp(start, end, point).requires_grad_(True)
-        values, base = metric_and_activations(model, prompts, metric, names, [value_hook(_EMBEDDING, entering)])
-        for name, slope in gradients(values, base | {_EMBEDDING: entering}, metric).items():
+        values, base = sites.metric_and_activations(
+            model, prompts, metric, names, [sites.value_hook(_EMBEDDING, entering)]
+        )
+        for name, slope in sites.gradients(values, base | {_EMBEDDING: entering}, metric).items():
             # Summed up one point at a time, in float32 at least: no more than two sets of gradients are in memory.
             share = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(points)
             means[name] = means[name] + share if name in means else share
@@ -157,24 +145,17 @@ def _slopes_between(
 
 
 def _slope_at(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    name: str,
-    base: dict[str, Tensor],
-    end: Tensor,
-    points: list[float],
+    model: Model, prompts: Prompts, metric: Metric, name: str, base: dict[str, Tensor], end: Tensor, points: list[float]
 ) -> Tensor:
     """The mean gradient at one hook point over its values between the two runs; the layers below do not run."""
     total = torch.zeros_like(end, dtype=torch.promote_types(end.dtype, torch.float32))
     for point in points:
         between = torch.lerp(base[name], end, point).requires_grad_(True)
         with running_from(model, layer_of(name), base[_entering(name)]):
-            values, _ = metric_and_activations(model, prompts, metric, [], [value_hook(name, between)])
-        total += gradients(values, {name: between}, metric)[name]
+            values, _ = sites.metric_and_activations(model, prompts, metric, [], [sites.value_hook(name, between)])
+        total += sites.gradients(values, {name: between}, metric)[name]
     return total / len(points)
 
 
 def _entering(name: str) -> str:
-    """Where the residual stream enters the hook point's layer."""
     return f"blocks.{layer_of(name)}.hook_resid_pre"

@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechunlearn import files
 from mechunlearn.arguments import check, check_functions, chosen_components
 from mechunlearn.components import (
     Component,
@@ -23,6 +21,7 @@ from mechunlearn.components import (
     PositionScores,
     heads_and_mlps,
 )
+from mechunlearn.files import Saved
 from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
@@ -70,7 +69,6 @@ def activation_patching(
     layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
 
     Vig et al. 2020, https://arxiv.org/abs/2004.12265; Zhang & Nanda 2023, https://arxiv.org/abs/2309.16042.
-    ValueError without corrupted prompts where the replacement or the direction needs them.
     """
 
     def positions(batch: Prompts) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -98,9 +96,8 @@ def activation_patching_by_position(
 ) -> PositionScores:
     """`activation_patching` of each component at each group of tokens alone.
 
-    `positions` divides each prompt's tokens into named groups, the same names for all prompts: `roles` (default)
-    by where they stand to the subject. All tokens of a group are patched together.
-    Cost: as `activation_patching`, for every component and group.
+    `positions` divides each prompt's tokens into named groups, the same for all prompts: `roles` (default) by where
+    they stand to the subject. A group is patched together. Cost: `activation_patching` of every component and group.
     """
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
@@ -160,18 +157,14 @@ def _batch_effects(
     for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
         columns = torch.tensor(list(units), device=where.device)
         # A row for each unit, group of tokens and prompt. Rows of one hook point share passes: all start at its layer.
-        index = _combinations(len(units), where.shape[1], len(prompts), device=where.device)
+        counts = len(units), where.shape[1], len(prompts)
+        index = torch.cartesian_prod(*(torch.arange(count, device=where.device) for count in counts))
         for column, group, row in (rows.unbind(1) for rows in index.split(operator.index(batch_size))):
             unit = _units(units, column)
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()
             effects[row, columns[column], group] = values - unpatched[row]
     return effects
-
-
-def _combinations(*counts: int, device: torch.device) -> Int[Tensor, "combination _"]:
-    """All combinations of numbers below the counts, the last number changing fastest."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
 
 
 def _units(units: Mapping[int, int | None], column: Int[Tensor, "row"]) -> Int[Tensor, "row"] | None:
@@ -220,7 +213,6 @@ def _with_unit(
     unit: Int[Tensor, "row"] | None,
     where: Bool[Tensor, "row pos"],
 ) -> Tensor:
-    """`value` with the source's activation of one unit (None: all) in each row, at some tokens."""
     if unit is None:
         return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
     copies = torch.arange(len(row), device=row.device)
@@ -295,7 +287,7 @@ def _mask(name: str, members: Components, sizes: ModelShape) -> ComponentMask:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SetEffects(Mapping[str, float]):
+class SetEffects(Mapping[str, float], Saved):
     """An effect for every set: a mapping from their names to floats, means over prompts."""
 
     sets: Mapping[str, ComponentMask]
@@ -326,10 +318,7 @@ class SetEffects(Mapping[str, float]):
         return pd.DataFrame(columns, index=pd.Index(list(self.sets), name="set"))
 
     def minus(self, other: str) -> "SetEffects":
-        """Every effect minus that of one set, prompt by prompt: its interval says whether they differ.
-
-        ValueError for a set that is not there.
-        """
+        """Every effect minus that of one set, prompt by prompt: its interval says whether they differ."""
         if other not in self.sets:
             raise ValueError(f"expected one of the sets {', '.join(self.sets)}, got {other!r}.")
         difference = self.per_prompt - self.per_prompt[:, [list(self.sets).index(other)]]
@@ -351,15 +340,6 @@ class SetEffects(Mapping[str, float]):
         title = f"{self.method}, {len(self.per_prompt)} prompts"
         figure = go.Figure(go.Bar(x=list(ends.index), y=ends["effect"], error_y=error))
         return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SetEffects":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __getitem__(self, name: str) -> float:
         return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]

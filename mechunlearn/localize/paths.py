@@ -1,12 +1,13 @@
 """Path patching: the effect of what senders write on what receivers read, with every other path held fixed."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.arguments import chosen_components
@@ -131,7 +132,11 @@ def _effects(
                 # Into the final norm there is no attention left to run: the answers' positions are enough.
                 base, other = at_answers(base), at_answers(other)
             values = []
-            for rows, members in _rows(len(batch), senders, batch_size, batch.tokens.device):
+            # Every set of senders with every prompt, a pass at a time.
+            for numbers in torch.arange(len(batch) * len(senders), device=batch.tokens.device).split(
+                operator.index(batch_size)
+            ):
+                rows, members = numbers % len(batch), [senders[i] for i in (numbers // len(batch)).tolist()]
                 sent = sender_changes(model, base, other, members, rows)
                 logits = _patched_logits(model, base, sent, entry, through_mlps)
                 values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
@@ -139,20 +144,9 @@ def _effects(
     return torch.cat(effects).cpu()
 
 
-def _rows(
-    n_prompts: int, senders: Sequence[set[Component]], size: int, device: torch.device
-) -> Iterable[tuple[Int[Tensor, "row"], list[set[Component]]]]:
-    """Every set of senders with every prompt, at most `size` at once."""
-    total = n_prompts * len(senders)
-    for start in range(0, total, size):
-        numbers = torch.arange(start, min(start + size, total), device=device)
-        yield numbers % n_prompts, [senders[i] for i in (numbers // n_prompts).tolist()]
-
-
 def _patched_logits(
     model: Model, base: Run, sent: Changes, entry: Entry, through_mlps: bool
 ) -> Float[Tensor, "row answer d_vocab"]:
-    """Logits of the base run with the receivers' inputs changed."""
     if isinstance(entry, int):
         residual = arriving_residuals(model, base, sent, [entry], through_mlps=through_mlps)[entry]
         return continued(model, base, sent.rows, entry, residual=residual)
@@ -171,8 +165,6 @@ def _patched_logits(
 
 
 def _unit_hook(name: str, value: Tensor, units: list[int | None]) -> Hook:
-    """A hook that puts `value` there in these units only (None: in all)."""
-
     def put(own: Tensor, hook: object) -> Tensor:
         if None in units:
             return value
@@ -254,9 +246,8 @@ def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], rece
         shown = ", ".join(str(sender) for sender in chosen[:5]) or "none"
         named = str(receivers) if isinstance(receivers, int | str) else ", ".join(str(c) for c in receivers[:5])
         raise ValueError(
-            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which "
-            f"there is no path: choose receivers in later layers (in parallel blocks, an MLP does not read its own "
-            f"layer's heads)."
+            f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which there is no "
+            "path: choose receivers in later layers (in parallel blocks, an MLP does not read its own layer's heads)."
         )
 
 

@@ -31,11 +31,9 @@ def gradient_times_weight(
     Cost: 1F + 1B (of weights) per prompt, one prompt at a time. Weights that KV heads share count in every query
     head that reads them, once each. ValueError for processed or quantised weights.
     """
-
-    def signed(slot: Slot, gradient: Tensor) -> Tensor:
-        return gradient * slot.parameter.detach()
-
-    return _per_prompt(gradient_times_weight, model, prompts, loss, components, signed)
+    return _per_prompt(
+        gradient_times_weight, model, prompts, loss, components, lambda slot, g: g * slot.parameter.detach()
+    )
 
 
 def fisher(
@@ -49,11 +47,7 @@ def fisher(
     Cost: 1F + 1B (of weights) per prompt. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Shared KV
     weights and errors: as `gradient_times_weight`.
     """
-
-    def squared(slot: Slot, gradient: Tensor) -> Tensor:
-        return gradient**2
-
-    return _per_prompt(fisher, model, prompts, loss, components, squared)
+    return _per_prompt(fisher, model, prompts, loss, components, lambda slot, gradient: gradient**2)
 
 
 def snip(
@@ -158,7 +152,6 @@ def _per_prompt(
 def _mean_gradients(
     model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Slot], batch_size: int
 ) -> dict[Key, Tensor]:
-    """The gradient of the loss averaged over prompts."""
     check_batch_size(batch_size)
     total: dict[Key, Tensor] = {}
     for batch in prompts.to(device_of(model)).batches(batch_size):
@@ -196,14 +189,12 @@ def _gradients(model: Model, prompts: Prompts, loss: Loss, weights: dict[Key, Sl
 
 
 def _unit_sums(slot: Slot, values: Tensor) -> Float[Tensor, "unit"]:
-    """Values, shaped like the slot's parameter, summed over each head or neuron."""
     return slot.view(values).double().sum((1, 2)).cpu()
 
 
 def _summed(
     sums: Mapping[Key, Float[Tensor, "unit"]], components: Iterable[Component], sizes: ModelShape
 ) -> Float[Tensor, "component"]:
-    """Sums over the units that each component covers."""
     columns = []
     for component in components:
         parts = [sums[component.layer, matrix][units].sum() for matrix, units in sizes.units_of(component).items()]

@@ -90,10 +90,7 @@ def activations_at(model: Model, prompts: Prompts, names: Iterable[str]) -> dict
 def metric_and_activations(
     model: Model, prompts: Prompts, metric: Metric, names: Iterable[str], hooks: Iterable[Hook]
 ) -> tuple[Float[Tensor, "batch"], dict[str, Tensor]]:
-    """The metric, and the values at the hook points `names`, by which it can be differentiated.
-
-    Weights are frozen: one of the `hooks` has to return a tensor that requires a gradient.
-    """
+    """The metric, and the values at `names` to differentiate it by. Weights are frozen: a hook starts the graph."""
     with recording(model, names) as activations:
         values = checked(metric, prompts.logits(model, hooks=list(hooks)), prompts)
     if not values.requires_grad:
@@ -138,10 +135,7 @@ def value_hook(name: str, value: Tensor) -> Hook:
 
 
 def midpoints(steps: int) -> list[float]:
-    """The middles of `steps` equal parts of [0, 1], where integrated gradients are taken.
-
-    Both runs count alike, and the error falls with steps^2 (at left end points, with steps).
-    """
+    """The middles of `steps` equal parts of [0, 1]: both runs count alike, and the error falls with steps^2."""
     if steps < 1:
         raise ValueError(f"expected at least one step, got {steps}: 5 are usual, more are more exact.")
     return [(k + 0.5) / steps for k in range(steps)]
@@ -162,10 +156,7 @@ def effects_at(
 def effect_columns(
     effects: Mapping[str, Float[Tensor, "batch _"]], places: Places, count: int | None = None
 ) -> Float[Tensor, "batch component"]:
-    """Effects at hook points as columns, one for each component.
-
-    `count` components (default: those of `places`); the column of one that is not in `places` is zero.
-    """
+    """Effects at hook points as columns of `count` components (default: those of `places`); 0 for those not there."""
     first = next(iter(effects.values()))
     count = sum(map(len, places.values())) if count is None else count
     scores = first.new_zeros(len(first), count)

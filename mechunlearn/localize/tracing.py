@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -11,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mechunlearn import files
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.components.plot import signed_heat_map
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
@@ -80,22 +79,15 @@ def causal_tracing(
             pieces.append(_batch_trace(model, batch, metric, vectors, window, kinds, batch_size))
     width = max(piece["effects"].shape[-1] for piece in pieces)
     settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
-    return CausalTrace(
-        torch.cat([piece["clean"] for piece in pieces]).cpu(),
-        torch.cat([piece["corrupt"] for piece in pieces]).cpu(),
-        torch.cat([_widened(piece["effects"], width) for piece in pieces]).cpu(),
-        torch.cat([_widened(piece["roles"], width) for piece in pieces]).cpu(),
-        kinds,
-        sizes,
-        name_of(metric),
-        settings,
-    )
+    clean, corrupt = (torch.cat([piece[name] for piece in pieces]).cpu() for name in ("clean", "corrupt"))
+    by_token = [[_widened(piece[name], width) for piece in pieces] for name in ("effects", "roles")]
+    effects, roles_ = (torch.cat(values).cpu() for values in by_token)
+    return CausalTrace(clean, corrupt, effects, roles_, kinds, sizes, name_of(metric), settings)
 
 
 def _noise(
     model: Model, prompts: Prompts, noise: float, draws: int, seed: int, batch_size: int
 ) -> Float[Tensor, "draw token d_model"]:
-    """The noise vector of the i-th token of a subject in each draw."""
     # The noise is measured in standard deviations of the embeddings that it is added to.
     entries = []
     for batch in prompts.batches(batch_size):
@@ -133,11 +125,12 @@ def _batch_trace(
             for layer, logits in _restored_layers(model, noisy, clean, rows, tokens, kind, window):
                 values = checked(metric, logits, copies.rows(rows)).double()
                 effects[rows, place, layer, tokens] = values - corrupt[rows]
+    masks = torch.stack(list(roles(prompts).values()), -1)
     return {
         "clean": checked(metric, clean.logits, prompts).double(),
         "corrupt": corrupt.view(-1, draws).mean(1),
         "effects": _left_aligned(effects.unflatten(0, (-1, draws)).mean(1), prompts),
-        "roles": _left_aligned(_roles(prompts), prompts),
+        "roles": _left_aligned(torch.where(masks.any(-1), masks.int().argmax(-1), -1), prompts),
     }
 
 
@@ -164,13 +157,7 @@ def _restored_tokens(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, 
 
 
 def _restored_layers(
-    model: Model,
-    noisy: Run,
-    clean: Run,
-    row: Int[Tensor, "site"],
-    token: Int[Tensor, "site"],
-    kind: Kind,
-    window: int,
+    model: Model, noisy: Run, clean: Run, row: Int[Tensor, "site"], token: Int[Tensor, "site"], kind: Kind, window: int
 ) -> Iterator[tuple[int, Float[Tensor, "site answer d_vocab"]]]:
     """For each layer, the last first, logits of copies of the noisy run, each with one token restored."""
     prompt = row // (len(noisy.tokens) // len(clean.tokens))
@@ -232,11 +219,6 @@ def _restored_window(
     return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)
 
 
-def _roles(prompts: Prompts) -> Int[Tensor, "prompt pos"]:
-    masks = torch.stack(list(roles(prompts).values()), -1)
-    return torch.where(masks.any(-1), masks.int().argmax(-1), -1)
-
-
 def _left_aligned(values: Tensor, prompts: Prompts) -> Tensor:
     """The values with the last axis counted from each prompt's first real token, on whichever side padding is."""
     order = prompts.attention_mask.int().argsort(dim=1, descending=True, stable=True)
@@ -262,7 +244,7 @@ def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_laye
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CausalTrace:
+class CausalTrace(Saved):
     """Indirect effects in the metric's unit: positive = restoring brings the answer back."""
 
     clean: Float[Tensor, "prompt"]
@@ -306,8 +288,7 @@ class CausalTrace:
     def scores(self, kind: str = "MLP", *, role: str = "last of the subject") -> ComponentScores:
         """The effects at one role as scores of that kind's layers, for `.top()`.
 
-        A score is that of the window around its layer. ValueError for the residual stream, which is no component, for a
-        kind that was not traced, and where a prompt has no token of that role.
+        A score is that of the window around its layer. ValueError where a prompt has no token of that role.
         """
         if kind not in self.kinds or kind == "residual" or role not in ROLES:
             raise ValueError(
@@ -338,10 +319,7 @@ class CausalTrace:
         return frame.query("prompts > 0")
 
     def plot(self, kind: str | None = None) -> "Figure":
-        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind.
-
-        ValueError for a kind that was not traced.
-        """
+        """The classic heat map, role x layer, of the mean effect over prompts; by default of the first traced kind."""
         kind = self._traced(kind)
         values = self.by_role[:, self.kinds.index(kind)].nanmean(0)
         present = [role for role in range(len(ROLES)) if not bool(values[:, role].isnan().all())]
@@ -350,10 +328,7 @@ class CausalTrace:
         return self._heat_map(values[:, present], [ROLES[role] for role in present], title)
 
     def plot_prompt(self, prompt: int, kind: str | None = None) -> "Figure":
-        """The heat map of one prompt, token x layer; tokens by their number in the prompt, from 0, and their role.
-
-        By default of the first traced kind. ValueError for a kind that was not traced and a prompt that is not there.
-        """
+        """The heat map of one prompt, token x layer (tokens by number and role); default: the first traced kind."""
         kind = self._traced(kind)
         if not 0 <= prompt < len(self.clean):
             raise ValueError(f"expected the number of a prompt in 0..{len(self.clean) - 1}, got {prompt}.")
@@ -382,15 +357,6 @@ class CausalTrace:
         axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
         layout = {"title": title} | size | axes
         return signed_heat_map(values.T.tolist(), layers, rows, limit=limit, unit=unit, hover=hover, layout=layout)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CausalTrace":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

@@ -22,21 +22,7 @@ from mechunlearn.losses.tokens import (
 )
 
 __all__ = [
-    "Loss",
-    "cross_entropy",
-    "cross_entropy_unlearning",
-    "dpo",
-    "gradient_ascent",
-    "is_per_row",
-    "kl_to_original",
-    "log_one_minus_probability",
-    "maximum_entropy",
-    "needs",
-    "npo",
-    "representation_matching",
-    "rmu",
-    "satimp",
-    "simnpo",
-    "undial",
-    "weighted_gradient_ascent",
-]
+    "Loss", "cross_entropy", "cross_entropy_unlearning", "dpo", "gradient_ascent", "is_per_row", "kl_to_original",
+    "log_one_minus_probability", "maximum_entropy", "needs", "npo", "representation_matching", "rmu", "satimp",
+    "simnpo", "undial", "weighted_gradient_ascent",
+]  # fmt: skip

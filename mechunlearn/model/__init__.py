@@ -10,23 +10,7 @@ from mechunlearn.model.running import logits_at
 from mechunlearn.model.suffix import Run, base_run, continued
 
 __all__ = [
-    "Hook",
-    "Model",
-    "Run",
-    "Slot",
-    "base_run",
-    "check_editable",
-    "check_model",
-    "continued",
-    "device_of",
-    "differentiable",
-    "fingerprint",
-    "logits_at",
-    "n_parameters",
-    "preserved",
-    "recording",
-    "save_huggingface",
-    "shape",
-    "site",
-    "slots",
-]
+    "Hook", "Model", "Run", "Slot", "base_run", "check_editable", "check_model", "continued", "device_of",
+    "differentiable", "fingerprint", "logits_at", "n_parameters", "preserved", "recording", "save_huggingface",
+    "shape", "site", "slots",
+]  # fmt: skip

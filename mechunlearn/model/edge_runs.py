@@ -98,11 +98,7 @@ class _Pass:
     def _layer_hooks(self, layer: int) -> list[Hook]:
         prefix = f"blocks.{layer}."
         hooks = [(f"{prefix}attn.hook_{letter}", self._changed_projection(layer, m)) for m, letter in PROJECTIONS]
-        return [
-            *hooks,
-            (f"{prefix}attn.hook_z", self._keep_z(layer)),
-            (f"{prefix}hook_mlp_out", self._keep_mlp(layer)),
-        ]
+        return [*hooks, (f"{prefix}attn.hook_z", self._keep_z(layer)), (f"{prefix}hook_mlp_out", self._keep_mlp(layer))]
 
     def _keep_embedding(self, value: Tensor, hook: object) -> None:
         self.change[0] = self.other[0] - value

@@ -37,10 +37,7 @@ def preserved(model: Model) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: Model) -> Iterator[None]:
-    """`preserved`, with gradients recorded even where a notebook has turned them off.
-
-    ValueError inside `torch.inference_mode`, whose tensors can never have one.
-    """
+    """`preserved`, with gradients recorded even where a notebook has turned them off (but `torch.inference_mode`)."""
     if torch.is_inference_mode_enabled():
         raise ValueError("expected to be able to compute gradients, got torch.inference_mode: leave it for this call.")
     with preserved(model), torch.enable_grad():

@@ -19,9 +19,8 @@ Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 def site(component: Component, shape: ModelShape) -> str:
     """The hook point whose value is the component's output.
 
-    A head and its `W_O` share `hook_z`: patching z patches exactly what the head adds to its attention
-    layer's output. An MLP and its `W_out` share `hook_mlp_out` (after the post-norm in Gemma 2).
-    ValueError for a component outside the model.
+    A head and its `W_O` share `hook_z`: patching z patches exactly what the head adds to its attention layer's output.
+    An MLP and its `W_out` share `hook_mlp_out` (after the post-norm in Gemma 2).
     """
     shape.units_of(component)
     prefix = f"blocks.{component.layer}."

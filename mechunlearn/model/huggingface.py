@@ -177,10 +177,7 @@ def exported(model: Model) -> Iterator[Any]:
 
 
 def exported_logits(
-    copy: Any,
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-    positions: Int[Tensor, "batch place"],
+    copy: Any, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], positions: Int[Tensor, "batch place"]
 ) -> Float[Tensor, "batch place d_vocab"]:
     """`logits_at` for a Hugging Face model: logits at `positions` alone. Padding may be left or right."""
     rows = torch.arange(len(positions), device=positions.device)[:, None]

@@ -31,10 +31,7 @@ class Slot:
         return self.view(self.parameter.detach())
 
     def view(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the parameter (its value, its gradient, ...) as [unit, width, d_model].
-
-        It is always a view: writing to it writes to `tensor`.
-        """
+        """A tensor shaped like the parameter, such as its gradient, as [unit, width, d_model]: always a view."""
         if self.layout == "heads":
             return tensor
         if self.layout == "heads_transposed":

@@ -1,8 +1,9 @@
 """MLPs as a memory of keys and values: reading both at a token, and adding to the value that an MLP gives."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,9 +40,13 @@ def mlp_values(
     rows = torch.arange(len(tokens), device=tokens.device)
     outputs: dict[int, Tensor] = {}
     names = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers}
+
+    def keep(module: nn.Module, inputs: object, output: Tensor, *, layer: int) -> None:
+        outputs[layer] = output
+
     with ExitStack() as stack:
         for layer in layers:
-            handle = model.blocks[layer].mlp.register_forward_hook(_keeping(outputs, layer))
+            handle = model.blocks[layer].mlp.register_forward_hook(partial(keep, layer=layer))
             stack.callback(handle.remove)
         recorded = stack.enter_context(recording(model, names.values()))
         residual = residual_after(model, layers[-1], tokens, mask)
@@ -102,10 +107,3 @@ def before_post_norm(
     scale = norm.frozen(outputs).scale
     damped = norm.weight / (norm.weight.pow(2) + 0.01 * norm.weight.pow(2).mean())
     return (moves.to(scale) * scale * damped).to(moves)
-
-
-def _keeping(outputs: dict[int, Tensor], layer: int) -> Callable[..., None]:
-    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-        outputs[layer] = output
-
-    return keep

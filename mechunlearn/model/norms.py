@@ -72,10 +72,7 @@ class FrozenNorm:
 
 @torch.no_grad()
 def norm_of(module: nn.Module, model: Model) -> Norm:
-    """The `Norm` that a module computes, measured by running it, since classes and conventions differ between models.
-
-    ValueError for a module that computes something else.
-    """
+    """The `Norm` that a module computes, measured by running it, since classes and conventions differ by model."""
     parameter = next(module.parameters(), next(model.parameters()))  # a folded norm has no parameters
     d_model, eps = model.cfg.d_model, model.cfg.eps
     # Signs v have mean 0 and mean square 1, so v and -v give the bias and the weight. v + 1 tells whether the mean is

@@ -24,10 +24,7 @@ from mechunlearn.model.suffix import Run, fixed_attention, through_layer
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """The difference between what senders write in another run and in the base run, for sets of senders.
-
-    A row is one set of senders on one prompt.
-    """
+    """What senders write in another run less what they write in the base run; a row is a set of senders on a prompt."""
 
     rows: Int[Tensor, "row"]
     """The prompt of each row."""

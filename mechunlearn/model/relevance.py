@@ -74,10 +74,7 @@ def _activation_hooks(prefix: str, *, gated: bool) -> list[Hook]:
 def _proportional(
     product: Float[Tensor, "batch pos d_mlp"], factor: Float[Tensor, "batch pos d_mlp"]
 ) -> Float[Tensor, "batch pos d_mlp"]:
-    """The product, as the factor times a constant.
-
-    Where the factor is 0, the quotient is replaced by its limit, the ordinary derivative.
-    """
+    """The product, as the factor times a constant; where the factor is 0, by its limit, the ordinary derivative."""
     zero = factor.detach() == 0
     quotient = (product.detach() / factor.detach().masked_fill(zero, 1)).masked_fill(zero, 0)
     return factor * quotient + product * zero

@@ -47,11 +47,8 @@ def embeddings(
 ) -> Float[Tensor, "batch pos d_model"]:
     """The token embeddings, without positions; no layer is run."""
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    with (
-        recording(model, ["hook_embed"]) as recorded,
-        replaced_forwards(dict.fromkeys(model.blocks, identity)),
-        torch.no_grad(),
-    ):
+    idle = dict.fromkeys(model.blocks, identity)
+    with recording(model, ["hook_embed"]) as recorded, replaced_forwards(idle), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded["hook_embed"]
 

@@ -84,14 +84,21 @@ def continued(
     # A hook behind the last attention must see all positions: then no part of the last layer is left out.
     late = [name for name, _ in hooks if name.startswith(f"blocks.{last}.") and not _INSIDE_ATTENTION.fullmatch(name)]
     if late:
-        return _whole(model, run, rows, layer, residual, attention, hooks)
+        fixed = {} if attention is None else {layer: attention}
+        with running_from(model, layer, residual), fixed_attention(model, fixed):
+            return logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows], hooks=hooks)
     if layer < last or (layer == last and attention is None):
         residual, attention = _up_to_last_attention(model, run, rows, layer, residual, attention, hooks)
         layer = last
-    # Only attention mixes positions. What is left after the last one runs at the answers' positions alone.
+    # Only attention mixes positions. What is left after the last one runs at the answers' positions alone, as if they
+    # were the whole prompt.
     index, places = torch.arange(len(rows), device=rows.device)[:, None], run.positions[rows]
-    chosen = None if attention is None else attention[index, places]
-    return _at_answers(model, run.tokens[rows][:, : places.shape[1]], layer, residual[index, places], chosen)
+    tokens, fixed = (
+        run.tokens[rows][:, : places.shape[1]],
+        {} if attention is None else {layer: attention[index, places]},
+    )
+    with running_from(model, layer, residual[index, places]), fixed_attention(model, fixed):
+        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def through_layer(
@@ -125,20 +132,6 @@ def through_layer(
     return leaving[0], dict(recorded)
 
 
-def _whole(
-    model: Model,
-    run: Run,
-    rows: Int[Tensor, "row"],
-    layer: int,
-    residual: Tensor,
-    attention: Tensor | None,
-    hooks: Sequence[Hook],
-) -> Float[Tensor, "row answer d_vocab"]:
-    fixed = {} if attention is None else {layer: attention}
-    with running_from(model, layer, residual), fixed_attention(model, fixed):
-        return logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows], hooks=hooks)
-
-
 def _up_to_last_attention(
     model: Model,
     run: Run,
@@ -162,18 +155,6 @@ def _up_to_last_attention(
         recorded = stack.enter_context(recording(model, [name]))
         logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
     return recorded[name], outputs[0]
-
-
-def _at_answers(
-    model: Model,
-    tokens: Int[Tensor, "row answer"],
-    layer: int,
-    residual: Float[Tensor, "row answer d_model"],
-    attention: Float[Tensor, "row answer d_model"] | None,
-) -> Float[Tensor, "row answer d_vocab"]:
-    """Logits from behind the last attention on: the answers' positions run as if they were the whole prompt."""
-    with running_from(model, layer, residual), fixed_attention(model, {} if attention is None else {layer: attention}):
-        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 @contextmanager

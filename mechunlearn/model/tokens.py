@@ -37,10 +37,7 @@ def pad_token(model: Model) -> int:
 
 
 def continuation(model: Model, before: Sequence[int], after: Sequence[int]) -> str:
-    """The text that the tokens `after` add behind `before`, with the space that some tokenizers keep in no token.
-
-    ValueError for a tokenizer whose decoded text changes where tokens are added.
-    """
+    """The text that the tokens `after` add behind `before`, with the space that some tokenizers keep in no token."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     start, whole = (model.tokenizer.decode(list(tokens), **options) for tokens in (before, [*before, *after]))
     if not whole.startswith(start):

@@ -76,7 +76,6 @@ def _factors(
 
 
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
-    """The component's activation at one place of each row."""
     name = f"blocks.{component.layer}.{_SITES[component.part]}"
     return run.values[name][torch.arange(len(places), device=places.device), places]
 

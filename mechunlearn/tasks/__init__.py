@@ -12,25 +12,7 @@ from mechunlearn.tasks.task import Format, Task
 from mechunlearn.tasks.text import TextStream, as_prompts, pack, pile, rows_of
 
 __all__ = [
-    "Format",
-    "Prompts",
-    "Task",
-    "TextStream",
-    "Validation",
-    "answered",
-    "as_prompts",
-    "authors_athletes",
-    "build",
-    "counterfact",
-    "from_frame",
-    "general_knowledge",
-    "joined",
-    "knows",
-    "pack",
-    "partitioned",
-    "pile",
-    "rows_of",
-    "sports_facts",
-    "validation_split",
-    "with_random_subjects",
-]
+    "Format", "Prompts", "Task", "TextStream", "Validation", "answered", "as_prompts", "authors_athletes", "build",
+    "counterfact", "from_frame", "general_knowledge", "joined", "knows", "pack", "partitioned", "pile", "rows_of",
+    "sports_facts", "validation_split", "with_random_subjects",
+]  # fmt: skip

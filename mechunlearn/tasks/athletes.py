@@ -41,8 +41,7 @@ def authors_athletes() -> "DataFrame":
 
     Columns are athlete, sport and more, such as inject_sport_without_golf and inject_sport_with_golf, which
     `sports_facts(..., injected=...)` takes by name. The file is pinned to a commit, downloaded once, verified and kept
-    in $MECHUNLEARN_CACHE (default: mechunlearn in $XDG_CACHE_HOME or ~/.cache). ConnectionError without a network;
-    ValueError for a file of another SHA-256.
+    in $MECHUNLEARN_CACHE (default: mechunlearn in $XDG_CACHE_HOME or ~/.cache). ConnectionError without a network.
     """
     import pandas as pd
 
@@ -53,7 +52,8 @@ def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256:
     """The rows of the source with all their columns; ValueError unless each athlete comes once, with a known sport."""
     if source is None and sha256 is not None:
         raise ValueError("expected a source with its SHA-256, got no source: the authors' file has its own.")
-    if source is None and _has_shipped_vocabulary(model):
+    # True of the shipped model, its twin, and models made from them by editing or training.
+    if source is None and model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary():
         return [row for row in facts.athletes() if row["sport"] in SPORTS]
     frame = _table(source, sha256)
     if {"athlete", "sport"} - set(frame.columns):
@@ -152,18 +152,8 @@ def _table(source: "str | Path | DataFrame | None", sha256: str | None) -> "Data
     return source
 
 
-def _has_shipped_vocabulary(model: Model) -> bool:
-    """True for the shipped model, its twin, and models made from them by editing or training."""
-    return model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary()
-
-
 def content_of(source: str | Path, sha256: str | None = None) -> bytes:
-    """The content of a file or an address, verified if a SHA-256 is given.
-
-    A download of a known SHA-256 is kept in $MECHUNLEARN_CACHE, or else in the folder mechunlearn of $XDG_CACHE_HOME
-    (default: ~/.cache), and read from there the next time. ValueError for another SHA-256 and for a file that does not
-    exist; ConnectionError if nothing can be downloaded.
-    """
+    """The content of a file or an address, verified if a SHA-256 is given; such a download is kept."""
     sha256 = sha256 and sha256.lower()
     if isinstance(source, Path) or urlsplit(source).scheme not in SCHEMES:
         if not Path(source).is_file():

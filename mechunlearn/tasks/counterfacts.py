@@ -68,7 +68,7 @@ def counterfact(
     "repeated", "same_first_token" (of both answers) and "no_counterpart".
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262; protocol of Guo et al. 2025, https://arxiv.org/abs/2410.12949.
-    Cost: 1 forward for each record. ValueError for another schema, unknown ids and too few known records.
+    Cost: 1 forward for each record.
     """
     check_model(model)
     every = records_of(source, questions, split)
@@ -243,7 +243,7 @@ def _by_choice(records: Sequence[Record], *, examples: Sequence[Record], shots: 
     shown = random.Random(f"examples {seed}").sample(usable, shots)
     answered = [_by_letter(record, seed) for record in shown]
     before = "".join(f"{question.text}{question.answer}\n\n" for question in answered)
-    return [_after(before, _by_letter(record, seed)) for record in records if record.choice is not None]
+    return [_by_letter(record, seed, before) for record in records if record.choice is not None]
 
 
 def _counterparts(
@@ -268,7 +268,7 @@ def _about_others(record: Record, others: Sequence[Record], seed: int) -> Iterat
     return (record.prompt_about(other.subject)[0] for other in order)
 
 
-def _by_letter(record: Record, seed: int) -> Question:
+def _by_letter(record: Record, seed: int, before: str = "") -> Question:
     assert record.choice is not None
     wrong = [answer for answer in record.choice.wrong if answer != record.injected]
     options = [record.choice.answer, record.injected, *wrong]
@@ -278,17 +278,11 @@ def _by_letter(record: Record, seed: int) -> Question:
             f"{record.choice.question!r} and {wrong} (case_id {record.case}): correct it or leave it out."
         )
     shown = lettered(options[: len(formats.LETTERS)], formats.LETTERS, seed=f"choice {record.case} {seed}")
-    text = formats.multiple_choice(record.choice.question, list(shown))
-    start = text.index(record.choice.question) + record.choice.question.rfind(record.subject)
+    text = before + formats.multiple_choice(record.choice.question, list(shown))
+    start = text.index(record.choice.question, len(before)) + record.choice.question.rfind(record.subject)
     right, injected = (f" {shown[option]}" for option in options[:2])
     letters = (right, injected, *(f" {letter}" for letter in formats.LETTERS if f" {letter}" not in (right, injected)))
     return Question(record.subject, text, right, letters, injected, (start, start + len(record.subject)))
-
-
-def _after(before: str, question: Question) -> Question:
-    assert question.subject is not None
-    start, end = (len(before) + place for place in question.subject)
-    return replace(question, text=before + question.text, subject=(start, end))
 
 
 def _length(model: Model, record: Record) -> int:

@@ -74,8 +74,7 @@ def from_frame(
     - `text`: general text, as strings or as rows by `pack`; default: everyday sentences.
     - `knowledge`: what else to test, such as `general_knowledge(model)`, if its facts are not among yours.
 
-    ValueError for missing columns, repeated subjects, empty cells, a template without the subject, equal true and
-    injected answers, and nothing to forget or to retain.
+    Each subject comes once, no cell is empty, and an injected answer is not the true one: else ValueError.
     """
     check_model(model)
     templates = {
@@ -95,18 +94,15 @@ def from_frame(
     questions = _Questions(facts, first_tokens(model), candidates, between, seed)
     trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
     text_train, text_test = train_and_test_text(model, text, seed=seed)
+    asked = {}
+    for title, template in templates.items():
+        ask = partial(questions.question, template, title=title)
+        asked[title] = format_of(model, [*map(ask, sides.forget_test)], [*map(ask, sides.retain_test)])
     return Task(
         name=f"{name}: forget {len(forgotten)} of {len(facts)}",
         forget=trained.forget,
         retain=trained.retain,
-        formats={
-            title: format_of(
-                model,
-                [questions.question(template, fact, title=title) for fact in sides.forget_test],
-                [questions.question(template, fact, title=title) for fact in sides.retain_test],
-            )
-            for title, template in templates.items()
-        },
+        formats=asked,
         text=text_train,
         text_test=text_test,
         injection=trained.injected,
@@ -185,7 +181,6 @@ def _forgotten(
 
 
 def _check_injected(facts: Sequence[Fact]) -> None:
-    """ValueError if some of the facts to forget have an injected answer and others have none."""
     without = [fact.subject for fact in facts if fact.injected is None]
     if 0 < len(without) < len(facts):
         raise ValueError(
@@ -256,14 +251,8 @@ class _Questions:
             count = index(self.candidates)
         else:
             own, others = [*own, *others], []
-        options = distinct(
-            self.first,
-            text,
-            [self.between + option for option in own],
-            [self.between + option for option in others],
-            count=count,
-            name=fact.subject,
-        )
+        own, others = ([self.between + option for option in options] for options in (own, others))
+        options = distinct(self.first, text, own, others, count=count, name=fact.subject)
         injected = None if fact.injected is None else self.between + fact.injected
         return Question(fact.subject, text, self.between + fact.answer, options, injected, place)
 
@@ -277,10 +266,10 @@ class _Questions:
         shown = lettered(options, letters, seed=f"{title} {fact.subject} {self.seed}")
         fields = {letter: option for option, letter in shown.items()}
         text, place = filled(template, {**fact.columns, **fields, SUBJECT: fact.subject})
-        injected = None if fact.injected is None else self.between + shown[fact.injected]
-        answers = tuple(self.between + letter for letter in letters)
-        answer = self.between + shown[fact.answer]
-        return Question(fact.subject, text, answer, _leading(answers, answer, injected), injected, place)
+        own = [self.between + shown[option] for option in _own_answers(fact)]
+        others = [self.between + letter for letter in letters if self.between + letter not in own]
+        injected = None if fact.injected is None else own[1]
+        return Question(fact.subject, text, own[0], (*own, *others), injected, place)
 
     def _others(self, fact: Fact) -> list[str]:
         """Answers that are not the fact's own: in the order of `candidates`, or of all facts in random order."""
@@ -321,9 +310,3 @@ def _about_others(template: str, fact: Fact, others: Sequence[Fact], seed: int) 
 
 def _own_answers(fact: Fact) -> list[str]:
     return [fact.answer] if fact.injected is None else [fact.answer, fact.injected]
-
-
-def _leading(answers: Sequence[str], answer: str, injected: str | None) -> tuple[str, ...]:
-    """The answers with the right and the injected one first."""
-    first = [answer] if injected is None else [answer, injected]
-    return (*first, *(other for other in answers if other not in first))

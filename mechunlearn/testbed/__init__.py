@@ -6,15 +6,6 @@ from mechunlearn.testbed.overlap import Agreement, agreement, within
 from mechunlearn.testbed.planting import NotPlantedError, plant
 
 __all__ = [
-    "Agreement",
-    "NotPlantedError",
-    "agreement",
-    "athletes",
-    "bridge",
-    "counterfact",
-    "hooked",
-    "load",
-    "load_huggingface",
-    "plant",
-    "within",
-]
+    "Agreement", "NotPlantedError", "agreement", "athletes", "bridge", "counterfact", "hooked", "load",
+    "load_huggingface", "plant", "within",
+]  # fmt: skip

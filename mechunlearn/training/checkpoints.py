@@ -15,12 +15,12 @@ from mechunlearn.training.optimizers import Steering
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """One file, replaced every `every` steps, in one go: a run that is killed leaves the last whole one."""
+    """One file, replaced every `every` steps, at one stroke: a run that is killed leaves the last whole one."""
 
     path: str | Path
     every: int
     identity: Mapping[str, Any]
-    """What must be equal for a run to go on: settings, data, the model's fingerprint."""
+    """Settings, data and the model's fingerprint: a run goes on from a file only if all of them are equal."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -31,42 +31,44 @@ class Checkpoints:
     def save(self, moving: Sequence[Moving], steering: Steering, history: Sequence[Mapping[str, Any]]) -> None:
         if len(history) % self.every:
             return
-        tensors = [_shown(mover) for mover in moving]
+        tensors = [_with_memory(mover) for mover in moving]
         content = {"moving": tensors, "optimizer": steering.state()}
         content |= {"identity": self.identity, "history": [dict(row) for row in history]}
         files.write(self.path, "Checkpoint", content)
 
     def resume(self, moving: Sequence[Moving], steering: Steering) -> list[Mapping[str, Any]]:
-        """The history so far; nothing where there is no file. ValueError for a damaged one or one of another run."""
+        """The history so far, empty without a file. ValueError for a damaged file or one of another run."""
         if not Path(self.path).exists():
             return []
         content = files.read(self.path, "Checkpoint")
         self._check(content["identity"])
         with torch.no_grad():
             for mover, tensor in zip(moving, content["moving"], strict=True):
+                # A fleeting tensor needs memory to be copied into; `publish` shows the model the weights and frees it.
                 if isinstance(mover, Fleeting):
                     mover.fetch()
                 mover.tensor.copy_(tensor)
                 mover.publish()
+        # Now the optimizer's moments. The batches are not stored: `Source.skip` draws the used ones again.
         steering.load(content["optimizer"])
         return content["history"]
 
-    def _check(self, found: Mapping[str, Any]) -> None:
+    def _check(self, stored: Mapping[str, Any]) -> None:
         own = self.identity
-        other = [name for name in sorted({*found, *own}) if found.get(name) != own.get(name)]
+        other = [name for name in sorted({*stored, *own}) if stored.get(name) != own.get(name)]
         if other:
-            shown = "; ".join(f"{name}: {found.get(name)}, here {own.get(name)}" for name in other[:5])
+            shown = "; ".join(f"{name}: {stored.get(name)}, here {own.get(name)}" for name in other[:5])
             raise ValueError(
                 f"expected a checkpoint of this run, got one of another at {self.path} ({shown}): "
                 f"delete it or give another path."
             )
 
 
-def _shown(mover: Moving) -> Tensor:
-    """Its tensor, or a copy of one that is about to lose its memory."""
+def _with_memory(mover: Moving) -> Tensor:
+    """The mover's tensor, or a copy of a fleeting one, which has no memory now."""
     if not isinstance(mover, Fleeting):
         return mover.tensor
     mover.fetch()
-    found = mover.tensor.clone()
+    copy = mover.tensor.clone()
     mover.publish()
-    return found
+    return copy

@@ -17,7 +17,7 @@ from mechunlearn.training.trained_layers import Part
 from mechunlearn.weights import Entries, Values, read
 
 PATIENCE = 10
-"""Steps for which a loss may be as high as that of a model that has diverged: some recover."""
+"""The number of steps for which a loss may be as high as that of a model that has diverged: some recover."""
 
 
 def fit(
@@ -40,24 +40,22 @@ def fit(
     until: Callable[[Row], bool] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Row]:
-    """Train the entries in place by the sum of the terms; one row of history per step.
+    """Train the entries in place by the sum of the terms, inside `differentiable(model)`; one row of history per step.
 
-    Cosine schedule from `learning_rate` to 0, one scheduler step per optimizer step; gradients are
-    clipped at norm `clip`. Each batch goes through in micro-batches and is normalised by its own
-    number of tokens (prompts, for a loss of prompts), so their size changes memory and speed, not the result. Every
-    prompt is used once per epoch, in an order that depends on `seed` and the term's name. `until`, shown each row of
-    the history, may end the training.
+    - `moving`: the tensors that the optimizer moves, in place of the weights themselves.
+    - `penalty`: it is called after the terms, adds its gradient to theirs and gives its value.
+    - `original`: the values of the entries, where they are known, which spares a copy.
+    - `micro_batch_size` changes memory and speed, not the result: a batch is normalised by its own number of tokens
+      (prompts, for a loss of prompts).
+    - `seed` and the term's name fix the order of the prompts, each of which is used once per epoch.
 
-    What must be computed: no gradient or optimizer state for frozen weights, no graph below the lowest
-    trained layer, whose input is computed once per prompt, as is what a loss asks of the unedited model; logits only
-    at the answer tokens, and of a large vocabulary only some at a time. Weights below float32 have float32 masters;
-    `compute_dtype=torch.bfloat16` computes a float32 model's matrix products in bfloat16.
-    `moving` is what the optimizer moves instead of the weights themselves; `penalty`, called after the terms, adds
-    its gradient to them and gives its value. `original`, where it is known, spares a copy of the entries.
-    Call it inside `differentiable(model)`.
+    The other options are those of `RunOptions`. Frozen weights have no gradient or optimizer state. There is no graph
+    below the lowest trained layer: its input is computed once per prompt, and so is what a loss asks of the unedited
+    model. Logits are computed only at the answer tokens, and of a large vocabulary only some at a time. Weights below
+    float32 have float32 masters.
 
     Raises FloatingPointError, naming the step, as soon as a loss or a gradient is not finite, or a term in nats has
-    for ten steps been more than log(d_vocab) / 2, half the loss of knowing nothing, above what it was at the first.
+    been more than log(d_vocab) / 2, half the loss of knowing nothing, above its first value for ten steps.
     """
     _check_positive(steps=steps, micro_batch_size=micro_batch_size)
     part = Part(model, entries, read(list(entries)) if original is None else original, compute_dtype)

@@ -1,4 +1,4 @@
-"""What an optimizer moves for some localized weights."""
+"""The tensors that an optimizer moves to change localized weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from mechunlearn.weights import Entries
 
 @runtime_checkable
 class Moving(Protocol):
-    """What the optimizer moves for some entries."""
+    """A tensor that the optimizer moves, and the entries that follow it."""
 
     @property
     def entries(self) -> Entries: ...
@@ -22,18 +22,18 @@ class Moving(Protocol):
     def tensor(self) -> Tensor: ...
 
     def collect(self) -> None:
-        """Add what one micro-batch left in the parameter's gradient to `tensor.grad`, and clear it."""
+        """Add the parameter's gradient, of one micro-batch, to `tensor.grad`, and clear it."""
 
     def publish(self) -> None:
-        """Show the model what the optimizer made of `tensor`, and clear its gradient."""
+        """Write the weights that follow from `tensor` into the model, and clear the tensor's gradient."""
 
 
 @runtime_checkable
 class Fleeting(Moving, Protocol):
-    """One whose tensor has no memory but from `fetch` to `publish`."""
+    """A mover whose tensor has memory only from `fetch` to `publish`."""
 
     def fetch(self) -> None:
-        """Fill `tensor` with what the model shows."""
+        """Give `tensor` memory, and the model's present weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,10 @@ class Master:
         return self.tensor is not self.entries.slot.parameter
 
     def collect(self) -> None:
-        """Add the parameter's gradient (of one micro-batch) to the master's, in its precision."""
         if self.is_copy:
             collect_gradient(self)
 
     def publish(self) -> None:
-        """Show the model the new values, and forget the gradient."""
         if self.is_copy:
             self.entries.write(self.tensor)
         self.tensor.grad = None
@@ -87,7 +85,7 @@ def add_gradient(tensor: Tensor, gradient: Tensor) -> None:
 
 @contextmanager
 def collecting(moving: Sequence[Moving]) -> Iterator[None]:
-    """Inside, every `collect` runs as soon as its parameter has a gradient: never are all parameters' there at once."""
+    """Inside, `collect` runs as soon as its parameter has a gradient, so that never all parameters have theirs."""
     handles = []
     try:
         for mover in moving:

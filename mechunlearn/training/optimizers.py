@@ -34,7 +34,7 @@ def adamw_8bit(parameters: Sequence[Tensor], *, lr: float) -> Optimizer:
 
 
 class Steering:
-    """The optimizers of a run: one for all movers, but one for each of those that have memory during its step only."""
+    """The optimizers of a run: one for all movers that keep their memory, and one for each fleeting mover."""
 
     def __init__(self, optimizer: MakesOptimizer, movers: Sequence[Moving], learning_rate: float) -> None:
         together = [mover for mover in movers if not isinstance(mover, Fleeting)]
@@ -43,7 +43,6 @@ class Steering:
         self.optimizers = [optimizer([mover.tensor for mover in group], lr=learning_rate) for group in self.groups]
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -59,10 +58,10 @@ class Steering:
                 mover.publish()
 
     def state(self) -> list[dict[int, Any]]:
-        """What each optimizer remembers of its parameters, by their number."""
+        """The state of each optimizer (moments, counts), by the number of the parameter."""
         return [optimizer.state_dict()["state"] for optimizer in self.optimizers]
 
     def load(self, states: Sequence[Mapping[int, Any]]) -> None:
-        """Give each optimizer what `state` said that it remembers."""
+        """Restore the optimizers from what `state` returned."""
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})

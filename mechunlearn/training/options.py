@@ -101,9 +101,9 @@ Returned = TypeVar("Returned")
 def with_options(**defaults: Any) -> Callable[[Callable[Given, Returned]], Callable[Given, Returned]]:
     """A decorator for functions that end in `**options: Unpack[...]`, of a table such as `TrainingOptions`.
 
-    The function is called with every option of the table: as given, or with its default. `defaults` are those in which
-    this function departs from the table. The signature has all options with their real defaults, and the docstring
-    ends in a list of them. TypeError, before any work, for an option that there is not; it names the nearest.
+    The function is called with every option of the table, given or by default; `defaults` are its own, where they
+    differ from the table's. Its signature shows all options with their real defaults, and its docstring ends in a list
+    of them. TypeError, before any work, for an option that does not exist; the message names the nearest one.
     """
 
     def decorate(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
@@ -138,7 +138,7 @@ def default_options(**departures: Any) -> RunOptions:
 
 
 def _table(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name -> `Annotated[type, default, sentence]`, of the TypedDict that the function unpacks."""
+    """Name -> `Annotated[type, default, sentence]`: the TypedDict that the function unpacks."""
     (unpacked,) = (p for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD)
     (options,) = get_args(unpacked.annotation)
     return options.__annotations__
@@ -150,7 +150,7 @@ def _parameter(name: str, entry: Any, defaults: Mapping[str, Any]) -> inspect.Pa
 
 
 def _line(parameter: inspect.Parameter, entry: Any) -> str:
-    """An item of the list in the docstring; of a function the name is the default."""
+    """An item of the list in the docstring; a function is shown by its name."""
     default = described(parameter.default) if callable(parameter.default) else repr(parameter.default)
     return fill(f"- `{parameter.name}` = {default}: {entry.__metadata__[1]}", 116, subsequent_indent="  ")
 

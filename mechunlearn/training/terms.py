@@ -4,6 +4,7 @@ import hashlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ class Term:
 
 
 def shuffled(term: Term, prompts: Prompts, seed: int) -> Iterator[Int[Tensor, "row"]]:
-    """Row numbers, forever: every row once per epoch, each epoch in a new order, by the seed and the term's name."""
+    """Row numbers without end: every row once per epoch, in a new order each epoch, by the seed and the term's name."""
     digest = hashlib.sha256(f"{seed} {term.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
     waiting, size = torch.empty(0, dtype=torch.long), min(term.batch_size, len(prompts))
@@ -48,15 +49,12 @@ def shuffled(term: Term, prompts: Prompts, seed: int) -> Iterator[Int[Tensor, "r
 
 
 def text_batches(rows: Iterator[Int[Tensor, "pos"]], size: int) -> Iterator[Prompts]:
-    """Batches of a stream of text. ValueError, saying after how many tokens, where it ends."""
+    """Batches of a stream of text. ValueError, which says after how many tokens, when the stream ends."""
     count = length = 0
     while True:
-        batch = []
-        for row in rows:
-            batch.append(row)
-            count, length = count + 1, len(row)
-            if len(batch) == size:
-                break
+        # A stream is read only when a batch is asked for, and never further than that batch.
+        batch = list(islice(rows, size))
+        count, length = count + len(batch), len(batch[-1]) if batch else length
         if len(batch) < size:
             raise ValueError(
                 f"expected text for another batch of {size} rows, but the stream ended after {count * length} tokens "
@@ -66,12 +64,18 @@ def text_batches(rows: Iterator[Int[Tensor, "pos"]], size: int) -> Iterator[Prom
 
 
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Numbers: 16 MiB of float32 logits, of which a loss needs three times as much; more where starting costs more."""
+"""How many logits exist at once: 16 MiB of float32 on the CPU, of which a loss needs three times as much. A GPU takes
+more, because starting its kernels costs more."""
 
 
 @dataclass(eq=False)
 class Source:
-    """A term and its batches."""
+    """A term and its batches.
+
+    For prompts, batches are row numbers, in an order that the seed fixes. For a stream of text they are the rows
+    themselves, each used once. What the layers below the trained ones and the unedited model say about prompts is kept,
+    if prompts come again; otherwise it is computed for each batch.
+    """
 
     part: Part
     term: Term
@@ -102,22 +106,22 @@ class Source:
             return
         self._check_alternative(len(prompts))
         self.batches = shuffled(term, prompts, self.seed)
-        if self.steps * term.batch_size > len(prompts):  # prompts come again
+        if self.steps * term.batch_size > len(prompts):  # then prompts come again
             self.kept = self._readers(prompts, self._other)
 
     def skip(self, steps: int) -> None:
-        """Pass over the batches that earlier steps have used."""
+        """Pass over the batches of earlier steps; a stream of text is read up to the same place."""
         for _ in range(steps):
             next(self.batches)
 
     def backward(self, step: int) -> float:
-        """Gradient of the term on its next batch; gives its value without the coefficient."""
+        """The value of the term on its next batch, without the coefficient; its gradient is added to the weights'."""
         rows, readers = self._next()
         per_row = is_per_row(self.term.loss)
         total = len(rows) if per_row else int(readers[0].prompts.answer_mask[rows].sum())
         value = 0.0
         size = self.micro_batch_size or len(rows)
-        if per_row:  # with all logits of a prompt at once
+        if per_row:  # all logits of a prompt exist at once
             size = min(size, max(1, self._at_once() // readers[0].prompts.answers.shape[1]))
         for micro_batch in rows.split(operator.index(size)):
             with self.part.computing():
@@ -137,10 +141,10 @@ class Source:
         value = 0.0
         size = self._at_once() if "final" in {*graph, *before} else int(real.sum())
         for piece in torch.arange(int(real.sum())).split(operator.index(size)):
-            given = {name: value[piece] for name, value in alike.items()} | self._inputs(leaves, piece)
+            inputs = {name: value[piece] for name, value in alike.items()} | self._inputs(leaves, piece)
             with torch.no_grad():
-                given |= {f"original_{name}": reading for name, reading in self._inputs(before, piece).items()}
-            value += self._step({name: given[name] for name in self.names}, len(piece), "token", total, step)
+                inputs |= {f"original_{name}": reading for name, reading in self._inputs(before, piece).items()}
+            value += self._step({name: inputs[name] for name in self.names}, len(piece), "token", total, step)
         reached = [name for name in graph if leaves[name].grad is not None]
         if reached:
             torch.autograd.backward([graph[name] for name in reached], [leaves[name].grad for name in reached])
@@ -148,20 +152,20 @@ class Source:
 
     def _rows(self, readers: tuple[Reader, ...], rows: Tensor, total: int, step: int) -> float:
         """For a loss of prompts, by the log-probability of their answers."""
-        given = {"length": readers[0].prompts.answer_mask[rows].sum(1)}
+        inputs = {"length": readers[0].prompts.answer_mask[rows].sum(1)}
         for prefix, reader in zip(("", "alternative_"), readers, strict=False):
             now = reader.now(rows, self.wanted)["final"]
-            given[f"{prefix}log_probability"] = self._log_probability(reader.prompts, rows, now)
+            inputs[f"{prefix}log_probability"] = self._log_probability(reader.prompts, rows, now)
             if self.original:
                 with torch.no_grad():
                     before = self._log_probability(reader.prompts, rows, reader.before["final"][rows])
-                given[f"original_{prefix}log_probability"] = before
-        return self._step({name: given[name] for name in self.names}, len(rows), "prompt", total, step)
+                inputs[f"original_{prefix}log_probability"] = before
+        return self._step({name: inputs[name] for name in self.names}, len(rows), "prompt", total, step)
 
-    def _step(self, given: dict[str, Tensor], count: int, unit: str, total: int, step: int) -> float:
-        """Value and gradient of some tokens' or prompts' share of the mean."""
+    def _step(self, inputs: dict[str, Tensor], count: int, unit: str, total: int, step: int) -> float:
+        """The share of some tokens or prompts in the mean; its gradient is added."""
         term = self.term
-        values = term.loss(**given)
+        values = term.loss(**inputs)
         if values.shape != (count,):
             raise ValueError(
                 f"expected {name_of(term.loss)} to give one value per {unit}, shape ({count},), got "
@@ -178,7 +182,7 @@ class Source:
         return loss.item()
 
     def _inputs(self, readings: Readings, piece: Tensor) -> dict[str, Tensor]:
-        """What a loss takes of some answer tokens; logits in place of what enters the final norm."""
+        """The inputs of a loss for some answer tokens, with logits in place of the stream before the final norm."""
         inputs = {name: value[piece] for name, value in readings.items()}
         if "final" in inputs:
             inputs["logits"] = unembedded(self.part.model, inputs.pop("final"))
@@ -196,12 +200,12 @@ class Source:
         return of_tokens.new_zeros(len(rows)).index_add(0, row, of_tokens)
 
     def _at_once(self) -> int:
-        """How many tokens have logits at the same time."""
+        """The number of tokens whose logits exist at once."""
         numbers = LOGITS_AT_ONCE.get(device_of(self.part.model).type, LOGITS_AT_ONCE["cpu"])
         return max(1, numbers // self.part.model.cfg.d_vocab)
 
     def _next(self) -> tuple[Tensor, tuple[Reader, ...]]:
-        """Rows of the next batch, and what reads them: all prompts, or those of this batch alone."""
+        """Rows of the next batch, and their readers: of all prompts, or of this batch alone."""
         batch, prompts, other = next(self.batches), self.term.prompts, self._other
         if self.kept and isinstance(batch, Tensor):
             return batch, self.kept
@@ -230,6 +234,6 @@ class Source:
 
 
 def _readings(names: list[str]) -> list[str]:
-    """Which residual streams these inputs of a loss are made of."""
+    """The residual streams (`Readings`) from which these inputs of a loss are computed."""
     final = [name for name in names if name not in ("targets", "length", "residual")]
     return [*(["residual"] if "residual" in names else []), *(["final"] if final else [])]

@@ -21,7 +21,7 @@ Readings = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Which weights are trained, and what they were."""
+    """The weights of a model that are trained, and their values before."""
 
     model: Model
     entries: Sequence[Entries]
@@ -64,23 +64,25 @@ class Part:
 
 
 def _show(entries: list[Entries], values: Values) -> None:
-    """Write values, and let go of what autocast has made of the ones before."""
+    """Write values, and drop the bfloat16 copies that autocast keeps of those before."""
     write(entries, values)
     torch.clear_autocast_cache()
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Prompts with what is computed once for each: the input of the lowest trained layer, the unedited model's part."""
+    """Prompts with what is computed once for each: the input of the lowest trained layer, and `before`."""
 
     part: Part
     prompts: Prompts
     entering: Float[Tensor, "batch pos d_model"] | None
+    """The input of the lowest trained layer; None where that is the first layer."""
     before: Readings
+    """The readings of the unedited model that a loss compares with."""
 
     @classmethod
     def of(cls, part: Part, prompts: Prompts, original: Sequence[str], rows_at_once: int) -> "Reader":
-        """`original`: which readings of the unedited model are wanted."""
+        """`original`: the names of the readings that are wanted of the unedited model."""
         blocks = torch.arange(len(prompts)).split(operator.index(rows_at_once))
         entering = None
         if part.lowest:
@@ -92,12 +94,11 @@ class Reader:
             return reader
         with part.as_it_was():
             before = [reader.now(rows, original) for rows in blocks]
-        return cls(
-            part, prompts, entering, {name: torch.cat([of_rows[name] for of_rows in before]) for name in original}
-        )
+        joined = {name: torch.cat([readings[name] for readings in before]) for name in original}
+        return cls(part, prompts, entering, joined)
 
     def now(self, rows: Tensor, names: Sequence[str]) -> Readings:
-        """Readings of the model as it is, with their graph."""
+        """Readings of the model with its present weights, with their graph."""
         part, prompts = self.part, self.prompts[rows]
         places = torch.arange(len(prompts), device=prompts.positions.device)[:, None], prompts.positions
         layer, start, last = part.lowest, self._entering(rows, prompts), len(part.model.blocks) - 1
@@ -113,7 +114,7 @@ class Reader:
         return readings
 
     def _entering(self, rows: Tensor, prompts: Prompts) -> Tensor | None:
-        """Without the columns that are padding in all of these rows, as `prompts`."""
+        """Their input of the lowest trained layer, without the columns that are padding in all of these rows."""
         if self.entering is None:
             return None
         first = int(self.prompts.positions[rows[0], 0] - prompts.positions[0, 0])

@@ -5,15 +5,6 @@ from mechunlearn.weights.edit import Edit, Editor, EditSize, checked_edit
 from mechunlearn.weights.entries import Entries, Values, exclusively, read, select, write
 
 __all__ = [
-    "Edit",
-    "EditSize",
-    "Editor",
-    "Entries",
-    "Values",
-    "checked_edit",
-    "exclusively",
-    "read",
-    "select",
-    "taken_back",
-    "write",
-]
+    "Edit", "EditSize", "Editor", "Entries", "Values", "checked_edit", "exclusively", "read", "select",
+    "taken_back", "write",
+]  # fmt: skip

@@ -49,11 +49,10 @@ def layered(model: Model, entries: list[Entries], values: Mapping[str, Tensor]) 
 
 @contextmanager
 def taken_back(model: Model, to: str) -> Iterator[Model]:
-    """Inside, the model has the weights with the fingerprint `to`, without the edits applied since; after, it has
-    those again, bit for bit.
+    """Inside, the edits applied since the model had the fingerprint `to` are taken back; after, it has them again.
 
-    The context gives the model; it nests, and an edit may be left inside. ValueError if taking edits back does not lead
-    to that fingerprint, as in a model that is being trained. Cost: a fingerprint for each edit, and one more.
+    It is exact to the bit, it nests, and an edit may be left inside. ValueError if taking edits back does not lead to
+    that fingerprint, as in a model that is being trained. Cost: a fingerprint for each edit, and one more.
     """
     lifted: list[tuple[_Layer, Values]] = []
     try:
@@ -72,7 +71,7 @@ def taken_back(model: Model, to: str) -> Iterator[Model]:
         yield model
     finally:
         for layer, values in reversed(lifted):
-            # An edit that was left meanwhile has no values to put back.
+            # An edit that was left meanwhile stays out.
             if layer in _applied.get(model, []):
                 write(layer.entries, values)
 
@@ -97,7 +96,7 @@ def check_made_for(model: Model, entries: Sequence[Entries], expected: str, valu
 
 
 def check_none_applied(model: Model) -> None:
-    """ValueError inside `Edit.applied`: on leaving, that would take back a part of what is changed for good."""
+    """ValueError inside `Edit.applied`, which on leaving would take back a part of a change that is for good."""
     if _applied.get(model):
         raise ValueError(
             "expected a model without an edit applied for a while, got one inside Edit.applied(...): leave that "

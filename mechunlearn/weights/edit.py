@@ -1,13 +1,12 @@
 """A change of weights as a value, and how large it is."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from mechunlearn import files
 from mechunlearn.components import ComponentMask
@@ -34,9 +33,9 @@ class Edit:
     mask: ComponentMask
     values: Values
     fingerprint: str
-    """Of the weights that the edit was made for (`mu.model.fingerprint`)."""
+    """That of the weights that the edit was made for (`mu.model.fingerprint`)."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """How it was made: editor, settings, seed, versions."""
+    """Editor, settings, seed and versions with which it was made."""
     history: tuple[Mapping[str, int | float], ...] = ()
     """One row per training step: each loss term, gradient norm, learning rate."""
 
@@ -46,12 +45,12 @@ class Edit:
             f"L{layer}.{matrix}": (int(units.sum()), shape.unit_parameters(matrix) // shape.d_model, shape.d_model)
             for (layer, matrix), units in shape.entries(self.mask).items()
         }
-        found = {label: tuple(value.shape) for label, value in self.values.items()}
-        if found != expected:
-            wrong = sorted(label for label in {*found, *expected} if found.get(label) != expected.get(label))[:3]
+        own = {label: tuple(value.shape) for label, value in self.values.items()}
+        if own != expected:
+            wrong = sorted(label for label in {*own, *expected} if own.get(label) != expected.get(label))[:3]
             raise ValueError(
                 f"expected values for exactly the entries of the mask, got "
-                f"{ {label: found.get(label) for label in wrong} } where the mask has "
+                f"{ {label: own.get(label) for label in wrong} } where the mask has "
                 f"{ {label: expected.get(label) for label in wrong} }: take them with gradient_mask(...).edit()."
             )
         strange = {str(value.dtype) for value in self.values.values() if value.dtype not in _DTYPES}
@@ -70,19 +69,21 @@ class Edit:
         return sum(value.numel() for value in self.values.values())
 
     def size(self, model: Model) -> "EditSize":
-        """How many weights it really changes, which share of the model they are, and how far they move.
-
-        ValueError unless the model has the weights that the edit was made for.
-        """
-        return size_of_change(model, self._entries(model), self.values)
+        """How many weights it really changes, which share of the model they are, and how far they move."""
+        changed, squares = 0, 0.0
+        for e in self._entries(model):
+            before = e.read(e.slot.parameter.detach())
+            after = self.values[e.label].to(before)
+            changed += int((after != before).sum())
+            squares += float(torch.linalg.vector_norm(after.double() - before.double()) ** 2)
+        return EditSize(changed, changed / n_parameters(model), squares**0.5)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Inside, the model has the edited weights; after, the old ones, bit for bit.
 
-        Nests: `with a.applied(model), b.applied(model):` takes edits made for the same weights that share none of
-        them, and edits made on the edited model. They may be left in any order.
-        ValueError for any other weights; for edits that do share some, `b` has to be made on the edited model.
+        Edits nest: in `with a.applied(model), b.applied(model):`, `b` is made on the model with `a`, or for the same
+        weights as `a` but sets none that `a` sets. They may be left in any order. ValueError for any other weights.
         """
         entries = self._entries(model)
         with layered(model, entries, self.values):
@@ -127,9 +128,9 @@ class Edit:
 
     @classmethod
     def load(cls, path: str | Path) -> "Edit":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0.
+        """The edit of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0.
 
-        Which model it fits is checked where it is applied: same shape, same weights, same dtype.
+        `applied` checks that a model has the shape, weights and dtype that it was made for.
         """
         return files.load(cls, path)
 
@@ -147,7 +148,7 @@ Editor: TypeAlias = Callable[..., Edit]
 
 
 def checked_edit(edit: object, editor: Editor) -> Edit:
-    """What the editor gave; ValueError if that is not an `Edit`."""
+    """The result of an editor; ValueError if it is not an `Edit`."""
     if not isinstance(edit, Edit):
         raise ValueError(
             f"expected an editor (model, task, mask) -> Edit, got {name_of(editor)}, which returns "
@@ -164,20 +165,9 @@ class EditSize:
     changed: int
     """Weights whose value differs from the original's; those that were covered and did not move do not count."""
     fraction: float
-    """Of the model's parameters, embeddings, biases and norms included."""
+    """The share of the model's parameters, embeddings, biases and norms included."""
     norm: float
     """L2 norm of the change."""
 
     def __str__(self) -> str:
         return f"{self.changed:,} weights changed ({self.fraction:.2%} of the model), L2 norm {self.norm:.4g}"
-
-
-def size_of_change(model: Model, entries: Sequence[Entries], values: Mapping[str, Tensor]) -> EditSize:
-    """Of writing `values`, cast to the model's dtype, into the entries."""
-    changed, squares = 0, 0.0
-    for e in entries:
-        before = e.read(e.slot.parameter.detach())
-        after = values[e.label].to(before)
-        changed += int((after != before).sum())
-        squares += float(torch.linalg.vector_norm(after.double() - before.double()) ** 2)
-    return EditSize(changed, changed / n_parameters(model), squares**0.5)

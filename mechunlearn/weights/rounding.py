@@ -15,7 +15,7 @@ from mechunlearn.model import Model, shape
 from mechunlearn.weights.entries import Entries, Values, exclusively, select
 
 Rounding: TypeAlias = Callable[[Float[Tensor, "out in"]], Float[Tensor, "out in"]]
-"""A function from a matrix to a rounded one."""
+"""A function from a matrix to a rounded matrix."""
 
 # fmt: off
 NF4 = (
@@ -69,7 +69,7 @@ def nf4(weight: Float[Tensor, "out in"], *, block: int = 64) -> Float[Tensor, "o
 def roundings_on(device: torch.device) -> Mapping[str, Rounding]:
     """int8, int4 and NF4: by bitsandbytes on a GPU, if it is installed, and by the same arithmetic elsewhere.
 
-    bitsandbytes has no plain int4 with one scale per row: that is ours everywhere.
+    int4 is the same arithmetic everywhere: bitsandbytes has none with one scale per row.
     """
     if device.type != "cuda" or find_spec("bitsandbytes") is None:
         return {"int8": int8_of_half, "int4": int4, "nf4": nf4}
@@ -106,8 +106,7 @@ def _bitsandbytes() -> Any:
 def rewritten(model: Model, entries: list[Entries], change: Callable[[Entries], Tensor]) -> Iterator[None]:
     """Inside, the entries have the values that `change` gives for them; after, their old ones, bit for bit.
 
-    `change` sees its own matrix as it was, and those before it already changed. ValueError in a model that is being
-    trained.
+    When `change` is called for a matrix, those before it are changed already. ValueError in a model being trained.
     """
     before: Values = {}
     with exclusively(model):

@@ -10,7 +10,17 @@ import tiny
 import torch
 
 import mechunlearn as mu
-from mechunlearn.edit import finetune, ft_l, learn_weight_mask, learn_weight_mask_in_place, lora
+from mechunlearn.edit import (
+    alpha_edit,
+    finetune,
+    ft_l,
+    learn_weight_mask,
+    learn_weight_mask_in_place,
+    lora,
+    memit,
+    rome,
+)
+from mechunlearn.edit.inject.targets import InjectOptions
 from mechunlearn.evaluate.attacks.relearning import (
     BenignOptions,
     RelearnOptions,
@@ -39,7 +49,8 @@ ATTACKS = {
     relearn_and_ask: RunsOptions,
     relearn_lora: LoraOptions,
 }
-TABLES = EDITORS | ATTACKS
+INJECTORS = dict.fromkeys((rome, memit, alpha_edit), InjectOptions)
+TABLES = EDITORS | ATTACKS | INJECTORS
 named = pytest.mark.parametrize("function", TABLES, ids=lambda function: function.__name__)
 DEPARTURES = {
     "finetune": {},
@@ -47,6 +58,9 @@ DEPARTURES = {
     "ft_l": {"steps": 25, "learning_rate": 5e-4, "clip": None},
     "learn_weight_mask": {"learning_rate": 1.0, "forget_coefficient": 0.3, "clip": None},
     "learn_weight_mask_in_place": {"learning_rate": 1.0, "forget_coefficient": 0.3, "clip": None},
+    "rome": {"steps": 120, "clamp": 4.0, "stop_below": 0.001},
+    "memit": {},
+    "alpha_edit": {},
     "relearn": {},
     "relearn_few": {"steps": 20},
     "relearn_benign": {"steps": 50},
@@ -65,7 +79,7 @@ def test_a_signature_shows_every_option_with_its_type_and_default(function):
     parameters = inspect.signature(function).parameters
     given = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     assert given[:2] == ["model", "task"]
-    assert given[2:] == (["mask"] if function in EDITORS else ["questions"] * (function is relearn_and_ask))
+    assert given[2:] == (["mask"] if function in EDITORS | INJECTORS else ["questions"] * (function is relearn_and_ask))
     table = TABLES[function].__annotations__
     assert [name for name in parameters if name in table] == list(table)
     for name, entry in table.items():
@@ -110,7 +124,7 @@ def test_help_has_a_sentence_for_every_option(function):
         assert entry.__metadata__[1].endswith(".")
 
 
-@named
+@pytest.mark.parametrize("function", EDITORS | ATTACKS, ids=lambda function: function.__name__)
 def test_a_misspelt_option_is_an_error_that_names_the_nearest_before_any_work(function):
     with pytest.raises(TypeError, match=f"{function.__name__} has no option batchsize: did you mean batch_size?"):
         function(None, None, None, batchsize=8)

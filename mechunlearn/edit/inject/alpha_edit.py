@@ -1,7 +1,10 @@
 """Null-space editing: facts written only along directions that keys of general text hardly have."""
 
-from collections.abc import Sequence
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,95 +14,69 @@ from mechunlearn.edit.inject.facts import subject_end, with_subjects
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.memit import spread
 from mechunlearn.edit.inject.solving import NullSpace, in_null_space, null_space, smallest_eigenvalues
-from mechunlearn.edit.inject.targets import Search, facts_written
+from mechunlearn.edit.inject.targets import InjectOptions, facts_written
 from mechunlearn.identity import described
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.mlp_values import mlp_values
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
+from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries
 
 smallest_tenth = partial(smallest_eigenvalues, share=0.1)
 """The smallest eigenvalues that make up a tenth of their sum."""
 
 
+@with_options()
 def alpha_edit(
     model: Model,
     task: Task,
     mask: ComponentMask,
     *,
-    covariance: KeyCovariance | None = None,
     free: NullSpace = smallest_tenth,
     ridge: float = 1.0,
     keep: Prompts | None = None,
-    prefixes: Sequence[str] | None = None,
-    steps: int = 40,
-    learning_rate: float = 0.5,
-    kl_coefficient: float = 0.0625,
-    decay: float = 0.5,
-    clamp: float = 1.5,
-    stop_below: float = 0.05,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[InjectOptions],
 ) -> Edit:
     """`memit` with another solution for each MLP: text's keys are not weighed against the facts, but left alone.
 
         W_out + D,    [P (K^T K + K_p^T K_p) + ridge * I] D = P K^T R
 
-    P projects onto the eigenvectors of S, the second moment of the keys of general text, whose eigenvalues `free` takes
-    for none. Keys of such text have next to nothing in that space, so that their values hardly change. K_p are keys of
-    facts that must stay, at the subjects' last tokens of `keep`, such as those of earlier edits. `ridge` keeps D small;
-    it is in squared activations, so it depends on the model.
+    K and R are those of `memit`. The others:
 
-    `free`: by default the smallest eigenvalues that make up a tenth of their sum. The paper takes those below
-    0.02, `partial(mu.edit.eigenvalues_below, threshold=0.02)`, which depends on the scale of a model's keys: the first
-    MLP of the shipped model has none.
+    - P projects onto the directions that text hardly has, so that its outputs hardly change: the eigenvectors of S, the
+      second moment of its keys, with the eigenvalues that `free` takes for none. By default these are the smallest ones
+      that make up a tenth of their sum. The paper takes those below 0.02,
+      `partial(mu.edit.eigenvalues_below, threshold=0.02)`, of which there may be none: it depends on the scale of keys.
+    - K_p are the keys, at the subjects' last tokens, of the facts in `keep`, such as those of earlier edits. They stay.
+    - `ridge` keeps D small; it is in squared activations, so it depends on the model.
 
     S is used without shrinkage, so it has to be measured on more tokens than there are neurons: directions that a short
     text happens not to have would count as free.
 
     Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 10 (1 for Llama 3), 25 steps of 0.1, clamp 0.75; the other
-    defaults suit the shipped model. Cost and errors: as for
-    `memit`, with an eigendecomposition of d_mlp x d_mlp in place of a solve; and ValueError where `free` takes none or
-    all of the directions, for a `ridge` that is not above 0, and for S of too few tokens.
+    defaults suit the shipped model. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp in
+    place of a solve; and ValueError where `free` takes none or all of the directions, for a `ridge` that is not above
+    0, and for S of too few tokens.
     """
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}.")
-    kept = None if keep is None else with_subjects(keep, "facts to keep")
-    search = Search(steps, learning_rate, kl_coefficient, decay, clamp, stop_below)
-    return facts_written(
-        model,
-        task,
-        mask,
-        partial(spread, model, search, partial(_solved, model, free, ridge, kept), progress),
-        covariance=covariance,
-        prefixes=prefixes,
-        search=search,
-        seed=seed,
-        provenance={"editor": "alpha_edit", "ridge": ridge, "free": described(free), "kept": len(keep or ())},
-    )
+    kept = None if keep is None else with_subjects(keep, "facts to keep").to(device_of(model))
 
+    def solve(output: Entries, covariance: KeyCovariance, keys: Tensor, moves: Tensor) -> Tensor:
+        layer, units = output.slot.layer, output.units
+        if covariance.n_tokens <= len(keys[0]):
+            raise ValueError(
+                f"expected keys of more tokens of text than the {len(keys[0])} neurons that are edited, got "
+                f"{covariance.n_tokens}: directions that a short text lacks are not free. Measure key_covariance on "
+                f"more."
+            )
+        basis = null_space(covariance.moments[layer].double().cpu()[units][:, units], free)
+        kept_keys = torch.empty(0, keys.shape[1], dtype=keys.dtype)
+        if kept is not None:
+            values = mlp_values(model, [layer], kept.tokens, kept.attention_mask, subject_end(kept))
+            kept_keys = values.keys[layer].double().cpu()[:, units]
+        return in_null_space(basis, keys, moves, ridge, kept_keys)
 
-def _solved(
-    model: Model,
-    free: NullSpace,
-    ridge: float,
-    kept: Prompts | None,
-    output: Entries,
-    covariance: KeyCovariance,
-    keys: Tensor,
-    moves: Tensor,
-) -> Tensor:
-    layer, units = output.slot.layer, output.units
-    if covariance.n_tokens <= len(keys[0]):
-        raise ValueError(
-            f"expected keys of more tokens of text than the {len(keys[0])} neurons that are edited, got "
-            f"{covariance.n_tokens}: directions that a short text lacks are not free. Measure key_covariance on more."
-        )
-    basis = null_space(covariance.moments[layer].double().cpu()[units][:, units], free)
-    old = torch.empty(0, keys.shape[1], dtype=keys.dtype)
-    if kept is not None:
-        kept = kept.to(device_of(model))
-        found = mlp_values(model, [layer], kept.tokens, kept.attention_mask, subject_end(kept))
-        old = found.keys[layer].double().cpu()[:, units]
-    return in_null_space(basis, keys, moves, ridge, old)
+    about = {"editor": "alpha_edit", "ridge": ridge, "free": described(free), "kept": len(keep or ())}
+    return facts_written(model, task, mask, partial(spread, model, options["progress"], solve), options, about=about)

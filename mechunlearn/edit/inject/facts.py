@@ -20,8 +20,8 @@ def injected(task: Task) -> Prompts:
     facts = task.injection
     if facts is None:
         raise ValueError("expected a task with prompts to inject, got none: replace(task, injection=...).")
-    true, seen = dict(map(asked_and_answered, each(task.forget))), dict[tuple[int, ...], tuple[int, ...]]()
-    for row, fact in enumerate(each(facts)):
+    true, seen = dict(map(asked_and_answered, facts_of(task.forget))), dict[tuple[int, ...], tuple[int, ...]]()
+    for row, fact in enumerate(facts_of(facts)):
         asked, answer = asked_and_answered(fact)
         if true.get(asked) == answer:
             raise ValueError(
@@ -79,9 +79,9 @@ def essence(model: Model, fact: Prompts) -> Prompts:
 
 
 def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, seed: int = 0) -> tuple[str, ...]:
-    """Text of the model's own, one piece of each number of tokens: sampled from the 5 likeliest, ends in a full stop.
+    """Texts that the model makes up, one of each length in tokens, sampled from the 5 likeliest, with a full stop.
 
-    The same seed gives the same text on CPU. Cost: one F for each token of the longest.
+    The same seed gives the same texts on CPU. Cost: one F for each token of the longest.
     """
     count, special = len(lengths), sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else []
     if not count:
@@ -102,12 +102,12 @@ def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, se
     return tuple(model.tokenizer.decode(piece, skip_special_tokens=True).strip() + ".\n" for piece in pieces)
 
 
-def each(prompts: Prompts) -> list[Prompts]:
+def facts_of(prompts: Prompts) -> list[Prompts]:
     return [prompts[[row]] for row in range(len(prompts))]
 
 
 def asked_and_answered(fact: Prompts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens up to the one that predicts the answer, and the answer's."""
+    """The tokens of the question, up to the one that predicts the answer, and the tokens of the answer."""
     end = int(fact.positions[0, 0]) + 1
     asked = fact.tokens[0, :end][fact.attention_mask[0, :end]]
     return tuple(asked.tolist()), tuple(fact.answers[0][fact.answer_mask[0]].tolist())
@@ -118,7 +118,7 @@ def _label(prompts: Prompts, row: int) -> str:
 
 
 def _opened(model: Model, fact: Prompts) -> tuple[list[int], list[int], int]:
-    """BOS (if the fact begins with it), the other tokens, and how much padding was on the left."""
+    """The BOS token (if the fact begins with it), the other tokens, and the amount of padding on the left."""
     real = fact.tokens[0][fact.attention_mask[0]].tolist()
     start = list(encode(model, "").tokens)
     start = start if real[: len(start)] == start else []
@@ -132,7 +132,7 @@ def _without_start(model: Model, text: str) -> list[int]:
 def _padded(
     model: Model, tokens: Sequence[Sequence[int]], subject: Sequence[Sequence[bool]], places: Tensor, answers: Tensor
 ) -> Prompts:
-    """Rows filled on the right."""
+    """Prompts of these rows, padded on the right."""
     width, device = max(map(len, tokens)), device_of(model)
     filled = torch.full((len(tokens), width), pad_token(model), device=device)
     mask, marks = torch.zeros_like(filled, dtype=torch.bool), torch.zeros_like(filled, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What an MLP usually reads: the second moment of its keys over text, which closed-form editors keep clear of."""
+"""The second moment of an MLP's keys over text: by it, closed-form editors spare what the MLP usually reads."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,13 +29,13 @@ class KeyCovariance:
     moments: Mapping[int, Float[Tensor, "d_mlp d_mlp"]]
     """Layer -> S, in float32 (in float64 for a model in float64)."""
     shrinkage: Mapping[int, float]
-    """Layer -> how much of C is the identity; 0 where S is used as it is."""
+    """Layer -> the share of the identity in C; 0 where S is used as it is."""
     n_tokens: int
-    """How many tokens it was measured on."""
+    """The number of tokens that it was measured on."""
     source: str
-    """Which text that was."""
+    """A name for their text."""
     fingerprint: str
-    """Of the weights that it was measured on (`mu.model.fingerprint`)."""
+    """That of the weights that it was measured on (`mu.model.fingerprint`)."""
 
     def at(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
         """C of one layer, in float64 on the CPU."""
@@ -45,10 +45,10 @@ class KeyCovariance:
 
     def check(self, model: Model, layers: Iterable[int]) -> None:
         """ValueError unless it was measured on these weights, at these layers."""
-        found = fingerprint(model)
-        if found != self.fingerprint:
+        own = fingerprint(model)
+        if own != self.fingerprint:
             raise ValueError(
-                f"expected a key covariance of this model (fingerprint {found}), got one of other weights "
+                f"expected a key covariance of this model (fingerprint {own}), got one of other weights "
                 f"({self.fingerprint}): call key_covariance on the model as it is now."
             )
         missing = [layer for layer in layers if layer not in self.moments]
@@ -69,10 +69,7 @@ class KeyCovariance:
 
     @classmethod
     def load(cls, path: str | Path) -> "KeyCovariance":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0.
-
-        Editors check which model it was measured on.
-        """
+        """The covariance of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0."""
         return files.load(cls, path)
 
     def __repr__(self) -> str:
@@ -95,13 +92,13 @@ def key_covariance(
     `text`: rows of tokens without padding, such as `task.text`, or strings, which are packed to rows of 64 tokens.
     `prompts`: what else is to be spared, such as `task.retain`; text without a single name spares no name.
 
-    `shrinkage`: how much of C is the identity (see `KeyCovariance`), the same for all layers; 1 is plain least squares.
-    By default each layer has the one with the smallest expected squared error if tokens were independent,
+    `shrinkage`: the share of the identity in C, the same for all layers; 1 is plain least squares. By default each
+    layer has the one with the smallest expected squared error if tokens were independent,
 
         min(1, (mean of |key|^4 - |S|^2) / (n_tokens * |S - trace(S) / d_mlp * I|^2))      (norms: Frobenius)
 
-    of Ledoit & Wolf 2004 (https://doi.org/10.1016/S0047-259X(03)00096-4), which goes to 0 with more text, so that a
-    small sample will do. Tokens of a text are not independent: raise it if edits spill over.
+    of Ledoit & Wolf 2004 (https://doi.org/10.1016/S0047-259X(03)00096-4), which goes to 0 with more text. Tokens of a
+    text are not independent: raise it if edits spill over.
 
     Meng et al. 2022 (https://arxiv.org/abs/2202.05262) use 100,000 samples of Wikipedia and no shrinkage.
     Cost: 1F of the text up to the highest layer, and d_mlp^2 numbers for each layer.
@@ -129,7 +126,7 @@ def key_covariance(
 
 
 def _batches(rows: Tensor, prompts: Prompts | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and mask."""
+    """Tokens and attention masks, at most `size` rows each."""
     for batch in rows.split(operator.index(size)):
         yield batch, torch.ones_like(batch, dtype=torch.bool)
     for batch in prompts.batches(size) if prompts is not None else ():
@@ -137,15 +134,15 @@ def _batches(rows: Tensor, prompts: Prompts | None, size: int) -> Iterator[tuple
 
 
 def output_matrices(entries: Iterable[Entries]) -> list[Entries]:
-    """Those of W_out, in layer order; ValueError if there are none."""
+    """The entries of W_out, in layer order; ValueError if there are none."""
     entries = list(entries)
-    found = [e for e in entries if e.slot.matrix == "W_out"]
-    if not found:
+    outputs = [e for e in entries if e.slot.matrix == "W_out"]
+    if not outputs:
         raise ValueError(
             f"expected a mask that names a W_out (an MLP such as L1MLP, L1MLP.W_out, or neurons), got one of "
             f"{', '.join(e.label for e in entries[:5])}: facts are written into W_out; choose MLPs."
         )
-    return found
+    return outputs
 
 
 def _ledoit_wolf(moment: Float[Tensor, "d_mlp d_mlp"], fourth: float, count: int) -> float:

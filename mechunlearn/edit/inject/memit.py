@@ -1,11 +1,13 @@
 """Mass editing: many facts at once, in the MLPs of several layers, by least squares."""
 
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -13,42 +15,46 @@ from mechunlearn.components import ComponentMask
 from mechunlearn.edit.inject.facts import subject_end
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.solving import least_squares
-from mechunlearn.edit.inject.targets import Row, Search, Sought, add, facts_written, selected, target_move
+from mechunlearn.edit.inject.targets import (
+    FactInContexts,
+    InjectOptions,
+    Row,
+    ValueSearch,
+    add,
+    facts_written,
+    of_units,
+    target_move,
+)
 from mechunlearn.model import Model
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm
 from mechunlearn.tasks.task import Task
+from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries
 
 
+@with_options()
 def memit(
     model: Model,
     task: Task,
     mask: ComponentMask,
     *,
-    covariance: KeyCovariance | None = None,
     covariance_weight: float = 50.0,
-    prefixes: Sequence[str] | None = None,
-    steps: int = 40,
-    learning_rate: float = 0.5,
-    kl_coefficient: float = 0.0625,
-    decay: float = 0.5,
-    clamp: float = 1.5,
-    stop_below: float = 0.05,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[InjectOptions],
 ) -> Edit:
     """Write all facts of `task.injection` into the W_out of every MLP that the mask names.
 
-        W_out + (w C + K^T K)^-1 K^T R      w = covariance_weight
+        W_out + (w C + K^T K)^-1 K^T R,    w = covariance_weight
 
-    For each fact, the move of the highest MLP's output at the subject's last token is sought as in `rome`, and with it
-    the residual stream that is wanted there. Then, from the lowest MLP to the highest, R is what that stream still
-    lacks, one row per fact, over the number of MLPs left; K are the facts' keys, means over the contexts; C is the
-    second moment of the keys of general text, which counts as much as w tokens of it. A larger w writes facts less
-    fully and spares other text more.
+    From the lowest MLP to the highest, with these parts measured anew for each:
 
-    In models with a norm after the MLP (Gemma 2) moves are added before it, and the residual stream's lack is taken
-    back through it (`before_post_norm`). Biases, other matrices, neurons, `covariance`, `prefixes`: as in `rome`.
+    - K: a row for each fact, its key, as k in `rome`.
+    - R: a row for each fact: what the residual stream after the highest MLP still lacks at the subject's last token,
+      over the number of MLPs left. What it should be is found as in `rome`, by a move of the highest MLP's output.
+    - C: the second moment of the keys of general text, which counts as much as w tokens of it. A larger w writes facts
+      less fully and spares other text more.
+
+    In models with a norm after the MLP (Gemma 2) moves are added before it, and what the residual stream lacks is taken
+    back through it (`before_post_norm`). Masks of neurons, and what is left alone: as in `rome`.
 
     Meng et al. 2023, https://arxiv.org/abs/2210.07229. `covariance_weight`, `steps` and `clamp` suit the shipped model;
     theirs are 15,000 for GPT-J and 20,000 for GPT-2 XL, 20 to 25 steps, and 0.75. `clamp` and `decay` are relative to
@@ -58,22 +64,12 @@ def memit(
     """
     if covariance_weight <= 0:
         raise ValueError(f"covariance_weight must be above 0, got {covariance_weight}.")
-    search = Search(steps, learning_rate, kl_coefficient, decay, clamp, stop_below)
-    return facts_written(
-        model,
-        task,
-        mask,
-        partial(spread, model, search, partial(_solved, covariance_weight), progress),
-        covariance=covariance,
-        prefixes=prefixes,
-        search=search,
-        seed=seed,
-        provenance={"editor": "memit", "covariance_weight": covariance_weight},
-    )
 
+    def solve(output: Entries, covariance: KeyCovariance, keys: Tensor, moves: Tensor) -> Tensor:
+        return least_squares(of_units(output, covariance), keys, moves, covariance_weight)
 
-def _solved(weight: float, output: Entries, covariance: KeyCovariance, keys: Tensor, moves: Tensor) -> Tensor:
-    return least_squares(selected(output, covariance), keys, moves, weight)
+    about = {"editor": "memit", "covariance_weight": covariance_weight}
+    return facts_written(model, task, mask, partial(spread, model, options["progress"], solve), options, about=about)
 
 
 Solve: TypeAlias = Callable[[Entries, KeyCovariance, Tensor, Tensor], Tensor]
@@ -82,43 +78,28 @@ Solve: TypeAlias = Callable[[Entries, KeyCovariance, Tensor, Tensor], Tensor]
 
 def spread(
     model: Model,
-    search: Search,
-    solve: Solve,
     progress: bool,
-    sought: Sequence[Sought],
+    solve: Solve,
+    search: ValueSearch,
+    facts: Sequence[FactInContexts],
     outputs: Sequence[Entries],
     covariance: KeyCovariance,
 ) -> list[Row]:
-    """From the lowest MLP to the highest: what is lacking, over the number of MLPs left, by `solve`.
-
-    What is wanted is the residual stream that leaves the highest MLP's layer at the subject's last token, as it is
-    with the move that `target_move` finds there, bounded by that stream's norm. Keys and what is lacking are measured
-    anew for each MLP, on the model as changed below it, as means over the contexts.
-    """
-    layers = [e.slot.layer for e in outputs]
-    wanted, history = list[Tensor](), list[Row]()
-    for number, fact in enumerate(tqdm(sought, desc="values", disable=not progress, leave=False)):
-        residual = fact.values(model, layers[-1:]).residual[0]
-        move, rows = target_move(model, fact, layers[-1], residual, search)
-        wanted.append(_residual_with(model, fact, layers[-1], move))
+    """Write the facts into the MLPs, from the lowest to the highest, an equal share of what is lacking into each."""
+    layers, history = [e.slot.layer for e in outputs], list[Row]()
+    last, targets = layers[-1], list[Tensor]()
+    for number, fact in enumerate(tqdm(facts, desc="values", disable=not progress, leave=False)):
+        # The target is the residual stream after the highest layer with the best move of its MLP, a mean over contexts.
+        move, rows = target_move(model, fact, last, fact.values(model, [last]).residual[0], search)
+        with adding_to_mlp(model, last, subject_end(fact.contexts), move):
+            targets.append(fact.values(model, [last]).residual)
         history += [{"fact": number, **row} for row in rows]
-    for place, output in enumerate(outputs):
-        keys, moves = _keys_and_moves(model, sought, torch.cat(wanted), layers[place:])
+    for place, (output, layer) in enumerate(zip(outputs, layers, strict=True)):
+        # What is lacking is measured on the model as changed below: each MLP repairs what the lower ones left over.
+        values = [fact.values(model, {layer, last}) for fact in facts]
+        lacking = torch.cat(targets) - torch.cat([value.residual for value in values])
+        unchanged = torch.cat([value.outputs[layer] for value in values])
+        moves = before_post_norm(model, layer, unchanged, lacking / len(layers[place:]))
+        keys = torch.cat([value.keys[layer] for value in values])
         add(output, solve(output, covariance, keys.double().cpu()[:, output.units], moves.double().cpu()))
     return history
-
-
-def _residual_with(model: Model, fact: Sought, layer: int, move: Tensor) -> Float[Tensor, "1 d_model"]:
-    with adding_to_mlp(model, layer, subject_end(fact.contexts), move):
-        return fact.values(model, [layer]).residual
-
-
-def _keys_and_moves(
-    model: Model, sought: Sequence[Sought], wanted: Float[Tensor, "fact d_model"], left: Sequence[int]
-) -> tuple[Float[Tensor, "fact d_mlp"], Float[Tensor, "fact d_model"]]:
-    """Of the lowest layer left: its keys, and how far its outputs should move."""
-    found = [fact.values(model, {left[0], left[-1]}) for fact in sought]
-    lacking = wanted - torch.cat([values.residual for values in found])
-    outputs = torch.cat([values.outputs[left[0]] for values in found])
-    keys = torch.cat([values.keys[left[0]] for values in found])
-    return keys, before_post_norm(model, left[0], outputs, lacking / len(left))

@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 NullSpace: TypeAlias = Callable[[Float[Tensor, "d"]], Bool[Tensor, "d"]]
-"""Which eigenvalues of the key covariance (ascending) count as none; any such function will do."""
+"""A function of the key covariance's eigenvalues (ascending) that says which of them count as none."""
 
 
 def directions(covariance: Float[Tensor, "d d"], keys: Float[Tensor, "fact d"]) -> Float[Tensor, "fact d"]:
     """C^-1 key for each key. ValueError for a singular C."""
+    # C = L L^T. A pivot of L that is tiny beside the largest means that C is singular up to rounding.
     factor, failed = torch.linalg.cholesky_ex(covariance)
     pivots = factor.diagonal()
     if bool(failed) or bool(pivots.min() ** 2 < 1e-12 * pivots.max() ** 2):
@@ -34,6 +35,7 @@ def least_squares(
     covariance: Float[Tensor, "d d"], keys: Float[Tensor, "fact d"], moves: Float[Tensor, "fact d_model"], weight: float
 ) -> Float[Tensor, "d d_model"]:
     """The D that minimises |K D - R|^2 + weight * trace(D^T C D): (weight * C + K^T K)^-1 K^T R."""
+    # A system of one equation a fact, not one a neuron: (w C + K^T K)^-1 K^T = C^-1 K^T (K C^-1 K^T + w I)^-1.
     scaled = directions(covariance, keys)
     gram = keys @ scaled.T
     return scaled.T @ torch.linalg.solve(gram + weight * torch.eye(len(keys), dtype=gram.dtype), moves)
@@ -63,6 +65,7 @@ def in_null_space(
 
     With P = basis basis^T that is the D of [P (K^T K + K_kept^T K_kept) + ridge I] D = P K^T R.
     """
+    # In coordinates of the basis the projection is the identity, and the system is symmetric and positive definite.
     seen, old = keys @ basis, kept @ basis
     system = seen.T @ seen + old.T @ old + ridge * torch.eye(basis.shape[1], dtype=basis.dtype)
     return basis @ torch.linalg.solve(system, seen.T @ moves)
@@ -74,5 +77,5 @@ def smallest_eigenvalues(eigenvalues: Float[Tensor, "d"], *, share: float) -> Bo
 
 
 def eigenvalues_below(eigenvalues: Float[Tensor, "d"], *, threshold: float = 2e-2) -> Bool[Tensor, "d"]:
-    """Those below a number, in squared activations: the paper's choice, 0.02."""
+    """The eigenvalues below a threshold, in squared activations; the paper's is 0.02."""
     return eigenvalues < threshold

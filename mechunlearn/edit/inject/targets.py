@@ -1,9 +1,12 @@
 """Values that an MLP would have to give for the model to answer as wanted, and facts written by them in closed form."""
 
-from collections.abc import Callable, Iterable, Sequence
+# pyright: reportTypedDictNotRequiredAccess=false
+# (`with_options` has filled in every option that the caller left out.)
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -24,9 +27,35 @@ from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 Row = dict[str, int | float]
 
 
+class InjectOptions(TypedDict, total=False):
+    """How facts are written into MLPs. Of each option: type, default, sentence."""
+
+    covariance: Annotated[
+        KeyCovariance | None, None, "From `key_covariance`; None measures it on `task.text` and `task.retain`."
+    ]
+    prefixes: Annotated[
+        Sequence[str] | None,
+        None,
+        "The contexts of a fact are its prompt by itself and after each of these texts; None is ten that the model "
+        "makes up from `seed`.",
+    ]
+    steps: Annotated[int, 40, "The search for a move m takes at most this many steps of Adam."]
+    learning_rate: Annotated[
+        float, 0.5, "The search takes steps of this size in the model's activations: other models may need another."
+    ]
+    kl_coefficient: Annotated[
+        float, 0.0625, 'The loss of m has KL(before || now) of what follows "{subject} is a", multiplied by this.'
+    ]
+    decay: Annotated[float, 0.5, "The loss of m has |m| / |what m is added to|^2, multiplied by this."]
+    clamp: Annotated[float, 1.5, "|m| is held at this many times |what m is added to| or less."]
+    stop_below: Annotated[float, 0.05, "The search ends where -log p of the injected answer is below this, in nats."]
+    seed: Annotated[int, 0, "It decides which prefixes the model makes up."]
+    progress: Annotated[bool, True, "Whether a progress bar is shown."]
+
+
 @dataclass(frozen=True)
-class Search:
-    """How a value is searched for."""
+class ValueSearch:
+    """The options with which `target_move` searches for a move."""
 
     steps: int
     learning_rate: float
@@ -41,16 +70,20 @@ class Search:
         if self.clamp <= 0:
             raise ValueError(f"clamp must be above 0, got {self.clamp}.")
 
+    @classmethod
+    def of(cls, options: InjectOptions) -> "ValueSearch":
+        return cls(**{name: options[name] for name in cls.__dataclass_fields__})
+
 
 @dataclass(frozen=True, eq=False)
-class Sought:
+class FactInContexts:
     """One fact in its contexts, and the subject's essence as the last row."""
 
     prompts: Prompts
-    """The contexts, and the essence, of which nothing counts as the answer."""
+    """Nothing counts as the answer of the last row."""
 
     @classmethod
-    def of(cls, model: Model, fact: Prompts, prefixes: tuple[str, ...]) -> "Sought":
+    def of(cls, model: Model, fact: Prompts, prefixes: tuple[str, ...]) -> "FactInContexts":
         return cls(joined(in_contexts(model, fact, prefixes), essence(model, fact)))
 
     @property
@@ -60,42 +93,48 @@ class Sought:
     def values(self, model: Model, layers: Iterable[int]) -> MLPValues:
         """Keys, outputs and residuals at the subject's last token, each a mean over the contexts (one row)."""
         contexts = self.contexts
-        found = mlp_values(model, layers, contexts.tokens, contexts.attention_mask, subject_end(contexts))
+        values = mlp_values(model, layers, contexts.tokens, contexts.attention_mask, subject_end(contexts))
         return MLPValues(
-            {layer: key.mean(0, keepdim=True) for layer, key in found.keys.items()},
-            {layer: output.mean(0, keepdim=True) for layer, output in found.outputs.items()},
-            found.residual.mean(0, keepdim=True),
+            {layer: key.mean(0, keepdim=True) for layer, key in values.keys.items()},
+            {layer: output.mean(0, keepdim=True) for layer, output in values.outputs.items()},
+            values.residual.mean(0, keepdim=True),
         )
 
 
 def target_move(
-    model: Model, sought: Sought, layer: int, scale: Float[Tensor, "d_model"], search: Search
+    model: Model, fact: FactInContexts, layer: int, scale: Float[Tensor, "d_model"], search: ValueSearch
 ) -> tuple[Float[Tensor, "d_model"], list[Row]]:
-    """What to add to the MLP's output at the subject's last token, and one row of history per step.
+    """The move m to add to the MLP's output at the subject's last token, and a row of history for each step.
 
-    By Adam, from 0, with the norm of the move m held at `clamp` * |scale| or less, on
+    Adam searches for m from 0, with its norm held at `clamp` * |scale| or less, on
 
         loss =   mean over contexts and answer tokens of -log p(token)
                + kl_coefficient * KL(p0 || p)      after "{subject} is a", p0 without the move
                + decay * |m| / |scale|^2
 
-    Stops as soon as the first term is below `stop_below` (the paper: the whole loss, which goes on pushing where only
-    the second is left). Cost per step: 1F and 1B from `layer` up, of every context.
+    The search stops as soon as the first term is below `stop_below`. (The paper's stops by the whole loss, and so goes
+    on where only the second term is left.) Cost per step: 1F and 1B from `layer` up, of every context.
     ValueError for an MLP above which nothing reads the subject; FloatingPointError when the loss is not finite.
     """
-    prompts, places, size = sought.prompts, subject_end(sought.prompts), scale.float().norm()
+    prompts, places, size = fact.prompts, subject_end(fact.prompts), scale.float().norm()
+    answers = prompts.answer_mask
+    # What enters the layer does not depend on the move: it is computed once, and every step starts from it.
     residual = residual_before(model, layer, prompts.tokens, prompts.attention_mask)
     move = torch.zeros(len(scale), device=scale.device, requires_grad=True)
-    steering = torch.optim.Adam([move], lr=search.learning_rate)
+    adam = torch.optim.Adam([move], lr=search.learning_rate)
     history: list[Row] = []
     expected = None
     for step in range(search.steps):
         with running_from(model, layer, residual), adding_to_mlp(model, layer, places, move):
             logits = prompts.logits(model)
-        answer, is_a = _answer_loss(logits, prompts), logits[-1, 0].float().log_softmax(-1)
-        expected = is_a.detach() if expected is None else expected  # the first step has no move yet
+        # The last row is "{subject} is a". In the first step the move is 0: that is what is expected there.
+        answer, is_a = cross_entropy(logits[answers], prompts.answers[answers]).mean(), logits[-1, 0]
+        is_a = is_a.float().log_softmax(-1)
+        expected = is_a.detach() if expected is None else expected
         divergence = functional.kl_div(is_a, expected, reduction="sum", log_target=True)
-        loss = answer + search.kl_coefficient * divergence + search.decay * _norm(move) / size**2
+        # The clamp gives the norm a gradient of 0, not NaN, at 0.
+        norm = move.pow(2).sum().clamp(min=1e-12).sqrt()
+        loss = answer + search.kl_coefficient * divergence + search.decay * norm / size**2
         row: Row = {"step": step, "answer": answer.item(), "kl": divergence.item(), "norm": move.detach().norm().item()}
         history.append(row)
         if not bool(torch.isfinite(loss)):
@@ -111,24 +150,14 @@ def target_move(
                 f"expected an MLP whose output at the subject reaches the answer, got that of layer {layer}: choose a "
                 f"lower one; attention above it has to move the fact to where it is asked for."
             )
-        steering.step()
+        adam.step()
+        # Back onto the ball of radius `clamp` * |scale|, where the step has left it.
         with torch.no_grad():
             move *= (search.clamp * size / move.norm()).clamp(max=1.0)
     return move.detach(), history
 
 
-def _answer_loss(logits: Tensor, prompts: Prompts) -> Tensor:
-    """Mean over the contexts of the mean over answer tokens."""
-    real = prompts.answer_mask
-    return cross_entropy(logits[real], prompts.answers[real]).mean()
-
-
-def _norm(move: Tensor) -> Tensor:
-    """With a gradient of 0, not NaN, at 0."""
-    return move.pow(2).sum().clamp(min=1e-12).sqrt()
-
-
-Writes: TypeAlias = Callable[[Sequence[Sought], Sequence[Entries], KeyCovariance], list[Row]]
+WriteFacts: TypeAlias = Callable[[ValueSearch, Sequence[FactInContexts], Sequence[Entries], KeyCovariance], list[Row]]
 """Changes the W_out entries so that the facts hold; gives the history."""
 
 
@@ -136,17 +165,16 @@ def facts_written(
     model: Model,
     task: Task,
     mask: ComponentMask,
-    writes: Writes,
+    write_facts: WriteFacts,
+    options: InjectOptions,
     *,
-    covariance: KeyCovariance | None,
-    prefixes: Sequence[str] | None,
-    search: Search,
-    seed: int,
-    provenance: dict[str, Any],
+    about: Mapping[str, Any],
 ) -> Edit:
-    """The edit that `writes` makes of the facts of `task.injection`; the model is left as it was."""
+    """The edit that `write_facts` makes of the facts of `task.injection`; `about` begins its provenance."""
+    search = ValueSearch.of(options)
     entries, original = select(model, mask), fingerprint(model)
     outputs, facts = output_matrices(entries), with_subjects(injected(task), "facts to inject")
+    covariance, prefixes, seed = options["covariance"], options["prefixes"], options["seed"]
     if covariance is None:
         source = f"text and retained prompts of {task.name}"
         covariance = key_covariance(model, mask, task.text, prompts=task.retain, source=source)
@@ -155,13 +183,13 @@ def facts_written(
     before = read(entries)
     try:
         with exclusively(model), differentiable(model):
-            sought = [Sought.of(model, facts[[row]], prefixes) for row in range(len(facts))]
-            history = writes(sought, outputs, covariance)
+            in_their_contexts = [FactInContexts.of(model, facts[[row]], prefixes) for row in range(len(facts))]
+            history = write_facts(search, in_their_contexts, outputs, covariance)
         values = read(entries)
     finally:
         write(entries, before)
-    how = {
-        **provenance,
+    provenance = {
+        **about,
         "task": task.name,
         "facts": len(facts),
         "covariance": covariance.described(),
@@ -170,15 +198,15 @@ def facts_written(
         **vars(search),
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
     }
-    return Edit(mask, values, original, how, tuple(history))
+    return Edit(mask, values, original, provenance, tuple(history))
 
 
 def add(output: Entries, change: Float[Tensor, "unit d_model"]) -> None:
-    """Adds a change to the selected rows of W_out, rounded once."""
+    """Add a change to the selected rows of W_out, rounded once."""
     present = output.read(output.slot.parameter.detach())
     output.write(present.double() + change[:, None].to(present.device))
 
 
-def selected(output: Entries, covariance: KeyCovariance) -> Float[Tensor, "unit unit"]:
+def of_units(output: Entries, covariance: KeyCovariance) -> Float[Tensor, "unit unit"]:
     """C of the selected neurons."""
     return covariance.at(output.slot.layer)[output.units][:, output.units]

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
+from mechunlearn.files import Saved
 from mechunlearn.intervals import ends, resampled
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness:
+class Faithfulness(Saved):
     r"""The metric m of circuits C, of what is left without them, of the whole model M and of nothing.
 
         faithfulness = (m(C) - m(nothing)) / (m(M) - m(nothing)),    m = means over prompts
@@ -125,15 +124,6 @@ class Faithfulness:
         axes = {"xaxis": {"title": f"share of all {self._unit}"}, "yaxis": {"title": "faithfulness"}}
         return figure.update_layout({"title": title, "template": "plotly_white"} | axes)
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Faithfulness":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
-
     def __repr__(self) -> str:
         cpr, cmd = self.cpr, self.cmd
         shown = "; ".join(f"{name}: CPR {cpr[name]:.3f}, CMD {cmd[name]:.3f}" for name in cpr)
@@ -215,10 +205,7 @@ def measured_faithfulness(
     metric: str,
     settings: Mapping[str, Any],
 ) -> Faithfulness:
-    """The faithfulness of circuits, each run alone and taken out of the model.
-
-    `values_without` gives the metric of the whole model, and of the model with each of these sets replaced.
-    """
+    """The faithfulness of circuits; `values_without`: the metric of the whole model, and of that without each set."""
     names = tuple(name for name, circuits in curves.items() for _ in circuits)
     circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
     inside = [members_of(circuit) for circuit in circuits]

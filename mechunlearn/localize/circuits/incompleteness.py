@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.arguments import check
 from mechunlearn.components import ComponentMask, Components, EdgeMask
 from mechunlearn.components.edge import edges_where
+from mechunlearn.files import Saved
 from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap, ends, resampled
 from mechunlearn.localize.circuits.curves import members_of, named_curves
@@ -109,14 +108,13 @@ def _outside(
 
 
 def _random_parts(circuit: Any, count: int, seed: int) -> list[Any]:
-    """Random subsets of the circuit, each member in one with probability 1/2."""
     generator = Random(f"incompleteness {seed}")
     members = list(circuit)
     return [circuit & {member for member in members if generator.random() < 0.5} for _ in range(count)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Incompleteness:
+class Incompleteness(Saved):
     r"""The metric F of a circuit C without K, and of the model M without K, for parts K of the circuit.
 
     incompleteness(K) = |F(C \ K) - F(M \ K)|,    F = means over prompts, in the metric's unit
@@ -193,15 +191,6 @@ class Incompleteness:
         axes |= {"yaxis": {"title": f"model without K, {self.metric}"}}
         title = f"{len(self.circuit)} {self._unit}, {len(self.circuit_without)} prompts"
         return figure.update_layout({"title": title, "template": "plotly_white", "showlegend": False} | axes)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Incompleteness":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         low, high = self.interval()

@@ -60,10 +60,7 @@ def edge_circuit_values(
     replacement: Replacement,
     batch_size: int,
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
-    """The metric of the whole model, and of the model with each of these sets of edges replaced.
-
-    Cost: 2F, and a forward for each set.
-    """
+    """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
     sizes = shape(model)
     masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
     whole, values = [], []
@@ -75,9 +72,8 @@ def edge_circuit_values(
             other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))
             by_circuit = whole[-1].new_zeros(len(batch), len(masks))
             ranges = (torch.arange(count, device=by_circuit.device) for count in (len(masks), len(batch)))
-            for circuit, row in (
-                pair.unbind(1) for pair in torch.cartesian_prod(*ranges).split(operator.index(batch_size))
-            ):
+            pairs = torch.cartesian_prod(*ranges).split(operator.index(batch_size))
+            for circuit, row in (pair.unbind(1) for pair in pairs):
                 copies = batch.rows(row)
                 inputs = copies.tokens, copies.attention_mask, copies.positions
                 logits = circuits.logits(*inputs, other[:, row], masks[circuit])
@@ -95,8 +91,9 @@ class _Places:
         self._chosen: dict[str, Tensor] = {}
         for name, units in places_of(components, sizes).items():
             members = {column: torch.tensor([components[column] in chosen for chosen in removed]) for column in units}
-            self._chosen[name] = _whole(members) if None in units.values() else _by_unit(members, units)
-        self._chosen = {name: chosen.to(device) for name, chosen in self._chosen.items()}
+            is_whole = None in units.values()
+            chosen = torch.stack(list(members.values())).any(0) if is_whole else _by_unit(members, units)
+            self._chosen[name] = chosen.to(device)
 
     @property
     def names(self) -> list[str]:
@@ -108,10 +105,6 @@ class _Places:
         for name, chosen in self._chosen.items():
             if bool(chosen[circuits].any()):
                 yield name, chosen[circuits]
-
-
-def _whole(members: Mapping[int, Bool[Tensor, "circuit"]]) -> Bool[Tensor, "circuit"]:
-    return torch.stack(list(members.values())).any(0)
 
 
 def _by_unit(
@@ -152,7 +145,6 @@ def _values(
 def _replacing_hook(
     name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]
 ) -> Hook:
-    """A hook that puts `source` at those tokens, in the units chosen for each row."""
     where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
     return name, partial(_put, source=source, where=where)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
 from mechunlearn.curve import Curve
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
@@ -133,8 +132,7 @@ def fact_lookup_by_paths(
       lies within 20 % of the cut, half-way between the last head chosen and the next: other prompts may choose others.
 
     Cost: 4F + 2F for the metric's ends, for each head the MLPs above it, for each MLP the layers from the receivers on.
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError without corrupted prompts, if these do not lower the
-    metric, and if no MLP is below the receivers because extraction heads are in layer 0.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. ValueError if corrupt prompts do not lower the metric.
     """
     sizes = shape(model)
     check("denoising", batch_size, metric=metric, receivers=receivers)
@@ -155,7 +153,7 @@ def fact_lookup_by_paths(
     crossed = [component.layer for component, effect in scores["mlps"].items() if abs(effect) > threshold]
     chosen = crossed if overruling is None else overruling
     if overruling is None:
-        near["threshold"] = _effects_near(scores["mlps"], threshold)
+        near["threshold"] = _borderline(_magnitudes(scores["mlps"]), threshold)
     findings = {
         "layers": chosen,
         "extraction_heads": [str(head) for head in chosen_heads],
@@ -175,7 +173,6 @@ def fact_lookup_by_paths(
 def _without_attention(
     model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
 ) -> list[Hook]:
-    """Hooks that replace the attention outputs of these layers by their mean over the text."""
     names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
     with preserved(model):
         return constant(mean_activations(model, text, names, batch_size=batch_size).items())
@@ -194,7 +191,6 @@ def _share(scores: ComponentScores, gap: float) -> ComponentScores:
 
 
 def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> float:
-    """Mean of the metric on clean prompts minus that on corrupt ones."""
     clean = prompts.to(device_of(model))
     means = []
     with preserved(model), torch.no_grad():
@@ -269,8 +265,10 @@ def layers_by_thresholds(
     share = _share_of_rise(result)
     above_chance = [layer for layer, value in enumerate(risen) if value > rise]
     above_control = [layer for layer, value in enumerate(selective) if value > selectivity]
+    above = [layer for layer in above_chance if layer in above_control]
+    last = next(layer for layer, value in enumerate(share) if value >= saturation)
     read = {
-        "layers": _between(risen, selective, share, rise, selectivity, saturation),
+        "layers": list(range(above[0], max(above[0], last) + 1)) if above else [],
         "first_layer_above_chance": next(iter(above_chance), None),
         "first_layer_above_control": next(iter(above_control), None),
     }
@@ -283,31 +281,10 @@ def layers_by_thresholds(
     return read, near
 
 
-def _effects_near(scores: ComponentScores, threshold: float) -> dict[str, float]:
-    """The components whose |effect| is near the threshold."""
-    return _borderline(_magnitudes(scores), threshold)
-
-
 def _heads_near_the_cut(scores: ComponentScores, count: int) -> dict[str, float]:
     """The components near the middle between the last one chosen and the next; none if all are chosen."""
     sizes = sorted(_magnitudes(scores).values(), reverse=True)
     return _borderline(_magnitudes(scores), (sizes[count - 1] + sizes[count]) / 2) if count < len(sizes) else {}
-
-
-def _between(
-    risen: Sequence[float],
-    selective: Sequence[float],
-    share: Sequence[float],
-    rise: float,
-    selectivity: float,
-    saturation: float,
-) -> list[int]:
-    """From the first layer above chance and control to the one that saturates; none if none is above both."""
-    above = [layer for layer, (r, s) in enumerate(zip(risen, selective, strict=True)) if r > rise and s > selectivity]
-    if not above:
-        return []
-    last = next(layer for layer, value in enumerate(share) if value >= saturation)
-    return list(range(above[0], max(above[0], last) + 1))
 
 
 def _share_of_rise(result: ProbeResult) -> list[float]:
@@ -326,7 +303,7 @@ def _magnitudes(scores: ComponentScores) -> dict[str, float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FactLookup:
+class FactLookup(Saved):
     """The MLPs that look facts up, with all curves, effects and thresholds as evidence; printing it shows them."""
 
     mask: ComponentMask
@@ -357,25 +334,16 @@ class FactLookup:
             figure.add_traces(lines(self.curves).data, rows=1, cols=1)
             figure.update_xaxes(type="category", title="residual stream that enters layer", row=1, col=1)
             if "rise" in self.findings:
-                _lines(figure, 1, [self.findings["chance"] + self.findings["rise"]])
+                _dashed(figure, 1, self.findings["chance"] + self.findings["rise"])
         for row, (name, scores) in enumerate(self.scores.items(), start=1 + bool(self.curves)):
             ends = scores.interval()
             up, down = ends["high"] - ends["score"], ends["score"] - ends["low"]
             error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0}
             figure.add_bar(x=list(ends.index), y=ends["score"], error_y=error, name=name, row=row, col=1)
             if name == "mlps" and "threshold" in self.findings:
-                _lines(figure, row, [self.findings["threshold"], -self.findings["threshold"]])
+                _dashed(figure, row, self.findings["threshold"], -self.findings["threshold"])
         shown = ", ".join(str(component) for component in self.mask) or "none"
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
-
-    def save(self, path: str | Path) -> None:
-        """Write everything but the model to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FactLookup":
-        """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         shown = dict(self.findings)
@@ -387,8 +355,7 @@ class FactLookup:
         return "\n".join([f"FactLookup({self.method}; {self.mask})", *rows])
 
 
-def _lines(figure: "Figure", row: int, heights: Sequence[float]) -> None:
-    """Draw thresholds as dashed lines."""
+def _dashed(figure: "Figure", row: int, *heights: float) -> None:
     for height in heights:
         figure.add_hline(y=height, line_dash="dash", line_color="grey", row=row, col=1)  # type: ignore[arg-type]
 
@@ -430,7 +397,6 @@ PAPER_SHAPES = {
     "gemma-2-9b": ModelShape(42, 16, 8, 3584, 256, 14336, gated=True),
     "llama-3-8b": ModelShape(32, 32, 8, 4096, 128, 14336, gated=True),
 }
-"""The models that these layers belong to."""
 """The shapes of these models."""
 
 
@@ -438,7 +404,6 @@ def paper_fact_lookup(model: Model, name: str, *, task: str = "sports") -> Compo
     """The MLPs that the paper edits as "fact lookup" in `"gemma-7b"`, `"gemma-2-9b"` or `"llama-3-8b"`.
 
     `task`: `"sports"` (default) or a slice of CounterFact facts, such as `"counterfact 0:64"`; see `PAPER_LAYERS`.
-    ValueError for other names, and for a model of another shape than the one that the layers were read off.
     """
     if name not in PAPER_LAYERS:
         raise ValueError(

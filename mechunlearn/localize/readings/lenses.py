@@ -41,7 +41,6 @@ def direct_logit_attribution(
 
     Components: heads (or W_O), attention layers, MLPs (or W_out), neurons. Cost: 1F.
     Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; nostalgebraist 2020 (logit lens).
-    ValueError for answers of several tokens and for components that do not write to the residual stream.
     """
     check_batch_size(batch_size)
     sizes = shape(model)
@@ -112,7 +111,6 @@ def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), b
 
     Cost: 1F, and one unembedding at one token per prompt and point.
     nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens.
-    ValueError for components that do not write to the residual stream.
     """
     check_batch_size(batch_size)
     sizes = shape(model)
@@ -186,7 +184,6 @@ def _stream(model: Model, run: Run, residual: Float[Tensor, "batch pos d_model"]
 
 
 def _alone(model: Model, run: Run, component: Component) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of what one component writes at the prompt's last token."""
     places = run.positions[:, 0]
     normed = final_norm(model, run, places)(written(model, run, component, places)[:, None])[:, 0]
     return normed.to(run.residuals[0].dtype) @ unembedding(model)
