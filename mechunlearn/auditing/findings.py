@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from mechunlearn.auditing.plans import CLEAN
-from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery
+from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery, undefined
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import by_row_and_test, interval_of, value_over_seeds
 from mechunlearn.evaluate.results import Result
@@ -71,7 +71,7 @@ def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
 
 def _value(cells: list[Cell]) -> Fraction:
     if not any(cell.result for cell in cells):
-        return _none(f"failed: {cells[0].error}")
+        return undefined(f"failed: {cells[0].error}")
     return Fraction(value_over_seeds(cells), *interval_of(cells))
 
 
@@ -89,7 +89,7 @@ def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_a
     rows = [row, ORIGINAL, *([] if never_knew is None else [never_knew])]
     failed = [name for name in dict.fromkeys(rows) if not results[name, test]]
     if failed:
-        return _none(f"failed on {', '.join(failed)}")
+        return undefined(f"failed on {', '.join(failed)}")
     own, original, *never = (results[name, test] for name in rows)
     if is_attack and _have_controls(own, original, *never):
         own, original, *never = (_strongest(some) for some in (own, original, *never))
@@ -106,7 +106,10 @@ def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> 
         return _with_reason(_strongest(attacked), _before(attacked), _before(original), never, after)
     # Otherwise the clean test says what was known before, if it measures the same.
     unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
-    if not attacked or not unlearned or not original or not _alike(attacked, unlearned):
+    if not attacked or not unlearned or not original:
+        return None
+    one, other = next(iter(attacked.values())), next(iter(unlearned.values()))
+    if (one.sense, one.unit) != (other.sense, other.unit):
         return None
     never = None if never_knew is None else results[never_knew, CLEAN]
     return None if never == {} else _with_reason(attacked, unlearned, original, never, taught)
@@ -119,7 +122,7 @@ def _with_reason(
     fractions = recovery(attacked, unlearned, original, never_knew=never, attacked_never_knew=taught or None)
     if taught != {}:
         return fractions
-    reason = _none("failed on never knew")
+    reason = undefined("failed on never knew")
     return replace(fractions, taught=reason, net=reason)
 
 
@@ -154,16 +157,6 @@ def _difference(result: Result) -> Tensor | None:
     if own is None or control is None or own.points != control.points:
         return None
     return own.per_prompt - control.per_prompt if own.per_prompt.shape == control.per_prompt.shape else None
-
-
-def _alike(attacked: BySeed, clean: BySeed) -> bool:
-    """Whether they measure the same, in the same unit."""
-    one, other = next(iter(attacked.values())), next(iter(clean.values()))
-    return (one.sense, one.unit) == (other.sense, other.unit)
-
-
-def _none(reason: str) -> Fraction:
-    return Fraction(nan, nan, nan, reason)
 
 
 WORST = "worst case"

@@ -6,7 +6,6 @@ from functools import partial
 
 from mechunlearn.evaluate.asking import Test, format_test, in_format, knowledge, text_kl, text_loss
 from mechunlearn.evaluate.attacks.directions import direction_ablation, principal_difference
-from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.attacks.few_shot import few_shot
 from mechunlearn.evaluate.attacks.relearning import relearn, relearn_benign, relearn_few
 from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
@@ -16,23 +15,19 @@ from mechunlearn.evaluate.generation import extraction_strength, generated
 from mechunlearn.evaluate.lens import by_both_ends, by_change, lens_extraction
 from mechunlearn.evaluate.patching import patching_audit
 from mechunlearn.evaluate.probes import binary_probes, multinomial_probe
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.tasks.task import Task
 
 
 def quick(task: Task) -> "Plan":
     """Every kind of test and attack once, with small budgets: some minutes on the shipped model and two cores.
 
-    Small budgets understate what attacks recover: what they find is there, what they do not find may be. ValueError for
-    a task without formats.
+    Small budgets understate what attacks recover: what they find is there, what they do not find may be.
     """
     return Plan(
         clean=_clean(task),
         asked={**_formats(task), "generated": generated},
-        latent={
-            "probes": partial(binary_probes, splits=2),
-            "logit lens": lens_extraction,
-            "patching": patching_audit,
-        },
+        latent={"probes": partial(binary_probes, splits=2), "logit lens": lens_extraction, "patching": patching_audit},
         attacks={
             "relearning": partial(relearn, learning_rates=(1e-3,), steps=32),
             "relearning, LoRA": partial(
@@ -50,10 +45,7 @@ def quick(task: Task) -> "Plan":
 
 
 def full(task: Task) -> "Plan":
-    """Every test and attack at the budgets of its paper or of this library, with grids of learning rates.
-
-    Many times the cost of `quick`. ValueError for a task without formats.
-    """
+    """Every test and attack at the budgets of its paper or of this library: many times the cost of `quick`."""
     return Plan(
         clean=_clean(task),
         asked={**_formats(task), "generated": generated, "extraction strength": extraction_strength},
@@ -85,7 +77,7 @@ def full(task: Task) -> "Plan":
 
 
 def _clean(task: Task) -> Test:
-    formatted(task, None)
+    side_of(task)  # raises where there is no format
     return partial(in_format, side="forget")
 
 
@@ -96,7 +88,6 @@ def _formats(task: Task) -> dict[str, Test]:
 
 
 def _damage(task: Task) -> Mapping[str, Test]:
-    """What is to be kept, in every format."""
     tests: dict[str, Test] = {f"retain, {name}": format_test(task, name, "retain") for name in task.formats}
     kept = [name for name, format in task.formats.items() if format.kept]
     tests |= {f"forget, {name} (keep)": format_test(task, name, "forget") for name in kept}
@@ -106,7 +97,7 @@ def _damage(task: Task) -> Mapping[str, Test]:
 
 def _shares_answers(task: Task) -> bool:
     """Whether retained facts have every forgotten answer, as where single athletes are forgotten."""
-    forgotten, retained = formatted(task, None).answers[:, 0], task.retain.answers[:, 0]
+    forgotten, retained = side_of(task).answers[:, 0], task.retain.answers[:, 0]
     return set(forgotten.tolist()) <= set(retained.tolist())
 
 

@@ -97,10 +97,7 @@ class Audit:
 
     @property
     def table(self) -> "DataFrame":
-        """A row for each model, a column for each test and attack: `clean`, ..., and the worst case.
-
-        `worst case` is the largest fraction left under any of them, `by` which of them that is.
-        """
+        """A row for each model; columns: tests and attacks, the largest fraction left (`worst case`), `by` which."""
         return table(self.findings)
 
     def to_frame(self) -> "DataFrame":
@@ -168,10 +165,7 @@ def random_rows(count: int) -> list[str]:
 def random_controls(
     model: Model, task: Task, edit: Edit | Sequence[Edit], editor: Editor | None, *, count: int
 ) -> tuple[dict[str, Edit | tuple[Edit, ...]], str]:
-    """Row -> the edit made again on a random mask, and what the audit has to say about these rows, if anything.
-
-    Of several edits (one for each seed) each row has as many, each with its edit's seed and on a mask of its own.
-    """
+    """Row -> the edit (or each, with its seed) made again on a random mask, and what the audit says about them."""
     if editor is None or count == 0:
         return {}, NO_EDITOR if editor is None else "random=0 was passed"
     edits, notes = _several(edit), list[str]()
@@ -189,9 +183,8 @@ def random_controls(
     rows = {name: tuple(_checked(editor, *pair) for pair in zip(edits, row, strict=True)) for name, row in made.items()}
     differences = dict(d for row in rows.values() for pair in zip(edits, row, strict=True) for d in _differences(*pair))
     if differences:
-        notes.append(
-            f"the control is another edit than the audited one: it differs in {'; '.join(differences.values())}"
-        )
+        named = "; ".join(differences.values())
+        notes.append(f"the control is another edit than the audited one: it differs in {named}")
     return {name: row[0] if isinstance(edit, Edit) else row for name, row in rows.items()}, ". ".join(notes)
 
 
@@ -201,7 +194,6 @@ def _seed(edit: Edit) -> dict[str, Any]:
 
 
 def _check_editor(editor: Editor, model: Model, task: Task, edit: Edit, options: Mapping[str, Any]) -> None:
-    """ValueError if it cannot be called like this."""
     try:
         inspect.signature(editor).bind(model, task, edit.mask, **options)
     except (TypeError, ValueError) as problem:
@@ -241,7 +233,6 @@ def _settings(provenance: Mapping[str, Any], *inside: str) -> dict[str, str]:
         path = (*inside, str(name))
         if name in FOLLOWING or path[-2:] == ("covariance", "shrinkage"):
             continue
-        settings |= (
-            _settings(value, *path) if isinstance(value, Mapping) else {".".join(path): json.dumps(value, default=str)}
-        )
+        nested = isinstance(value, Mapping)
+        settings |= _settings(value, *path) if nested else {".".join(path): json.dumps(value, default=str)}
     return settings

@@ -15,12 +15,11 @@ def verdict(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str
     unclear = [finding for finding in own if isnan(finding.left.value)]
     floor = "a model that never knew" if any(finding.row == NEVER_KNEW for finding in findings) else "chance"
     clean = next(finding.left for finding in own if finding.test == CLEAN)
+    silent = "; ".join(f"{finding.test} ({finding.left.reason})" for finding in unclear)
     sentences = [
         f"Asked as trained, {clean} of the knowledge is left (0: as in {floor}; 1: as in the original).",
         _what_finds_it(defined, floor),
-        f"No answer from {'; '.join(f'{finding.test} ({finding.left.reason})' for finding in unclear)}."
-        if unclear
-        else "",
+        f"No answer from {silent}." if silent else "",
         _largest_drop(report, [name for name, kind in kinds.items() if kind == "damage"]),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -37,17 +36,14 @@ def markdown(report: Report, findings: Sequence[Finding], kinds: Mapping[str, st
 
 
 def _what_finds_it(defined: Sequence[Finding], floor: str) -> str:
-    more = sorted((finding for finding in defined if _finds_more(finding)), key=lambda finding: -finding.left.value)
+    # Clearly more than is there to find; of an attack also more than before it.
+    more = [f for f in defined if f.left.low > 0 and (f.recovery is None or f.recovery.recovered.low > 0)]
+    more.sort(key=lambda finding: -finding.left.value)
     if not more:
         return f"None of {len(defined)} tests and attacks finds more than in {floor}. Others might."
     shown = "; ".join(f"{finding.test}, {finding.left}" for finding in more[:5])
     rest = f"; and {len(more) - 5} more" if len(more) > 5 else ""
     return f"{len(more)} of {len(defined)} tests and attacks find more than in {floor}: {shown}{rest}."
-
-
-def _finds_more(finding: Finding) -> bool:
-    """Clearly more than is there to find; of an attack also more than before it."""
-    return finding.left.low > 0 and (finding.recovery is None or finding.recovery.recovered.low > 0)
 
 
 def _largest_drop(report: Report, damage: Sequence[str]) -> str:
@@ -71,9 +67,8 @@ def _values(findings: Sequence[Finding], rows: Sequence[str]) -> str:
     for finding in findings:
         if finding.row == "original":
             numbers = [_value(by_place[row, finding.test]) for row in rows]
-            lines.append(
-                [finding.test, finding.kind, *numbers, "" if finding.chance is None else f"{finding.chance:.3f}"]
-            )
+            chance = "" if finding.chance is None else f"{finding.chance:.3f}"
+            lines.append([finding.test, finding.kind, *numbers, chance])
     worst = [worst_case(findings, row) for row in rows]
     largest = ["undefined" if finding is None else f"{finding.left.value:.2f}, {finding.test}" for finding in worst]
     return _grid([*lines, [f"**{WORST}** (fraction left)", "", *largest, ""]])

@@ -41,7 +41,6 @@ def in_format(
 
     `metric` decides the sense of accuracy, and so what chance is: `candidate_probability` (the paper's),
     `is_top_of_candidates` or `is_top_of_vocabulary`. In a format with `kept`, both sides should stay as they were.
-    Cost: 1 forward. ValueError if the task lacks the format.
     """
     return measure(model, side_of(task, format=name, side=side), [metric])[0]
 
@@ -50,8 +49,7 @@ def injected(model: Model, task: Task, *, format: str | None = None, metric: Met
     """Accuracy of the injected answer on facts to forget, in the sense of `metric`. Chance is 1 / candidates.
 
     The prompts are `task.injection`, which an edit trains on, or the test split in a `format`. The original model,
-    which prefers the true answers, is below chance. Cost: 1 forward. ValueError for a task or format without injected
-    answers.
+    which prefers the true answers, is below chance.
     """
     prompts = task.injection if format is None else side_of(task, format=format, side="injected")
     if prompts is None:
@@ -74,12 +72,13 @@ def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probabilit
 
 def text_loss(model: Model, task: Task) -> Result:
     """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary)."""
-
-    def per_token(logits, prompts: Prompts):
-        return -answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
-
     result = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
-    return Result(result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
+    return Result(-result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
+
+
+def per_token(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
+    """Log probability of the answer per token, in nats."""
+    return answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
 
 def text_kl(model: Model, task: Task, *, original: Original | None = None, batch_size: int = 16) -> Result:
@@ -91,7 +90,6 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     misses, where text is about as likely but the model expects other words than before. `compare` passes `original`.
 
     Cost: 2 forwards over the text, and memory for the logits of two batches; `original` is entered once per batch.
-    ValueError without `original`, or if the result is not finite.
     """
     original = required(original, text_kl)
     check_model(model)
@@ -106,10 +104,8 @@ def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[
     """All that a task can be asked, as tests by name.
 
     There is a test for each format and side, what the model generates after the trained prompt, the injected answer and
-    other knowledge if the task has them, and text loss. "(keep)" marks formats that ask for other facts about the same
-    subjects, where the side "forget" should stay as it was too.
-
-    `metric`: the sense of accuracy in the formats. With the default, `whole_answers` scores formats without candidates.
+    other knowledge if the task has them, and text loss. "(keep)" marks formats in which the side "forget" should stay
+    as it was too. With the default `metric`, `whole_answers` scores formats without candidates.
     """
     tests: dict[str, Test] = {
         f"{side}, {name}{' (keep)' if format.kept else ''}": format_test(task, name, side, metric=metric)

@@ -75,14 +75,13 @@ def recovery(
     unless the interval of its denominator lies above 0.
 
     `recovered` is the standard report of relearning studies (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
-    ValueError if the other results lack facts that the attack was tested on.
     """
     options = (attacked, confidence, draws, seed)
     ignorant = _never_knew(never_knew, original)
     known, gain = ((1, original), (-1, ignorant)), ((1, attacked), (-1, unlearned))
     recovered = _fraction(gain, known, *options)
     if attacked_never_knew is None or never_knew is None:
-        missing = _undefined("no model that never knew")
+        missing = undefined("no model that never knew")
         return Recovery(recovered, missing, missing)
     taught = ((1, attacked_never_knew), (-1, ignorant))
     net = (*gain, *((-sign, results) for sign, results in taught))
@@ -120,15 +119,15 @@ def _fraction(above: Terms, below: Terms, tested: Results, confidence: float, dr
     weights = facts.weights(draws, seed)
     # Row 0 is the estimate, the rows below it the draws. All terms share the draws: differences are paired.
     numerator, denominator = (
-        torch.cat([_weighted_mean(facts, terms, every) for every in (facts.once, weights)]) for terms in (above, below)
+        torch.cat([facts.mean(terms, every) for every in (facts.once, weights)]) for terms in (above, below)
     )
     low, high = ends(denominator[1:], confidence)
     if isnan(denominator[0]):
-        return _undefined("no model that never knew, and no chance level")
+        return undefined("no model that never knew, and no chance level")
     # A denominator that may be 0 or below would make draws of any size and either sign.
     if not low > 0:
         difference = f"{float(denominator[0]):.3f} [{float(low):.3f}, {float(high):.3f}]"
-        return _undefined(f"original minus never knew is not clearly above 0: {difference}")
+        return undefined(f"original minus never knew is not clearly above 0: {difference}")
     fractions = numerator / denominator
     low, high = ends(fractions[1:], confidence)
     return Fraction(float(fractions[0]), float(low), float(high))
@@ -170,12 +169,9 @@ class _TestedFacts:
             rows.append([_mean_of_fact(sources, name) if is_tested else 0.0 for name, is_tested in chosen])
         return torch.tensor(rows, dtype=torch.float64)
 
-
-def _weighted_mean(
-    facts: _TestedFacts, terms: Terms, weights: Float[Tensor, "draw seed fact"]
-) -> Float[Tensor, "draw"]:
-    values = torch.stack([sign * facts.values(results) for sign, results in terms]).sum(0)
-    return (weights * values).sum((1, 2)) / weights.sum((1, 2))
+    def mean(self, terms: Terms, weights: Float[Tensor, "draw seed fact"]) -> Float[Tensor, "draw"]:
+        values = torch.stack([sign * self.values(results) for sign, results in terms]).sum(0)
+        return (weights * values).sum((1, 2)) / weights.sum((1, 2))
 
 
 def _by_seed(results: Results) -> Mapping[int, Result]:
@@ -202,14 +198,12 @@ def _never_knew(never_knew: Results | None, original: Results) -> Results:
     """The results of a model that never knew, or in its place results at the chance level (NaN if there is none)."""
     if never_knew is not None:
         return never_knew
-    return {
-        seed: replace(
-            result,
-            per_example=torch.full_like(result.per_example.double(), nan if result.chance is None else result.chance),
-        )
-        for seed, result in _by_seed(original).items()
-    }
+    at_chance = {}
+    for seed, result in _by_seed(original).items():
+        chance = torch.full_like(result.per_example.double(), nan if result.chance is None else result.chance)
+        at_chance[seed] = replace(result, per_example=chance)
+    return at_chance
 
 
-def _undefined(reason: str) -> Fraction:
+def undefined(reason: str) -> Fraction:
     return Fraction(nan, nan, nan, reason)

@@ -24,8 +24,7 @@ def generated(
     there. A model that runs words together, as the shipped one does after some trained prompts, has not said the
     answer.
 
-    `format`: default the first, the trained prompt. `continuations` gives the texts. Cost: a forward for each generated
-    token. ValueError for a format or side that the task lacks.
+    `format`: default the first, the trained prompt. `continuations` gives the texts. Cost: a forward for each token.
     """
     prompts = side_of(task, format=format, side=side)
     texts = continuations(model, prompts, prompts.answers.shape[1] + 1, batch_size=batch_size)
@@ -37,8 +36,7 @@ def generated(
 def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: int = 64) -> tuple[str, ...]:
     """The text that follows each prompt: `n_tokens` tokens, each the most probable one, up to an end of text.
 
-    The model does not see the answers of the prompts. Cost: `n_tokens` forwards. ValueError for a model without a
-    tokenizer and for prompts that leave no room in its context.
+    The model does not see the answers of the prompts. Cost: `n_tokens` forwards.
     """
     check_model(model)
     _check_room(model, prompts, n_tokens)
@@ -76,7 +74,7 @@ def extraction_strength(
     right from k on exactly if each later token is the argmax given those before it.
 
     Carlini et al. 2021, https://arxiv.org/abs/2012.07805; as a score of unlearning: Wang et al. 2025,
-    https://arxiv.org/abs/2406.09179. ValueError for a format or side that the task lacks.
+    https://arxiv.org/abs/2406.09179.
     """
     result = measure(model, side_of(task, format=format, side=side), [_strength], batch_size=batch_size)[0]
     return replace(result, sense="extraction strength without its floor", chance=0.0, unit="share")

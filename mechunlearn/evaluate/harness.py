@@ -42,9 +42,8 @@ def lm_eval_task(
     "task/document". There is no chat template; `harness_model(model)` gives access to all else that the harness can do.
 
     Cost: 1 forward per document whose choices are single tokens, else 1 per choice; at first use about 6 seconds to
-    index the tasks. Gao et al., https://github.com/EleutherAI/lm-evaluation-harness. ImportError without lm-eval or
-    a package that the task asks for; ValueError for a task, metric or filter that does not exist; ConnectionError for a
-    task whose documents can be neither downloaded nor found on this machine.
+    index the tasks. Gao et al., https://github.com/EleutherAI/lm-evaluation-harness. ConnectionError for a task whose
+    documents can be neither downloaded nor found on this machine.
     """
     lm = harness_model(model, batch_size=batch_size)
     from lm_eval import evaluate
@@ -72,7 +71,6 @@ def harness_model(model: Model, *, batch_size: int = 16) -> Any:
     """The model as a `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate` and all its options.
 
     Text begins with BOS where the model expects one; see `mechunlearn.evaluate.adapter.HarnessModel`.
-    ImportError without lm-eval.
     """
     try:
         from mechunlearn.evaluate.adapter import HarnessModel
@@ -95,7 +93,6 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _loaded(name: str | Mapping[str, Any]) -> Any:
-    """The harness's tasks of this name or content."""
     # To index the harness's own tasks takes seconds, so this is done only where one is asked for by name.
     named = not (Path(name).suffix in (".yaml", ".yml") if isinstance(name, str) else "dataset_path" in name)
     tasks = _tasks(named)

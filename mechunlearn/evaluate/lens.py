@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.attacks.exam import formatted
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.model import Model, device_of, preserved, shape
 from mechunlearn.model.running import unembedded
 from mechunlearn.probing import residuals_at
@@ -67,10 +67,9 @@ def lens_extraction(
 
     Cost: 1 forward, and one unembedding per prompt and layer. Patil et al. 2023, https://arxiv.org/abs/2309.17410: the
     head projection attack (`by_probability`, `by_both_ends`) and the probability delta attack (`by_change`), there with
-    k tokens of each of a few chosen layers. ValueError for a format or layers that do not exist, and for a budget
-    outside 1..vocabulary.
+    k tokens of each of a few chosen layers.
     """
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     chosen = _checked_layers(model, budget, rankings, layers, batch_size)
     ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
     budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
@@ -79,9 +78,8 @@ def lens_extraction(
     right = _result(hits[:, 0], budgets, sense, chance, tested.names)
     if tested.candidates is None:
         return right
-    return replace(
-        right, control=_result(hits[:, 1:].mean(1), budgets, f"{sense}, wrong candidates", chance, tested.names)
-    )
+    wrong = _result(hits[:, 1:].mean(1), budgets, f"{sense}, wrong candidates", chance, tested.names)
+    return replace(right, control=wrong)
 
 
 def _result(
@@ -94,7 +92,6 @@ def _result(
 def _checked_layers(
     model: Model, budget: int, rankings: Rankings, layers: Iterable[int] | None, batch_size: int
 ) -> list[int]:
-    """The layers to read, in order; ValueError for what does not fit."""
     check_batch_size(batch_size)
     check_functions(rankings=rankings)
     count, last = model.cfg.d_vocab, shape(model).n_layers

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.asking import Original, required
-from mechunlearn.evaluate.attacks.exam import formatted
+from mechunlearn.evaluate.asking import Original, per_token, required
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.identity import name_of
-from mechunlearn.metrics import answer_log_probability
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
 from mechunlearn.probing import residuals_at
 from mechunlearn.tasks.positions import Where, answers
@@ -52,13 +51,12 @@ def patching_audit(
       again; `mu.localize.from_subject` patches all from the subject's last token on.
 
     Cost: 1 forward of the tested model, 2 of the original, and twice the part of a forward above each layer. Lee et al.
-    2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError without `original`, for a
-    `never_knew` of another shape, and where no layer has a gap.
+    2026, https://arxiv.org/abs/2605.24614 (points 1 to n_layers there). ValueError where no layer has a gap.
     """
     check_batch_size(batch_size)
     original = required(original, patching_audit)
     check_functions(where=where)
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     carried = _states(model, tested, where, batch_size)
     with original() as knowing:
         ignorant = _ignorant_states(knowing, never_knew, task, tested, where, batch_size)
@@ -114,7 +112,7 @@ def _losses(
         for rows in torch.arange(len(prompts)).split(operator.index(batch_size)):
             batch = prompts.rows(rows)
             run = base_run(knowing, batch.tokens, batch.attention_mask, batch.positions)
-            own = _per_token(run.logits, batch)
+            own = per_token(run.logits, batch)
             patched = partial(_patched, knowing, run, batch, where)
             values = [[patched(at, point[rows]) for at, point in enumerate(states)] for states in sources]
             losses.append(own[:, None] - torch.stack([torch.stack(points, 1) for points in values]))
@@ -129,11 +127,7 @@ def _patched(
     residual, row = run.residuals[point].clone(), real.nonzero()[:, 0]
     residual[row, places[real]] = states.to(residual)[real]
     every = torch.arange(len(residual), device=residual.device)
-    return _per_token(continued(model, run, every, point, residual=residual), prompts)
-
-
-def _per_token(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
-    return answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
+    return per_token(continued(model, run, every, point, residual=residual), prompts)
 
 
 def _knowledge_left(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.attacks.exam import check_apart, formatted, halves
+from mechunlearn.evaluate.attacks.exam import check_apart, halves
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.model import Model, check_model, shape
 from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
 from mechunlearn.tasks.positions import Where, answer
@@ -45,12 +46,12 @@ def binary_probes(
     right. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` x classes small fits.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949 (three sports, first experiments). ValueError for answers of
-    tested facts that no fitted fact has, one class only, too few facts to split, prompts without names.
+    tested facts that no fitted fact has.
     """
     seen, tested = halves(task, seed=seed)
     check_apart(seen, tested)
     fitted = joined(seen, task.retain)
-    tested = tested if side == "forget" else _retained(task)
+    tested = tested if side == "forget" else side_of(task, side=side)
     sense = f"one binary probe per class, all right, {side} facts, best layer"
     labels = torch.cat([prompts.answers[:, 0].cpu() for prompts in (fitted, tested)])
     options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
@@ -98,10 +99,9 @@ def multinomial_probe(
     Chance is 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes, with raw features, one split and without the
-    last layer. A forgotten sport is no class of the retained facts: **take `binary_probes` for that**. ValueError for
-    answers that no retained fact has, one class, prompts without names.
+    last layer. A forgotten sport is no class of the retained facts, which is an error: **take `binary_probes` then**.
     """
-    tested = formatted(task, None) if side == "forget" else _retained(task)
+    tested = side_of(task, side=side)
     right = _injected(task, tested, side) if injected else tested.answers[:, 0].cpu()
     sense = f"multinomial probe of retained facts, {'injected answer' if injected else f'{side} facts'}, best layer"
     labels = torch.cat([task.retain.answers[:, 0].cpu(), right])
@@ -115,11 +115,10 @@ def _is_named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty
 
 
 def _injected(task: Task, tested: Prompts, side: str) -> Int[Tensor, "prompt"]:
-    """The injected answer of each tested fact."""
     if task.injection is None or side == "retain":
         raise ValueError(
             "expected a task with injected answers and the forgotten side for injected=True, got "
-            f"{'the _retained side' if task.injection else 'no Task.injection'}: leave injected out."
+            f"{'the retained side' if task.injection else 'no Task.injection'}: leave injected out."
         )
     new = dict(zip(task.injection.names, task.injection.answers[:, 0].tolist(), strict=True))
     missing = [name for name in tested.names if name not in new]
@@ -155,14 +154,14 @@ def _best_layer(
     batch_size: int,
     remedy: str,
 ) -> Result:
-    """The result at the best layer of probes that are fitted on some prompts and asked about others.
-
-    `labels`: the right class of each fitted prompt and then of each tested one. `remedy`: what the error about a class
-    that no fitted prompt has advises.
-    """
+    """`labels`: the class of each fitted prompt, then of each tested one; `remedy`: the advice for a class unseen."""
     check_model(model)
     wanted, count = labels.cpu().numpy(), len(fitted)
-    _check_options(fitted, tested, at, splits, penalty, batch_size)
+    check_batch_size(batch_size)
+    check_functions(at=at)
+    check_apart(fitted, tested)
+    if splits < 1 or penalty <= 0:
+        raise ValueError(f"expected at least one split and a positive penalty, got splits={splits}, penalty={penalty}.")
     _check_classes(wanted[:count], wanted[count:], tested.names, remedy)
     states = np.concatenate([states_at(model, p, at, batch_size=batch_size) for p in (fitted, tested)], 1)
     tokens = np.concatenate([subject_tokens(p, at) for p in (fitted, tested)])
@@ -177,12 +176,6 @@ def _best_layer(
     return _result(points, facts, control, 1 / len(np.unique(wanted[:count])), sense, tested.names)
 
 
-def _retained(task: Task) -> Prompts:
-    """The retained facts of the test split, in the trained format."""
-    formatted(task, None)  # raises where there is none
-    return next(iter(task.formats.values())).retain
-
-
 def _result(
     points: tuple[str, ...], facts: _Share, control: _Share, chance: float, sense: str, names: tuple[str, ...]
 ) -> Result:
@@ -192,14 +185,6 @@ def _result(
         curves[1].per_prompt[:, best], f"{sense}, random labels", chance, "share", names=names, curve=curves[1]
     )
     return Result.strongest(curves[0], sense, names=names, control=nothing)
-
-
-def _check_options(fitted: Prompts, tested: Prompts, at: Where, splits: int, penalty: float, batch_size: int) -> None:
-    check_batch_size(batch_size)
-    check_functions(at=at)
-    check_apart(fitted, tested)
-    if splits < 1 or penalty <= 0:
-        raise ValueError(f"expected at least one split and a positive penalty, got splits={splits}, penalty={penalty}.")
 
 
 def _check_classes(

@@ -64,10 +64,7 @@ class Result:
     def difference(
         self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float, float]:
-        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap.
-
-        ValueError if the examples are not the same ones.
-        """
+        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap."""
         if len(self.per_example) != len(other.per_example) or self.names != other.names:
             raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
         values = self.per_example.double() - other.per_example.double()
@@ -104,6 +101,7 @@ def pooled(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return first
     same = all((r.names, len(r.per_example)) == (first.names, len(first.per_example)) for r in results)
+    controls = [r.control for r in results if r.control is not None]
     return Result(
         _merged([r.per_example for r in results], same),
         first.sense,
@@ -111,7 +109,7 @@ def pooled(results: Sequence[Result]) -> Result:
         first.unit,
         first.names if same else tuple(name for r in results for name in r.names),
         _merged_curve([r.curve for r in results if r.curve is not None], same, len(results)),
-        _merged_control([r.control for r in results if r.control is not None], len(results)),
+        None if len(controls) < len(results) else pooled(controls),
     )
 
 
@@ -128,10 +126,6 @@ def _merged_curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | No
     return Curve(first.points, _merged([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
 
 
-def _merged_control(controls: Sequence[Result], count: int) -> Result | None:
-    return pooled(controls) if len(controls) == count else None
-
-
 def interval_over_seeds(
     results: Sequence[Result], seeds: Sequence[int], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -144,15 +138,14 @@ def interval_over_seeds(
     """
     if len(results) == 1:
         return results[0].interval(confidence=confidence, draws=draws, seed=seed)
-    means = resampled_means(
-        [r.per_example[:, None] for r in results], [facts_of(r) for r in results], seeds, draws=draws, seed=seed
-    )
+    values, facts = [r.per_example[:, None] for r in results], [facts_of(r) for r in results]
+    means = resampled_means(values, facts, seeds, draws=draws, seed=seed)
     low, high = (float(end[0]) for end in ends(means, confidence))
     if not all(bool(((r.per_example == 0) | (r.per_example == 1)).all()) for r in results):
         return low, high
     # Where every draw is equal, as at an accuracy of 1, the bootstrap has no width.
-    facts = {fact for r in results for fact in facts_of(r)}
-    least = wilson(sum(r.value for r in results) / len(results), len(facts), confidence)
+    n_facts = len({fact for of_result in facts for fact in of_result})
+    least = wilson(sum(r.value for r in results) / len(results), n_facts, confidence)
     return min(low, least[0]), max(high, least[1])
 
 
@@ -164,10 +157,7 @@ def resampled_means(
     draws: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "draw number"]:
-    """The mean over results of their means over examples, for each draw of facts and seeds.
-
-    `values`, `facts` and `seeds` have one entry for each result: its numbers, what each example is about, and its seed.
-    """
+    """The mean over results of their means over examples (`values`, by fact), for each draw of facts and seeds."""
     place = {name: i for i, name in enumerate(dict.fromkeys(name for names in facts for name in names))}
     order = {number: i for i, number in enumerate(dict.fromkeys(seeds))}
     # Facts and seeds are drawn once for all results: a fact that two of them share comes equally often in both.

@@ -60,11 +60,8 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
             logits = batch.logits(model)
             for batches, metric in zip(values, metrics, strict=True):
                 batches.append(checked(metric, logits, batch).float().cpu())
-    original_order = order.argsort()
-    return tuple(
-        result_of(torch.cat(batches)[original_order], metric, prompts)
-        for batches, metric in zip(values, metrics, strict=True)
-    )
+    pairs, original_order = zip(values, metrics, strict=True), order.argsort()
+    return tuple(result_of(torch.cat(batches)[original_order], metric, prompts) for batches, metric in pairs)
 
 
 def whole_answers(
@@ -76,8 +73,7 @@ def whole_answers(
 
     `answers`: the texts to choose from, each with the space before it; default: every answer that the format has on any
     side. Chance is 1 / answers. For answers of one token, `in_format` gives the same. Guo et al. 2025
-    (https://arxiv.org/abs/2410.12949) score spelled sports in this way. Cost: 1 forward for each answer. ValueError for
-    prompts without texts, and for a right answer that is not among `answers`.
+    (https://arxiv.org/abs/2410.12949) score spelled sports in this way. Cost: 1 forward for each answer.
     """
     prompts = side_of(task, format=name, side=side)
     right = answer_texts(model, prompts)

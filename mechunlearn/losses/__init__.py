@@ -1,8 +1,7 @@
 """Losses: pure functions whose parameters' names say what they are given. Lower is what training goes for.
 
-A loss of logits or of the residual stream gives one value per token, one of log-probabilities one per answer;
-the caller averages. Only real answer tokens come in: no padding, no prompt tokens, no labels of -100.
-Any function with parameters of `losses.inputs` is a loss.
+A loss of logits or of the residual stream gives one value per token, one of log-probabilities one per answer; the
+caller averages. Only real answer tokens come in, no padding. Any function with parameters of `losses.inputs` is a loss.
 """
 
 from mechunlearn.losses.answers import dpo, npo, simnpo

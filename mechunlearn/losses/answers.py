@@ -23,7 +23,7 @@ def npo(
     certain.
 
     Example: p = 1/4, was 3/4, beta 1: r = log(1/3), sigmoid(-r) = 3/4, loss 2 log(4/3) = 0.5754. Zhang et al. 2024,
-    https://arxiv.org/abs/2404.05868, whose beta is the default. ValueError for a beta that is not positive.
+    https://arxiv.org/abs/2404.05868, whose beta is the default.
     """
     return _less_preferred(_ratio(log_probability, original_log_probability), beta)
 
@@ -35,14 +35,13 @@ def simnpo(
 
         -(2 / beta) log sigmoid(beta (-log p(answer) / length - margin))
 
-    At margin 0: (2 / beta) log 2 at p = 1 (0.3081 by default), 0 as p nears 0. Its slope in the mean log p is
-    1 at p = 1, and 1/6 where the geometric mean of the tokens' p is 0.59, by default: it stops early. With a `margin`
-    (nats per token) the slope is 1 where the mean -log p is `margin`, and fades beyond. The paper's gamma is
-    beta * margin.
+    At margin 0: (2 / beta) log 2 at p = 1 (0.3081 by default), 0 as p nears 0. Its slope in the mean log p is 1 at p =
+    1, and 1/6 where the geometric mean of the tokens' p is 0.59, by default: it stops early. With a `margin` (nats per
+    token) the slope is 1 where the mean -log p is `margin`, and fades beyond. The paper's gamma is beta * margin.
 
     Example: p = 1/9 over 2 tokens, beta 1: mean log p = -log 3, sigmoid(log 3) = 3/4, loss 2 log(4/3) = 0.5754.
     Fan et al. 2024, https://arxiv.org/abs/2410.07163. The defaults are those of open-unlearning; the authors' own beta
-    for TOFU is 2.5, with a coefficient of 0.1375. ValueError for a beta that is not positive.
+    for TOFU is 2.5, with a coefficient of 0.1375.
     """
     return _less_preferred(at_least_float32(log_probability) / length + margin, beta)
 
@@ -65,8 +64,7 @@ def dpo(
 
     Example: p from 3/4 to 1/4, alternative as it was, beta 1: loss 2 log(4/3) = 0.5754, as `npo`. Rafailov et al. 2023,
     https://arxiv.org/abs/2305.18290, for unlearning Zhang et al. 2024, https://arxiv.org/abs/2404.05868, whose beta is
-    the default. The factor 2 / beta makes it comparable to `npo`; Rafailov et al. have 1. ValueError for a beta that is
-    not positive.
+    the default. The factor 2 / beta makes it comparable to `npo`; Rafailov et al. have 1.
     """
     ratio = _ratio(log_probability, original_log_probability)
     alternative = _ratio(alternative_log_probability, original_alternative_log_probability)

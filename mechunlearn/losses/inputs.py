@@ -12,11 +12,8 @@ For each prompt's whole answer:
     alternative_log_probability  [row]   the same of the answer preferred instead: the injected one, or "I don't know"
     length                       [row]   its number of tokens; in a loss per token one for each: that of its own answer
 
-`original_logits`, `original_residual`, `original_log_probability` and `original_alternative_log_probability` are
-those of the unedited model, without gradient.
-
-A loss takes some of these, each without a default. Every other parameter has a default, or is bound with
-`functools.partial`.
+Those that begin with `original_` (`original_logits`, ...) are of the unedited model, without gradient. A loss takes
+some of these, each without a default. Every other parameter has a default, or is bound with `functools.partial`.
 """
 
 from collections.abc import Callable
@@ -46,14 +43,10 @@ def needs(loss: Loss) -> tuple[str, ...]:
     """The names of the inputs that `loss` needs, in the order of its signature; pass them by keyword.
 
     Parameters with a default, or bound with `functools.partial`, are not among them. `loss` may be a function, a
-    lambda, a partial or an object with `__call__`.
-
-    ValueError for other parameters without a default, positional-only ones, inputs of which none depends on the trained
-    weights, or inputs per token mixed with inputs per row.
+    lambda, a partial or an object with `__call__`. ValueError for what is no loss, as this module describes it.
     """
-    required = [
-        p for p in _parameters(loss) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    required = [p for p in _parameters(loss) if p.default is p.empty]
+    required = [p for p in required if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = tuple(parameter.name for parameter in required)
     _check_known(loss, names)
     if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in required):

@@ -76,8 +76,7 @@ def satimp(
     is certain of gets nearly no gradient (p = 0.999: a weight of 0.001), so it may never be forgotten.
 
     Example: logits (0, log 3), target 1: p = 3/4, loss (3/4)^5 (1/4) log(3/4) = -0.0171. Yang et al. 2025 (SatImp,
-    beta1 and beta2), https://arxiv.org/abs/2505.11953; the defaults are those of open-unlearning. ValueError for a
-    negative exponent.
+    beta1 and beta2), https://arxiv.org/abs/2505.11953; the defaults are those of open-unlearning.
     """
     for name, value in (("saturation", saturation), ("importance", importance)):
         if not value >= 0:
@@ -132,7 +131,7 @@ def undial(
 
     Example: both logits (0, log 3), target 1, beta log 3: q = (1/2, 1/2), loss -log(1/4)/2 - log(3/4)/2 = 0.8370.
     Dong et al. 2024 (UNDIAL), https://arxiv.org/abs/2402.10052; the default is that of open-unlearning, whose
-    authors suggest 3, 10 and 30. ValueError for a negative beta.
+    authors suggest 3, 10 and 30.
     """
     if not beta >= 0:
         raise ValueError(f"expected beta to be 0 or more, got {beta}: it is taken off the target's logit.")
@@ -173,7 +172,8 @@ def rmu(residual: Float[Tensor, "token d_model"], *, scale: float = 6.5, seed: i
     Example: d_model 1, so u = 1, whatever the seed; h = 2.5: (2.5 - 6.5)^2 = 16. Li et al. 2024,
     https://arxiv.org/abs/2403.03218.
     """
-    aim = scale * _direction(residual.shape[-1], seed).to(residual.device)
+    drawn = torch.rand(residual.shape[-1], generator=torch.Generator().manual_seed(operator.index(seed)))
+    aim = scale * (drawn / drawn.norm()).to(residual.device)
     return (at_least_float32(residual) - aim).square().mean(-1)
 
 
@@ -193,8 +193,3 @@ def representation_matching(
 def at_least_float32(value: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _direction(d_model: int, seed: int) -> Float[Tensor, "d_model"]:
-    drawn = torch.rand(d_model, generator=torch.Generator().manual_seed(operator.index(seed)))
-    return drawn / drawn.norm()

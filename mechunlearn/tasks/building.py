@@ -30,8 +30,7 @@ def build(
       The tokens that share characters with it are the subject's.
     - `corrupt`: for each text another of as many tokens.
 
-    ValueError where the tokenizer would merge prompt and answer into one token, for a subject that is not in its text,
-    and for a corrupt text of another length.
+    ValueError where the tokenizer would merge prompt and answer into one token.
     """
     if len(texts) != len(answers):
         raise ValueError(f"expected one answer for each text, got {len(texts)} texts and {len(answers)} answers.")
@@ -57,8 +56,7 @@ def build(
 def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Prompts:
     """The same prompts with another answer (or one for each), such as " I don't know.": to inject, or for `dpo`.
 
-    Candidates and corrupted counterparts, which belong to the true answer, are left out. ValueError for prompts that
-    were not built from text.
+    Candidates and corrupted counterparts, which belong to the true answer, are left out. The prompts need their texts.
     """
     if not prompts.texts:
         raise ValueError("expected prompts with their texts, got none: build them with tasks.build.")
@@ -76,10 +74,8 @@ def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Pro
 
 def answer_texts(model: Model, prompts: Prompts) -> list[str]:
     """The answers as text, each as it continues its prompt, with the space before it if there is one."""
-    texts = []
-    for tokens, real, place, answer in zip(
-        prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers, strict=True
-    ):
+    texts, columns = [], (prompts.tokens, prompts.attention_mask, prompts.positions[:, 0], prompts.answers)
+    for tokens, real, place, answer in zip(*columns, strict=True):
         before = tokens[: int(place) + 1][real[: int(place) + 1]]
         texts.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
     return texts
@@ -93,8 +89,6 @@ def knows(
     - `threshold=None`: every token of the answer is the most probable one of the vocabulary.
     - `threshold` a number: the probability of the whole answer is at least that. Guo et al. 2025
       (https://arxiv.org/abs/2410.12949) keep CounterFact records from 0.5 on.
-
-    Cost: 1 forward. ValueError for a threshold outside 0..1.
     """
     check_model(model)
     if threshold is not None and not 0 <= threshold <= 1:

@@ -49,10 +49,7 @@ class Record:
 
 
 def records_of(source: RecordSource, questions: RecordSource | None, split: str = "train") -> list[Record]:
-    """The records, in the order of the source, with their questions.
-
-    ValueError for records in another schema, for ids that come twice, and for questions that belong to no record.
-    """
+    """The records, in the order of the source, with their questions."""
     choices = {} if questions is None else _choices(questions)
     rows = _rows(source, split)
     records = [_record(row, place, choices) for place, row in enumerate(rows)]
@@ -94,7 +91,9 @@ def _record(row: Mapping[str, Any], place: int, choices: Mapping[Key, Choice]) -
             f"expected a prompt with one {{}} for its subject and two different answers, got {prompt!r}, {subject!r}, "
             f"{answer!r} and {injected!r} in the record with case_id {case}: correct it or leave it out."
         )
-    paraphrases, neighbours = (_texts(row, column) for column in ("paraphrase_prompts", "neighborhood_prompts"))
+    # Compared with None, since the array that a table has in this place has no truth value.
+    columns = (row.get(column) for column in ("paraphrase_prompts", "neighborhood_prompts"))
+    paraphrases, neighbours = (() if texts is None else tuple(texts) for texts in columns)
     unnamed = [text for text in paraphrases if subject not in text]
     if unnamed:
         raise ValueError(
@@ -104,12 +103,6 @@ def _record(row: Mapping[str, Any], place: int, choices: Mapping[Key, Choice]) -
     relation = str(rewrite.get("relation_id", ""))
     choice = next((choices[name, str(row[name])] for name in IDS if (name, str(row.get(name))) in choices), None)
     return Record(case, subject, prompt, relation, answer, injected, paraphrases, neighbours, choice)
-
-
-def _texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """The texts in a column; none if it is missing or empty."""
-    # Compared with None, since the array that a table has in this place has no truth value.
-    return () if row.get(column) is None else tuple(row[column])
 
 
 def _choices(questions: RecordSource) -> dict[Key, Choice]:

@@ -48,10 +48,7 @@ class Prompts:
         corrupt: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | None = None,
         subject: Bool[Tensor, "batch pos"] | None = None,
     ) -> "Prompts":
-        """From tokens, with answers of one token each; without a mask every token is a real one.
-
-        `tasks.build` makes prompts from text, with answers of any length.
-        """
+        """From tokens, with answers of one token each; without a mask every token is real. `tasks.build` takes text."""
         grid = _grid(tokens, "tokens")
         real = torch.ones_like(grid, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         last = real.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True)
@@ -113,10 +110,7 @@ class Prompts:
         return replace(self.corrupted(), corrupt=self.tokens)
 
     def logits(self, model: Model, *, hooks: Sequence[Hook] = ()) -> Float[Tensor, "batch answer d_vocab"]:
-        """What a metric takes: the logits that predict the answer tokens. One forward, answers teacher-forced.
-
-        `hooks` are TransformerLens forward hooks `(name, function)` for this pass.
-        """
+        """What a metric takes: the logits that predict the answer tokens. One forward, answers teacher-forced."""
         return logits_at(model, self.tokens, self.attention_mask, self.positions, hooks=hooks)
 
     def to(self, device: torch.device | str) -> "Prompts":
@@ -179,7 +173,6 @@ def joined(*sets: Prompts) -> Prompts:
     """The prompts of all sets, in order, such as `joined(task.forget, task.retain)`.
 
     Candidates, subjects, corrupted counterparts, texts and names are kept if every set has them.
-    ValueError for sets with different numbers of candidates.
     """
     counts = sorted({p.candidates.shape[1] for p in sets if p.candidates is not None})
     if len(counts) > 1:

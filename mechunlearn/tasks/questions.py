@@ -83,10 +83,7 @@ def first_tokens(model: Model) -> FirstToken:
 def distinct(
     first: FirstToken, text: str, own: Sequence[str], others: Iterable[str], *, count: int, name: str
 ) -> tuple[str, ...]:
-    """A fact's own answers and then others, up to `count`, all of which differ in their first token after `text`.
-
-    ValueError if its own answers do not differ, or if there is no second answer.
-    """
+    """A fact's own answers and then others, up to `count`, all of which differ in their first token after `text`."""
     by_token: dict[int, str] = {}
     for place, option in enumerate(own):
         other = by_token.setdefault(first(text, option), option)

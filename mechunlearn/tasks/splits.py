@@ -1,7 +1,7 @@
 """Splits: a task in parts, a validation split, and which facts a builder trains on and tests."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -20,20 +20,17 @@ def partitioned(task: Task, k: int, *, rehearse: bool = False) -> list[Task]:
     evaluated on all facts. Prompts of one name are one fact; without names, each prompt is.
     `rehearse`: each part also forgets the facts of the parts before it.
 
-    Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for a `k`
-    beyond the number of facts, and for an injection that does not go with the prompts to forget row by row.
+    Guo et al. 2025 (https://arxiv.org/abs/2410.12949) edit 64 facts as 4 x 16, without rehearsal. ValueError for an
+    injection that does not go with the prompts to forget row by row.
     """
     facts = _facts(task.forget)
     if not 1 <= k <= len(facts):
         raise ValueError(f"k must lie in 1..{len(facts)} (the number of facts to forget), got {k}.")
-    names = list(facts)
-    ends = [len(names) * (part + 1) // k for part in range(k)]
-    starts = [0, *ends[:-1]]
-    parts = []
-    for place, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
-        chosen = names[0 if rehearse else start : end]
-        part = _forgetting_only(task, chosen)
-        parts.append(replace(part, name=f"{task.name}, part {place} of {k}"))
+    names, parts = list(facts), []
+    for part in range(k):
+        start, end = len(names) * part // k, len(names) * (part + 1) // k
+        chosen = _forgetting_only(task, names[0 if rehearse else start : end])
+        parts.append(replace(chosen, name=f"{task.name}, part {part + 1} of {k}"))
     return parts
 
 
@@ -79,7 +76,6 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
       the validation facts, and the reported formats leave these out: with 16 facts, 3 choose and 13 are reported.
 
     `final` trains on the whole train split. Other knowledge is left to `final`. Prompts of one name are one fact.
-    ValueError for prompts without names, and for a `share` that leaves one of the two without facts.
     """
     rng = random.Random(f"validation {seed}")
     forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
@@ -104,7 +100,11 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         knowledge=None,
         splits=_splits(trained, chosen["forget"], retained, chosen["retain"]),
     )
-    formats = {name: _format_without(format, chosen) for name, format in task.formats.items()}
+    formats = {}
+    for name, format in task.formats.items():
+        forgotten, kept = (_without(getattr(format, side), facts) for side, facts in chosen.items())
+        injected = None if format.injected is None else _without(format.injected, chosen["forget"])
+        formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
     first = next(iter(formats.values()))
     splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
@@ -132,10 +132,7 @@ class Sides(Generic[Fact]):
         rng: random.Random,
         shuffle: bool = True,
     ) -> "Sides[Fact]":
-        """The parts, with `train` of the retained facts to train on, and `train_forget` of those to forget (None: all).
-
-        The facts to train on are random ones, or the first. ValueError if a part would be empty.
-        """
+        """The parts: `train` of the retained facts are trained on, `train_forget` of those to forget (None: all)."""
         for side, facts in (("forget", forget), ("retain", retain)):
             if not facts:
                 raise ValueError(f"expected facts to {side}, got none: choose fewer or other facts to forget.")
@@ -178,13 +175,6 @@ def _prompts_about(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[
 def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
     rows = [row for row, name in enumerate(prompts.names) if name not in facts]
     return prompts if len(rows) == len(prompts) else prompts[rows]
-
-
-def _format_without(format: Format, chosen: Mapping[str, Sequence[str]]) -> Format:
-    """The format without the chosen facts of each side."""
-    injected = None if format.injected is None else _without(format.injected, chosen["forget"])
-    forget, retain = _without(format.forget, chosen["forget"]), _without(format.retain, chosen["retain"])
-    return replace(format, forget=forget, retain=retain, injected=injected)
 
 
 def _forgetting_only(task: Task, facts: Sequence[str]) -> Task:

@@ -77,7 +77,6 @@ def sports_facts(
     tested athletes, ask what both sides should keep (chance 1/3 and 1/4). `task.splits` names who was left out.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete if there is a threshold.
-    ValueError if the sport or a name is not in the source, or was left out.
     """
     check_model(model)
     rng = random.Random(index(seed))
@@ -202,7 +201,6 @@ def _trained(person: Athlete, injected: Mapping[str, str]) -> Question:
 
 
 def _sport_formats(tested: _Tested, *, rng: random.Random, dashed: bool) -> dict[str, Format]:
-    """The sport of the athletes in every format."""
     templates = {"trained prompt": formats.FACT, **formats.PARAPHRASES}
     injected = tested.injected
     asks: dict[str, Ask] = {
@@ -218,18 +216,18 @@ def _sport_formats(tested: _Tested, *, rng: random.Random, dashed: bool) -> dict
         _in_a_sentence, template=formats.CAPITALISED, injected=injected, written=str.capitalize
     )
     if dashed:
-        asks["dashed"] = partial(_dashed, injected=injected)
+        # Spelled sports begin with the same tokens, so whole answers are compared, and there are no candidates.
+        asks["dashed"] = partial(
+            _in_a_sentence, template=formats.DASHED, injected=injected, written="-".join, candidates=()
+        )
     return {name: tested.format(ask) for name, ask in asks.items()}
 
 
 def _neighbourhood(
     tested: _Tested, *, attributes: Mapping[str, Mapping[str, str]], people: Sequence[Athlete]
 ) -> dict[str, Format]:
-    """A format for each other fact about the athletes, which forgetting their sport should not touch.
-
-    `attributes`: attribute -> athlete -> value. The options are values of athletes of the same sport, so that a model
-    that knows the sport alone is at chance. An attribute that a tested athlete lacks, or with one value, is left out.
-    """
+    """A format for each attribute (-> athlete -> value) that all tested athletes have and that has several values."""
+    # The options are values of athletes of the same sport: a model that knows the sport alone is at chance.
     neighbourhood = {}
     everyone = (*tested.forget, *tested.retain)
     for attribute, values in attributes.items():
@@ -245,21 +243,18 @@ def _neighbourhood(
 
 
 def _in_a_sentence(
-    person: Athlete, *, template: str, injected: Mapping[str, str], written: Callable[[str], str] = str
+    person: Athlete,
+    *,
+    template: str,
+    injected: Mapping[str, str],
+    written: Callable[[str], str] = str,
+    candidates: Sequence[str] = CANDIDATES,
 ) -> Question:
     name, sport = person
     text, place = _about(template, name)
     instead = f" {written(injected[name])}" if name in injected else None
-    options = tuple(f" {written(option)}" for option in CANDIDATES)
+    options = tuple(f" {written(option)}" for option in candidates)
     return Question(name, text, f" {written(sport)}", options, instead, place)
-
-
-def _dashed(person: Athlete, *, injected: Mapping[str, str]) -> Question:
-    # Spelled sports begin with the same tokens, so whole answers are compared, and there are no candidates.
-    name, sport = person
-    text, place = _about(formats.DASHED, name)
-    instead = f" {'-'.join(injected[name])}" if name in injected else None
-    return Question(name, text, f" {'-'.join(sport)}", (), instead, place)
 
 
 _Choice: TypeAlias = Callable[[str, random.Random], tuple[str, dict[str, str]]]

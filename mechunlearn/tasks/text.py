@@ -31,7 +31,7 @@ def rows_of(
 
     A text is a string (which begins with BOS, if the model has one) or its tokens, taken as they are. `texts` may be
     any iterable, such as `(row["text"] for row in datasets.load_dataset(..., streaming=True))`: no more of it is read
-    than is used. ValueError for an empty text, a bare string, and rows of fewer than 2 tokens.
+    than is used. ValueError for an empty text.
     """
     if isinstance(texts, str) or length < 2:
         got = "a string" if isinstance(texts, str) else f"rows of length {length}"
@@ -61,7 +61,7 @@ def pack(
     """The texts packed to `rows` rows of equal length (default: all), from row `skip` on; see `rows_of`.
 
     Calls with `rows=100` and `skip` 0, 100, 200, ... give the rows of one long call, if the texts begin anew each time.
-    What is skipped is read and tokenized again. ValueError if the texts fill fewer rows (or none).
+    What is skipped is read and tokenized again.
     """
     stop = None if rows is None else skip + rows
     packed = list(islice(rows_of(model, texts, length=length), skip, stop))
@@ -80,7 +80,7 @@ def train_and_test_text(
     """General text for `Task.text`, and the first fifth of it for `Task.text_test`.
 
     All strings are packed to rows of 64 tokens; of an endless stream, pass `pack(..., rows=...)` instead. The default
-    is everyday sentences that come with the package. ValueError for fewer than two rows.
+    is everyday sentences that come with the package.
     """
     if text is None:
         rng = random.Random(f"text {seed}")

@@ -44,9 +44,7 @@ def hooked(model: Any, vocabulary: Any) -> Any:
     """A `HookedTransformer` with the model's weights, unprocessed; raises ImportError on TransformerLens 4."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
-        from transformer_lens.pretrained.weight_conversions import (  # type: ignore  # not in TransformerLens 4
-            convert_llama_weights,
-        )
+        from transformer_lens.pretrained.weight_conversions import convert_llama_weights  # type: ignore  # not in TransformerLens 4
     except ImportError as error:
         raise ImportError(
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
@@ -112,7 +110,8 @@ def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, 
     records, questions = [], []
     for case, fact in one_each.values():
         rng = random.Random(f"record {case} {seed}")
-        answers = _answers_of(fact["relation"])
+        same_relation = (row for row in facts.knowledge_rows() if row["relation"] == fact["relation"])
+        answers = {row["subject"]: row["answer"] for row in same_relation}
         wrong = rng.sample(sorted(set(answers.values()) - {fact["answer"]}), 3)
         alike = [name for name, answer in answers.items() if answer == fact["answer"] and name != fact["subject"]]
         records.append(_record(case, fact, wrong[0], rng.sample(alike, min(NEIGHBOURS, len(alike)))))
@@ -178,11 +177,6 @@ def _hooked_options(model: Any) -> dict[str, Any]:
         "rotary_base": config.rope_parameters["rope_theta"],
         "rotary_adjacent_pairs": False,
     }
-
-
-def _answers_of(relation: str) -> dict[str, str]:
-    """Subject -> answer."""
-    return {row["subject"]: row["answer"] for row in facts.knowledge_rows() if row["relation"] == relation}
 
 
 def _record(case: int, fact: facts.FactRow, injected: str, neighbours: Sequence[str]) -> dict[str, Any]:

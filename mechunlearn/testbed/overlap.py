@@ -27,8 +27,7 @@ def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> 
 
     A component is true if `truth` covers at least half of its weights, so an attention layer makes each of its heads
     true. A mask counts as scores of 1 for the heads and MLPs of which it covers at least half, and of 0 for the others.
-    Where scores are tied, precision is the expected one.
-    ValueError for a truth of another shape, or where all or none of the scored components are true.
+    Where scores are tied, precision is the expected one. Some of the scored components must be true and some not.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -43,12 +42,13 @@ def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> 
             f"and MLPs, or take another truth."
         )
     weights = [truth.shape.n_parameters([component]) for component in ranked.components]
+    mask = scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters)
     return Agreement(
         float(roc_auc_score(true, sizes)),
         float(roc_auc_score(true, sizes, sample_weight=weights)),
         _precision(sizes, true),
         sum(true) / len(true),
-        _covered_share(scores if isinstance(scores, ComponentMask) else within(scores, truth.n_parameters), truth),
+        _n_shared(mask, truth) / truth.n_parameters,
     )
 
 
@@ -56,8 +56,8 @@ def within(scores: ComponentScores, parameters: int) -> ComponentMask:
     """The components that score highest (by size) within a budget of weights, without those that would exceed it.
 
     `scores.top(parameters=...)` ends at the first component that exceeds the budget. This function goes on to smaller
-    ones of lower rank, so that localizations by heads and by MLPs have about as many weights. Ties go to the component
-    that comes first in the model. ValueError if nothing fits.
+    ones of lower rank, so that localizations by heads and by MLPs have about as many weights. Of equals the first in
+    the model comes first.
     """
     ranks = {component: (-abs(value), component) for component, value in scores.items()}
     chosen: list[Component] = []
@@ -85,12 +85,7 @@ def _indicator(mask: ComponentMask) -> ComponentScores:
     return ComponentScores.of({member: float(is_covered(member, mask)) for member in members}, mask.shape)
 
 
-def _covered_share(mask: ComponentMask, truth: ComponentMask) -> float:
-    return _n_shared(mask, truth) / truth.n_parameters
-
-
 def _n_shared(a: ComponentMask, b: ComponentMask) -> int:
-    """Number of weights in both."""
     return a.n_parameters + b.n_parameters - a.shape.n_parameters({*a, *b})
 
 

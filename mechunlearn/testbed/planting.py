@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import TrainingRun, training_run
+from mechunlearn.edit.finetuning import training_run
 from mechunlearn.evaluate.attacks.exam import made_up
 from mechunlearn.evaluate.scoring import measure
 from mechunlearn.losses import cross_entropy, kl_to_original
@@ -59,8 +59,7 @@ def plant(
 
     The mask is where the weights differ; the rest of the model still takes part in the answer. The same seed gives the
     same edit, bit for bit, on CPU. Cost: per step F + B of each batch from the lowest layer of the mask up. ValueError
-    for missing formats and for facts that the model knows already; NotPlantedError where the mask has not taken the
-    facts up in `steps`; FloatingPointError when a loss diverges.
+    for facts that the model knows already; NotPlantedError where the mask has not taken the facts up in `steps`.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
@@ -75,16 +74,11 @@ def plant(
         until=lambda row: (int(row["step"]) + 1) % every == 0 and planting.is_done(model),
     )
     about = {"editor": "plant", "formats": list(formats), "known": known, "kept": kept}
-    return _checked(model, planting, training_run(model, task, mask, terms, options, about=about))
-
-
-def _checked(model: Model, planting: "Planting", run: TrainingRun) -> Edit:
-    """The edit with what was measured; ValueError if the facts are not known with it."""
+    run = training_run(model, task, mask, terms, options, about=about)
     with run.edit.applied(model):
-        after = planting.measured(model)
-    steps = len(run.history)
-    planting.check(after, run.mask, steps=steps)
-    planted = {"facts": planting.count, "steps": steps, "before": planting.before, "after": after}
+        after = _measured(model, planting.formats)
+    planting.check(after, run.mask, steps=len(run.history))
+    planted = {"facts": planting.count, "steps": len(run.history), "before": planting.before, "after": after}
     return replace(run.edit, provenance={**run.provenance, "planted": planted})
 
 
@@ -134,10 +128,6 @@ class Planting:
     def count(self) -> int:
         first = next(iter(self.formats.values())).forget
         return len(set(first.names)) or len(first)
-
-    def measured(self, model: Model) -> Accuracies:
-        """The accuracies of the model as it is."""
-        return _measured(model, self.formats)
 
     def is_done(self, model: Model) -> bool:
         """Whether the facts are planted in each format and the others are kept."""

@@ -122,9 +122,10 @@ def test_the_papers_protocols(llama, monkeypatch):
     """Rank, steps and points by name; two facts are seen of all."""
     sizes, compute = [], relearning_lora.relearning_terms
 
-    def recording(model, task, trained, tested, **options):
-        sizes.append((len(trained), options["coefficients"]))
-        return compute(model, task, trained, tested, **options)
+    def recording(model, task, trained, tested, *table, **options):
+        terms = compute(model, task, trained, tested, *table, **options)
+        sizes.append((len(trained), tuple(term.coefficient for term in terms)))
+        return terms
 
     monkeypatch.setattr(relearning_lora, "relearning_terms", recording)
     task = tiny.task(llama)

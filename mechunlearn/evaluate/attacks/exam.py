@@ -57,11 +57,7 @@ class Asked:
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:
-    """The result of an attack at its strongest: the best run at each point of its budget, and the best point.
-
-    `runs`: point -> the scores of each run that got there; the best has the highest mean on the facts. The control has
-    the scores of the same runs about nobody.
-    """
+    """The best run (by its mean on the facts) at each point, and the best point; as control the same about nobody."""
     best = {point: max(tries, key=lambda scores: float(scores[0].mean())) for point, tries in runs.items() if tries}
     stacked = torch.stack(list(best.values()), -1)
     meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)
@@ -75,11 +71,8 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
-    """The same questions and answers about made-up names; None for prompts without subjects.
-
-    Each token of a name is replaced by the one at the same place in a random name of either set, so that made-up names
-    have the parts and the lengths of real ones.
-    """
+    """The same questions about made-up names, with the parts and lengths of real ones; None without subjects."""
+    # Each token of a name is replaced by the one at the same place in a random name of either set.
     if prompts.subject is None or others.subject is None:
         return None
     generator = torch.Generator().manual_seed(operator.index(seed))
@@ -104,9 +97,8 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     It trains on `task.forget` and is tested on the forgotten facts of the test split in `format` (default: the first,
     the trained prompt). Where the two share facts, as in tasks that forget single athletes, a random half of the names
     is tested and the others are trained on (Deeb & Roger 2024, https://arxiv.org/abs/2410.08827).
-    ValueError for prompts without names and for too few facts to split.
     """
-    tested = formatted(task, format)
+    tested = side_of(task, format=format)
     if not (task.forget.names and tested.names):
         raise ValueError("expected prompts with names, to tell facts apart, got none: build them with subjects=....")
     names = sorted(set(tested.names))
@@ -115,16 +107,11 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     trained = [i for i, name in enumerate(task.forget.names) if name not in kept]
     if not trained:
         raise ValueError(
-            f"expected at least two forgotten facts, one to attack with and one to test, got {len(names)}: "
-            f"take a task that forgets more."
+            f"expected at least two forgotten facts, one to attack with and one to test, got {len(names)}: take a task "
+            f"that forgets more."
         )
     rows = [i for i, name in enumerate(tested.names) if name in kept]
     return task.forget.rows(torch.tensor(trained)), tested.rows(torch.tensor(rows))
-
-
-def formatted(task: Task, format: str | None) -> Prompts:
-    """The forgotten facts of the test split in a format; ValueError if the task has no such format."""
-    return side_of(task, format=format)
 
 
 def check_apart(trained: Prompts, tested: Prompts) -> None:

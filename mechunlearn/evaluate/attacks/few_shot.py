@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mechunlearn.evaluate.attacks.exam import Asked, check_apart, formatted, halves, made_up, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, made_up, worst_case
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, check_model, device_of
 from mechunlearn.tasks.building import answer_texts, build
@@ -39,8 +40,7 @@ def few_shot(
       trained prompt, such as multiple choice, need them for a whole sport.
 
     The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland 2024,
-    https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with their
-    demonstrations. ValueError for prompts without texts, and for a format that needs `demonstrations`.
+    https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with theirs.
     """
     check_model(model)
     trained, tested = halves(task, format=format, seed=seed)
@@ -84,21 +84,21 @@ def demonstrations_for(
     model: Model, task: Task, trained: Prompts, tested: Prompts, *, format: str | None, balanced: bool
 ) -> list[Demonstration]:
     """The facts of the attack's half in the words of the format, and facts to retain if all of it has one answer."""
-    first = format is None or format == next(iter(task.formats))
-    same = [row for row, name in enumerate(formatted(task, format).names) if name in set(trained.names)]
+    first, asked = format is None or format == next(iter(task.formats)), side_of(task, format=format)
+    same = [row for row, name in enumerate(asked.names) if name in set(trained.names)]
     if same:
-        demonstrations = demonstrations_of(model, formatted(task, format)[same], tested)
+        demonstrations = demonstrations_of(model, asked[same], tested)
     elif first:
         demonstrations = demonstrations_of(model, trained, tested)
     else:
         demonstrations = _reworded(model, trained, tested)
     if balanced and len({shown.answer for shown in demonstrations}) == 1:
-        demonstrations += demonstrations_of(model, task.retain if first else task.formats[str(format)].retain, tested)
+        retained = task.retain if first else side_of(task, format=format, side="retain")
+        demonstrations += demonstrations_of(model, retained, tested)
     return demonstrations
 
 
 def demonstrations_of(model: Model, prompts: Prompts, tested: Prompts) -> list[Demonstration]:
-    """The prompts as demonstrations. ValueError if one is about a fact that is tested."""
     check_apart(prompts, tested)
     answers = zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True)
     return [Demonstration(text[_line(text, name) :], answer) for answer, text, name in answers]
@@ -161,7 +161,6 @@ def _line(text: str, name: str) -> int:
 
 
 def _answers(model: Model, prompts: Prompts) -> list[str]:
-    """The answers as text."""
     _check_texts(prompts)
     return answer_texts(model, prompts)
 

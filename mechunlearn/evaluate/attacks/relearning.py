@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.evaluate.attacks.exam import Asked, Scores, check_apart, formatted, halves, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, Scores, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, differentiable, shape
@@ -70,6 +71,10 @@ class TextOptions(TypedDict, total=False):
     text_batch_size: Annotated[int, 4, "A batch of text has this many rows."]
 
 
+class MixOptions(AttackOptions, TextOptions, total=False):
+    """What every attack that trains on facts and text takes."""
+
+
 class WeightOptions(TypedDict, total=False):
     """How all weights of attention and MLPs are trained."""
 
@@ -77,7 +82,7 @@ class WeightOptions(TypedDict, total=False):
     optimizer: Annotated[MakesOptimizer, adamw, "A torch optimizer class, or any function of parameters and `lr`."]
 
 
-class RunsOptions(AttackOptions, TextOptions, WeightOptions, total=False):
+class RunsOptions(MixOptions, WeightOptions, total=False):
     """The options of `relearn_and_ask`, which is given what to ask."""
 
 
@@ -140,7 +145,7 @@ def relearn_and_ask(
 
 def _answers(model: Model, task: Task, questions: Sequence[Question], options: RunsOptions) -> list[Result]:
     """Train on each half of the facts once, and ask all questions that leave this half to train on."""
-    seed, steps = options["seed"], options["steps"]
+    seed = options["seed"]
     sharing: dict[object, list[tuple[int, Prompts, Prompts]]] = {}
     for place, question in enumerate(questions):
         trained, tested = halves(task, format=question.format, seed=seed)
@@ -150,10 +155,10 @@ def _answers(model: Model, task: Task, questions: Sequence[Question], options: R
     for run in sharing.values():
         terms: list[Term] = []
         for _, trained, tested in reversed(run):  # the first's terms remain; each is checked to be apart from its test
-            terms = _mixed(model, task, trained, tested, options)
+            terms = relearning_terms(model, task, trained, tested, options)
         asked = [Asked.of(model, task, told, metric=questions[place].metric, seed=seed) for place, _, told in run]
-        points = [measured_at(steps, questions[place].at) for place, *_ in run]
-        scores = Tuning.of(options).several_scores(model, terms, list(zip(asked, points, strict=True)), steps=steps)
+        points = [measured_at(options["steps"], questions[place].at) for place, *_ in run]
+        scores = _scores(model, terms, list(zip(asked, points, strict=True)), options)
         for (place, *_), by_step, about in zip(run, scores, asked, strict=True):
             results[place] = worst_case(by_step, about, axis="steps")
     return [results[place] for place in range(len(questions))]
@@ -170,8 +175,7 @@ def relearn_few(
     and of the learning rates the best one counts, the start ("0" examples) included.
 
     Łucki et al. 2024 (https://arxiv.org/abs/2409.18025) found that a handful of examples, some of them unrelated to
-    what was unlearned, undo much. Cost: `relearn`'s for each number. Errors: `relearn`'s, and ValueError for more
-    examples than there are.
+    what was unlearned, undo much. Cost: `relearn`'s for each number.
     """
     trained, tested = halves(task, format=options["format"], seed=options["seed"])
     if examples is None:
@@ -179,9 +183,9 @@ def relearn_few(
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=options["seed"])
     runs: dict[str, list[Scores]] = {"0": [asked.scores_of(model)]}
     for count in examples:
-        terms = _mixed(model, task, some_of(trained, count, seed=options["seed"]), tested, options)
+        terms = relearning_terms(model, task, some_of(trained, count, seed=options["seed"]), tested, options)
         points = measured_at(options["steps"], options["at"])
-        by_step = Tuning.of(options).scores(model, terms, asked, steps=options["steps"], at=points)
+        (by_step,) = _scores(model, terms, [(asked, points)], options)
         runs[str(count)] = [scores for reached in by_step.values() for scores in reached]
     return worst_case(runs, asked, axis="examples")
 
@@ -202,89 +206,50 @@ def relearn_benign(
     forgotten fact, so what comes back was there; this also holds where one answer is forgotten, such as a whole sport,
     and `relearn` teaches it.
 
-    Hu et al. 2024 (https://arxiv.org/abs/2406.13356). Everything else is as for `relearn`, and so are cost and errors.
+    Hu et al. 2024 (https://arxiv.org/abs/2406.13356). Everything else, cost and errors included, is as for `relearn`.
     """
-    tested, size = formatted(task, options["format"]), options["batch_size"]
-    terms = relearning_terms(
-        model,
-        task,
-        None,
-        tested,
-        coefficients=(0.0, options["retain_coefficient"], 1.0),
-        batch_sizes=(size, size, size),
-        text=None if text is None else pack(model, text, length=text_length),
-    )
+    tested = side_of(task, format=options["format"])
+    rows = None if text is None else pack(model, text, length=text_length)
+    mix: MixOptions = {**options, "text_coefficient": 1.0, "text_batch_size": options["batch_size"]}
+    terms = relearning_terms(model, task, None, tested, mix, text=rows)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=options["seed"])
-    points = measured_at(options["steps"], options["at"])
-    runs = Tuning.of(options).scores(model, terms, asked, steps=options["steps"], at=points)
+    (runs,) = _scores(model, terms, [(asked, measured_at(options["steps"], options["at"]))], options)
     return worst_case(runs, asked, axis="steps")
 
 
-def _mixed(model: Model, task: Task, trained: Prompts, tested: Prompts, options: RunsOptions) -> list[Term]:
-    """The facts that are relearned, with the retained facts and the text that the options ask for."""
-    size = options["batch_size"]
-    return relearning_terms(
-        model,
-        task,
-        trained,
-        tested,
-        coefficients=(1.0, options["retain_coefficient"], options["text_coefficient"]),
-        batch_sizes=(size, size, options["text_batch_size"]),
-    )
+def _scores(
+    model: Model,
+    terms: Sequence[Term],
+    questions: Sequence[tuple[Asked, Sequence[int]]],
+    options: BenignOptions | RunsOptions,
+) -> list[dict[str, list[Scores]]]:
+    """For each question and its steps: step -> the scores of every run (learning rate) that did not diverge before."""
+    answers: list[dict[str, list[Scores]]] = [{str(step): [] for step in at} for _, at in questions]
+    for by_step, (asked, _) in zip(answers, questions, strict=True):
+        by_step["0"] = [asked.scores_of(model)]
 
+    def on_step(row: Mapping[str, Any]) -> None:
+        done = row["step"] + 1
+        for by_step, (asked, at) in zip(answers, questions, strict=True):
+            if done in at:
+                by_step[str(done)].append(asked.scores_of(model))
 
-@dataclass(frozen=True)
-class Tuning:
-    """One run for each learning rate."""
-
-    learning_rates: Sequence[float]
-    warmup: float
-    """Over which share of the steps the learning rate rises to the scheduled one."""
-    optimizer: MakesOptimizer
-    micro_batch_size: int | None
-    seed: int
-
-    @classmethod
-    def of(cls, options: BenignOptions | RunsOptions) -> "Tuning":
-        rates, warmup, optimizer = options["learning_rates"], options["warmup"], options["optimizer"]
-        return cls(rates, warmup, optimizer, options["micro_batch_size"], options["seed"])
-
-    def scores(
-        self, model: Model, terms: Sequence[Term], asked: Asked, *, steps: int, at: Sequence[int]
-    ) -> dict[str, list[Scores]]:
-        """Step -> the scores of every run that did not diverge before it. The model is left as it was."""
-        return self.several_scores(model, terms, [(asked, at)], steps=steps)[0]
-
-    def several_scores(
-        self, model: Model, terms: Sequence[Term], questions: Sequence[tuple[Asked, Sequence[int]]], *, steps: int
-    ) -> list[dict[str, list[Scores]]]:
-        """The same for several questions about the same runs, each with the steps at which it is asked."""
-        answers: list[dict[str, list[Scores]]] = [{str(step): [] for step in at} for _, at in questions]
-        for by_step, (asked, _) in zip(answers, questions, strict=True):
-            by_step["0"] = [asked.scores_of(model)]
-
-        def on_step(row: Mapping[str, Any]) -> None:
-            done = row["step"] + 1
-            for by_step, (asked, at) in zip(answers, questions, strict=True):
-                if done in at:
-                    by_step[str(done)].append(asked.scores_of(model))
-
-        for rate in check_rates(self.learning_rates):
-            with _all_weights(model) as (entries, original), suppress(FloatingPointError):
-                fit(
-                    model,
-                    entries,
-                    terms,
-                    original=original,
-                    steps=steps,
-                    learning_rate=rate,
-                    optimizer=_warmed_up(self.optimizer, round(self.warmup * steps)),
-                    micro_batch_size=self.micro_batch_size,
-                    seed=self.seed,
-                    progress=False,
-                    on_step=on_step,
-                )
-        return answers
+    for rate in check_rates(options["learning_rates"]):
+        with _all_weights(model) as (entries, original), suppress(FloatingPointError):
+            fit(
+                model,
+                entries,
+                terms,
+                original=original,
+                steps=options["steps"],
+                learning_rate=rate,
+                optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
+                micro_batch_size=options["micro_batch_size"],
+                seed=options["seed"],
+                progress=False,
+                on_step=on_step,
+            )
+    return answers
 
 
 @contextmanager
@@ -324,24 +289,24 @@ def relearning_terms(
     task: Task,
     trained: Prompts | None,
     tested: Prompts,
+    options: MixOptions,
     *,
-    coefficients: tuple[float, float, float],
-    batch_sizes: tuple[int, int, int],
+    coefficient: float = 1.0,
     text: Int[Tensor, "row pos"] | None = None,
 ) -> list[Term]:
-    """Cross-entropy on what is relearned, on retained facts and on text (default: the task's), if not times 0.
+    """Cross-entropy on what is relearned (times `coefficient`), on retained facts and on text (default: the task's).
 
     None of them is about a tested fact: ValueError if a prompt is; rows of text that name one are left out.
     """
-    facts = {"relearn": trained, "retain": task.retain}
     terms = []
-    for (name, prompts), coefficient, size in zip(facts.items(), coefficients[:2], batch_sizes[:2], strict=True):
-        if prompts is not None and coefficient:
+    facts = (("relearn", trained, coefficient), ("retain", task.retain, options["retain_coefficient"]))
+    for name, prompts, factor in facts:
+        if prompts is not None and factor:
             check_apart(prompts, tested)
-            terms.append(Term(name, prompts, cross_entropy, coefficient, size))
-    if coefficients[2]:
+            terms.append(Term(name, prompts, cross_entropy, factor, options["batch_size"]))
+    if options["text_coefficient"]:
         rows = as_prompts(unnamed(model, task.text if text is None else text, tested))
-        terms.append(Term("text", rows, cross_entropy, coefficients[2], batch_sizes[2]))
+        terms.append(Term("text", rows, cross_entropy, options["text_coefficient"], options["text_batch_size"]))
     if not terms:
         raise ValueError("expected an attack that trains on something, got coefficients of 0: raise one of them.")
     return terms

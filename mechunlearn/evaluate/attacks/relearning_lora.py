@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
 from mechunlearn.evaluate.attacks.relearning import (
-    AttackOptions,
+    MixOptions,
     QuestionOptions,
-    TextOptions,
     check_rates,
     measured_at,
     relearning_terms,
@@ -34,7 +33,7 @@ from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
 
 
-class LoraOptions(AttackOptions, TextOptions, QuestionOptions, total=False):
+class LoraOptions(MixOptions, QuestionOptions, total=False):
     """The options that `relearn_lora` shares with the other attacks that relearn."""
 
 
@@ -59,25 +58,17 @@ def relearn_lora(
     unembedding, AdamW without weight decay, cosine schedule, no clipping. Dropout acts on the adapters' inputs alone.
     `examples`: train on this many of the forgotten facts only.
 
-    The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves`
-    and `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass
-    for example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each
-    batch.
+    The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves` and
+    `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass for
+    example `learning_rates=(1e-3, 3e-3)`. Cost: the copy (its memory too), and per rate and step F + B of each batch.
 
-    ImportError without PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be
-    exported (`relearn` takes one), for more examples than there are, and as for `relearn`.
+    It needs PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be exported
+    (`relearn` takes one).
     """
     adapted, seed, steps = _peft(rank, alpha, dropout), options["seed"], options["steps"]
     trained, tested = halves(task, format=options["format"], seed=seed)
     trained = some_of(trained, examples, seed=seed)
-    terms = relearning_terms(
-        model,
-        task,
-        trained,
-        tested,
-        coefficients=(relearn_coefficient, options["retain_coefficient"], options["text_coefficient"]),
-        batch_sizes=(options["batch_size"], options["batch_size"], options["text_batch_size"]),
-    )
+    terms = relearning_terms(model, task, trained, tested, options, coefficient=relearn_coefficient)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
     points, micro_batch_size = measured_at(steps, options["at"]), options["micro_batch_size"]
     runs: dict[str, list[Scores]] = {str(step): [] for step in points}
@@ -94,13 +85,7 @@ relearn_halves = partial(relearn_lora, at=(0, 10, 20))
 """The relearning of Guo et al. 2025 (https://arxiv.org/abs/2410.12949): one half for 20 iterations at rank 512."""
 
 relearn_two_facts = partial(
-    relearn_lora,
-    examples=2,
-    rank=64,
-    learning_rates=(1e-4,),
-    steps=10,
-    relearn_coefficient=0.2,
-    at=range(11),
+    relearn_lora, examples=2, rank=64, learning_rates=(1e-4,), steps=10, relearn_coefficient=0.2, at=range(11)
 )
 """That of its workshop version: two facts for 10 iterations at rank 64."""
 

@@ -57,7 +57,6 @@ def soft_prompt(
     radius 6, learning rate 1e-5, 128 steps of 16 facts, 4 restarts and no retained facts.
 
     Cost: restarts * steps * (F + B) of both batches, and a forward of the tested half for each `every` steps.
-    ValueError for prompts that become longer than the model's context, and for options that are not positive.
     """
     check_model(model)
     _check_positive(n_vectors=n_vectors, steps=steps, batch_size=batch_size, restarts=restarts, every=every)
@@ -158,10 +157,7 @@ def within(vectors: Float[Tensor, "vector d_model"], radius: float) -> Float[Ten
 
 
 def with_room(model: Model, prompts: Prompts, count: int, start: int) -> Prompts:
-    """The prompts with room for `count` vectors after the first `start` tokens, padded on the right.
-
-    ValueError if they become longer than the model's context.
-    """
+    """The prompts with room for `count` vectors after the first `start` tokens, padded on the right."""
     prompts = prompts.to(device_of(model))
     # Padding moves to the right first: then the room is in the same columns of every row.
     begin = prompts.attention_mask.int().argmax(1, keepdim=True)

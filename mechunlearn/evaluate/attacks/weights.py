@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.evaluate.attacks.exam import Asked, formatted, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, worst_case
 from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.task import Task
@@ -33,13 +34,12 @@ def noised(
     Each weight of a matrix W gets scale * RMS(W) * N(0, 1). `mask`: which weights, such as `edit.mask`; default: every
     matrix of attention and MLPs. A point is the mean over `draws`; all scales share their draws. Nothing is trained, so
     all forgotten facts of the test split are tested. The control has the same questions about nobody. The first point
-    is scale 0. Cost: 1 + draws * scales F; memory: the masked matrices once more. ValueError for a negative scale and
-    for no draws.
+    is scale 0. Cost: 1 + draws * scales F; memory: the masked matrices once more.
     """
     if draws < 1 or min(scales, default=0.0) < 0:
         raise ValueError(f"expected scales of 0 or more and at least one draw, got {tuple(scales)} and {draws} draws.")
     entries = every_entry(model) if mask is None else select(model, mask)
-    asked = Asked.of(model, task, formatted(task, format), metric=metric, seed=seed)
+    asked = Asked.of(model, task, side_of(task, format=format), metric=metric, seed=seed)
     runs = {"0": [asked.scores_of(model)]}
     for scale in sorted({*scales} - {0.0}):
         scores = []
@@ -80,10 +80,9 @@ def quantized(
     Nothing is trained, so all forgotten facts of the test split are tested. The first point is the model as it is,
     under the name of its dtype; the control has the same questions about nobody. An edit that moves weights by less
     than half a step of the rounding is rounded away: Zhang et al. 2024, https://arxiv.org/abs/2410.16454. `seed` draws
-    the made-up names. Cost: (1 + roundings) F; memory: the matrices once more. ValueError for a model that is quantised
-    already.
+    the made-up names. Cost: (1 + roundings) F; memory: the matrices once more.
     """
-    prompts, entries = formatted(task, format), every_entry(model)
+    prompts, entries = side_of(task, format=format), every_entry(model)
     asked = Asked.of(model, task, prompts, metric=metric, seed=seed)
     as_it_is = str(entries[0].slot.parameter.dtype).removeprefix("torch.")
     runs = {as_it_is: [asked.scores_of(model)]}

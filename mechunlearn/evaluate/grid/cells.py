@@ -41,10 +41,7 @@ class Cell:
 
 
 def tested(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
-    """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt.
-
-    Random numbers that the test takes from the global generators depend on the seed alone, not on what ran before.
-    """
+    """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt."""
     extras = {"seed": cell.seed, "original": original}
     started, changed = perf_counter(), []
     try:
@@ -122,10 +119,7 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CellsFile:
-    """A line of JSON for each cell, with its SHA-256, written as they come, so that what was interrupted can go on.
-
-    Cells of other identities may be in it; they stay and are not used.
-    """
+    """A line of JSON for each cell, with its SHA-256, written as they come; cells of other identities stay unused."""
 
     path: Path
 
@@ -134,10 +128,7 @@ class CellsFile:
             raise ValueError(f"expected results in a folder that exists, got {self.path}: make the folder first.")
 
     def finished(self) -> dict[str, Cell]:
-        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning.
-
-        ValueError for a file of mechunlearn 0.1.0.
-        """
+        """Key (of an identity) -> the cell with a result. Damaged lines are left out with a warning."""
         if not self.path.exists():
             return {}
         cells: dict[str, Cell] = {}

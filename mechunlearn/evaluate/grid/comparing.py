@@ -77,11 +77,13 @@ def compare(
         else:
             assert load is not None
             run_on(executor, load, grid, todo, begin, keep)
-    return Report(_ordered(grid, places, cells), {row.name: row.n_weights for row in grid.rows}, grid.provenance())
+    rows, tests = [row.name for row in grid.rows], [*metrics]
+    order = sorted(places, key=lambda p: (rows.index(p.cell.row), tests.index(p.cell.test)))
+    ordered = tuple(cells[id(place)] for place in order)
+    return Report(ordered, {row.name: row.n_weights for row in grid.rows}, grid.provenance())
 
 
 def _check_loads(load: Load | None, grid: Grid) -> None:
-    """ValueError unless the model and every control can be loaded by a worker."""
     if load is None:
         raise ValueError(
             "expected a function that loads the model in each worker, got none with an executor: pass load=..., such "
@@ -101,10 +103,3 @@ def _known(file: CellsFile, places: Sequence[Place]) -> dict[int, Cell]:
     cells = {id(place): finished.get(key_of(place.identity)) for place in places}
     seeds = {id(place): place.cell.seed for place in places}
     return {place: replace(cell, seed=seeds[place]) for place, cell in cells.items() if cell is not None}
-
-
-def _ordered(grid: Grid, places: Sequence[Place], cells: Mapping[int, Cell]) -> tuple[Cell, ...]:
-    """The cells ordered by row, test and seed."""
-    rows, tests = [row.name for row in grid.rows], [*grid.metrics]
-    order = sorted(places, key=lambda p: (rows.index(p.cell.row), tests.index(p.cell.test)))
-    return tuple(cells[id(place)] for place in order)

@@ -100,9 +100,7 @@ class Grid:
     ) -> "Grid":
         """The grid of what `compare` takes; ValueError if anything does not fit."""
         check_model(model)
-        _check_names(edits, controls)
-        _check_metrics(metrics)
-        _check_seeds(seeds)
+        _check(edits, metrics, seeds, controls)
         edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
         others = [_row_of_control(model, name, control) for name, control in controls.items()]
         rows = (Row("original"), *edited, *others)
@@ -126,7 +124,7 @@ class Grid:
             "model": self.fingerprint,
             "task": {"name": self.task.name, "digest": self.task_digest},
             "seeds": list(self.seeds),
-            "metrics": {name: _full_name(test) for name, test in self.metrics.items()},
+            "metrics": {n: f"{name_in_full(f).rpartition('.')[0]}.{described(f)}" for n, f in self.metrics.items()},
             "rows": {row.name: row.about() for row in self.rows},
             "versions": _versions(),
         }
@@ -200,30 +198,22 @@ def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
     return Row(name, control=control, fingerprint=fingerprint(other))
 
 
-def _check_names(edits: Mapping[str, Any], controls: Mapping[str, Any]) -> None:
+def _check(
+    edits: Mapping[str, Any], metrics: Mapping[str, Test], seeds: Sequence[int], controls: Mapping[str, Any]
+) -> None:
     if "original" in {*edits, *controls}:
         raise ValueError('expected names other than "original", which is the first row: rename that edit or control.')
     shared = sorted(set(edits) & set(controls))
     if shared:
         raise ValueError(f"expected other names for controls than for edits, got {shared} for both: rename one.")
-
-
-def _check_metrics(metrics: Mapping[str, Test]) -> None:
     wrong = [name for name, test in metrics.items() if not callable(test)]
     if wrong or not metrics:
         got = f"{type(metrics[wrong[0]]).__name__} for {wrong[0]!r}" if wrong else "none"
         raise ValueError(f"expected tests (model, task) -> Result as metrics, got {got}: pass functions by column.")
-
-
-def _check_seeds(seeds: Sequence[int]) -> None:
     if len({*seeds}) != len(seeds) or not len(seeds) or not all(isinstance(seed, int | np.integer) for seed in seeds):
         raise ValueError(
             f"expected different whole numbers as seeds, at least one, got {tuple(seeds)}: pass seeds=(0,)."
         )
-
-
-def _full_name(test: Test) -> str:
-    return f"{name_in_full(test).rpartition('.')[0]}.{described(test)}"
 
 
 def _versions() -> dict[str, str]:

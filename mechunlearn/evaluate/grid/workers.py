@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from mechunlearn.evaluate.asking import Test
@@ -26,10 +25,9 @@ class OtherModelError(ValueError):
 def run_on(
     executor: Executor, load: Load, grid: Grid, places: Sequence[Place], begin: Callable[[Place], None], keep: Keep
 ) -> None:
-    """One item of work for each cell, so that a cell that is finished is kept, whatever happens to the others.
+    """One item of work for each cell. One that cannot travel, or whose worker dies, is an error in its cell.
 
-    An item that cannot travel, or whose worker dies, is an error in its cell. Only a model that is another one, and an
-    interrupt, end everything; what has not begun is cancelled, and what is finished is kept.
+    Only another model and an interrupt end everything; what has not begun is cancelled, what is finished is kept.
     """
     # Tensors travel as bytes: sent as tensors, each would take a file handle on the way.
     parcels = {id(place.edit): packed((grid.task, place.edit)) for place in places}
@@ -78,6 +76,9 @@ class Loaded:
             models[self.key] = model
         return models[self.key]
 
+    def clean(self) -> Any:
+        return taken_back(self.model(), self.fingerprint)
+
     def forget(self) -> None:
         _kept.__dict__.get("models", {}).pop(self.key, None)
 
@@ -88,17 +89,12 @@ _kept = threading.local()
 
 def _work(subject: Loaded, original: Loaded, parcel: Any, test: Test, cell: Cell) -> Any:
     model, (task, edit) = subject.model(), unpacked(parcel, Task, Edit)
-    clean = partial(_taken_back, original)
     try:
         with nullcontext() if edit is None else edit.applied(model):
-            return packed(tested(model, task, test, cell, clean, Snapshot.of(model)))
+            return packed(tested(model, task, test, cell, original.clean, Snapshot.of(model)))
     except BaseException:  # what a test did to it could not be put back
         subject.forget()
         raise
-
-
-def _taken_back(original: Loaded) -> Any:
-    return taken_back(original.model(), original.fingerprint)
 
 
 def _cell(future: "Future[Any]", place: Place) -> Cell:

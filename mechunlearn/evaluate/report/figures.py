@@ -41,10 +41,7 @@ _THICK = 13
 
 
 def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
-    """Panel -> test -> its name there, of the tests whose unit is a share and that gave a number.
-
-    "forget, X" and "retain, X" are the bar X of the panels "forget" and "retain"; the others are in the panel "other".
-    """
+    """Panel -> test -> its bar, of tests that gave a share: "forget, X" is X of "forget", the rest is in "other"."""
     panels: dict[str, dict[str, str]] = {"forget": {}, "retain": {}, "other": {}}
     for test, result in first_results(cells).items():
         if result is not None and result.unit == "share":
@@ -80,34 +77,20 @@ def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: Look) 
         for one, value in zip(numbers_of, values, strict=True)
     ]
     whiskers = {"type": "data", "array": [high for high, _ in ends], "arrayminus": [low for _, low in ends]}
-    return {
-        "name": shown(row),
-        "legendgroup": row,
-        "orientation": "h",
-        "x": values,
-        "y": [shown(name, 17) for name in tests.values()],
-        "error_x": whiskers | {"symmetric": False, "thickness": 1, "width": 2, "color": INK},
-        "marker": {"color": look.color},
-        "hovertemplate": "%{y}: %{x:.3f}<extra>" + shown(row) + "</extra>",
-    }
+    whiskers |= {"symmetric": False, "thickness": 1, "width": 2, "color": INK}
+    named = {"name": shown(row), "legendgroup": row, "orientation": "h", "marker": {"color": look.color}}
+    text = "%{y}: %{x:.3f}<extra>" + shown(row) + "</extra>"
+    names = [shown(name, 17) for name in tests.values()]
+    return {**named, "x": values, "y": names, "error_x": whiskers, "hovertemplate": text}
 
 
 def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str], column: int) -> None:
-    """A line across the bars of each test, and its entry in the legend."""
     chances: dict[str, float] = numbers["chance"].astype(float).groupby(level="test").first().to_dict()
     line = {"width": 1.5, "color": "black"}
-    figure.add_scatter(
-        name="chance",
-        legendgroup="chance",
-        showlegend=column == 1,
-        x=[chances[test] for test in tests],
-        y=[shown(name, 17) for name in tests.values()],
-        mode="markers",
-        marker={"symbol": "line-ns", "size": 8, "line": line},
-        hovertemplate="%{y}: chance %{x:.3f}<extra></extra>",
-        row=1,
-        col=column,
-    )
+    named = {"name": "chance", "legendgroup": "chance", "showlegend": column == 1, "row": 1, "col": column}
+    drawn = {"mode": "markers", "marker": {"symbol": "line-ns", "size": 8, "line": line}}
+    x, y = [chances[test] for test in tests], [shown(name, 17) for name in tests.values()]
+    figure.add_scatter(x=x, y=y, hovertemplate="%{y}: chance %{x:.3f}<extra></extra>", **drawn, **named)
     for place, test in enumerate(tests):
         if not isnan(chances[test]):
             ends = {"x0": chances[test], "x1": chances[test], "y0": place - 0.43, "y1": place + 0.43}
@@ -117,9 +100,8 @@ def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str]
 def tests_with_curves(cells: Sequence[Cell], *, layers: bool) -> list[str]:
     """The tests that have a curve over layers, or over anything else."""
     curve_of = [(cell.test, cell.result.curve) for cell in cells if cell.result is not None]
-    return list(
-        dict.fromkeys(test for test, curve in curve_of if curve is not None and (curve.axis == LAYERS) == layers)
-    )
+    tests = (test for test, curve in curve_of if curve is not None and (curve.axis == LAYERS) == layers)
+    return list(dict.fromkeys(tests))
 
 
 def has_controls(cells: Sequence[Cell], test: str) -> bool:
@@ -155,21 +137,17 @@ def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -
     figure.add_scatter(**area, opacity=0.15, hoverinfo="skip", showlegend=False, mode="lines", **where)
     line = {"color": look.color, "dash": look.dash, "width": 2}
     marker = {"symbol": look.symbol, "size": 8, "color": look.color}
-    shared = {"name": shown(row), "showlegend": is_new(figure, row)}
+    shared = {"name": shown(row), "showlegend": is_new(figure, row), "mode": "lines+markers"}
     text = "%{x}: %{y:.3f}<extra>" + shown(row) + "</extra>"
-    figure.add_scatter(
-        x=x, y=ends["value"], mode="lines+markers", line=line, marker=marker, hovertemplate=text, **shared, **where
-    )
+    figure.add_scatter(x=x, y=ends["value"], line=line, marker=marker, hovertemplate=text, **shared, **where)
 
 
 def _add_control(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
     if cells:
         mean, line = curve_over_seeds(cells)["value"], {"color": look.color, "width": 1}
         text = "%{x}: %{y:.3f}<extra>control of " + shown(cells[0].row) + "</extra>"
-        where = {"row": place, "col": 1, "legendgroup": cells[0].row, "showlegend": False}
-        figure.add_scatter(
-            x=list(mean.index), y=mean, mode="lines", line=line, opacity=0.6, hovertemplate=text, **where
-        )
+        where = {"row": place, "col": 1, "legendgroup": cells[0].row, "showlegend": False, "mode": "lines"}
+        figure.add_scatter(x=list(mean.index), y=mean, line=line, opacity=0.6, hovertemplate=text, **where)
 
 
 def _control(cell: Cell) -> Cell | None:
@@ -179,7 +157,6 @@ def _control(cell: Cell) -> Cell | None:
 
 
 def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
-    """Titles and ranges of a panel's axes in the unit of the curves, and the line of chance."""
     cells = [cell for (_, name), shown_curves in grouped.items() if name == test for cell in shown_curves]
     shown_curves = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
     points = _in_order(dict.fromkeys(point for curve in shown_curves for point in curve.points))

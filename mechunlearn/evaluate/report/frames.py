@@ -1,6 +1,6 @@
 """The numbers of a report as DataFrames: one row per cell, per example, per point of a curve, per row and test."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,31 +45,32 @@ def interval_of(cells: Sequence[Cell]) -> tuple[float, float]:
     return interval_over_seeds([result for result, _ in pairs], [seed for _, seed in pairs])
 
 
-def cell_frame(cells: Iterable[Cell]) -> "DataFrame":
-    """One row per cell."""
+def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "DataFrame":
     import pandas as pd
 
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def cell_frame(cells: Iterable[Cell]) -> "DataFrame":
+    """One row per cell."""
     columns = ["row", "test", "seed", "value", "low", "high", "chance", "n", "sense", "unit", "control", "error"]
-    return pd.DataFrame([_numbers(cell) for cell in cells], columns=[*columns, "seconds"])
+    return _frame([_numbers(cell) for cell in cells], [*columns, "seconds"])
 
 
 def example_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per example of each cell."""
-    import pandas as pd
-
     rows = [
         {"row": cell.row, "test": cell.test, "seed": cell.seed, "example": i, "name": name, "value": value}
         for cell in cells
         if cell.result is not None
-        for i, (name, value) in enumerate(zip(_names(cell.result), cell.result.per_example.tolist(), strict=True))
+        for i, value in enumerate(cell.result.per_example.tolist())
+        for name in [cell.result.names[i] if cell.result.names else ""]
     ]
-    return pd.DataFrame(rows, columns=["row", "test", "seed", "example", "name", "value"])
+    return _frame(rows, ["row", "test", "seed", "example", "name", "value"])
 
 
 def curve_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per point of each curve."""
-    import pandas as pd
-
     rows = [
         {"row": cell.row, "test": cell.test, "seed": cell.seed, "axis": cell.result.curve.axis}
         | point
@@ -79,36 +80,29 @@ def curve_frame(cells: Iterable[Cell]) -> "DataFrame":
         for point in _points(cell.result.curve, cell.result.control)
     ]
     columns = ["row", "test", "seed", "axis", "point", "value", "low", "high", "chance", "control", "n", "unit"]
-    return pd.DataFrame(rows, columns=columns)
+    return _frame(rows, columns)
 
 
 def pooled_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per row and test: mean over seeds, interval over facts and seeds."""
-    import pandas as pd
-
     rows = [{"row": row, "test": test} | _pooled(same) for (row, test), same in by_row_and_test(cells).items()]
     columns = ["row", "test", "value", "low", "high", "chance", "n", "seeds", "sense", "unit"]
-    return pd.DataFrame(rows, columns=columns).set_index(["row", "test"])
+    return _frame(rows, columns).set_index(["row", "test"])
 
 
 def difference_frame(cells: Iterable[Cell], reference: str) -> "DataFrame":
     """One row per other row and test: mean minus the reference on the same facts, paired; NaN where one failed."""
-    import pandas as pd
-
     grouped = by_row_and_test(cells)
     rows = [
         {"row": row, "test": test} | paired_difference(same, grouped.get((reference, test), []))
         for (row, test), same in grouped.items()
         if row != reference
     ]
-    return pd.DataFrame(rows, columns=["row", "test", "difference", "low", "high"]).set_index(["row", "test"])
+    return _frame(rows, ["row", "test", "difference", "low", "high"]).set_index(["row", "test"])
 
 
 def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, float]:
-    """The keys difference, low and high; empty where no seed gave both results.
-
-    Results of one seed are paired; a single result, as of a test without randomness, is paired with all of the other.
-    """
+    """The keys difference, low and high, of results of one seed; a single result is paired with all of the other."""
     paired = _pairs(cells, reference)
     if not paired:
         return {}
@@ -116,14 +110,10 @@ def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[
     if len(differences) == 1:
         return dict(zip(("difference", "low", "high"), differences[0], strict=True))
     values = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
-    low, high = ends(
-        resampled_means(values, [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]), 0.95
-    )
-    return {
-        "difference": sum(difference for difference, *_ in differences) / len(differences),
-        "low": float(low),
-        "high": float(high),
-    }
+    facts, seeds = [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]
+    low, high = ends(resampled_means(values, facts, seeds), 0.95)
+    mean = sum(difference for difference, *_ in differences) / len(differences)
+    return {"difference": mean, "low": float(low), "high": float(high)}
 
 
 def _pairs(cells: Sequence[Cell], reference: Sequence[Cell]) -> list[tuple[Result, Result, int]]:
@@ -173,8 +163,7 @@ def _control_along(cells: Sequence[Cell]) -> list[float] | None:
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
-    labels = {"row": cell.row, "test": cell.test, "seed": cell.seed, "error": cell.error, "seconds": cell.seconds}
-    result = cell.result
+    labels, result = {name: value for name, value in vars(cell).items() if name != "result"}, cell.result
     if result is None:
         return labels
     low, high = result.interval()
@@ -197,12 +186,7 @@ def _shared(result: Result) -> dict[str, Any]:
     return {"chance": result.chance, "sense": result.sense, "unit": result.unit}
 
 
-def _names(result: Result) -> tuple[str, ...]:
-    return result.names or ("",) * len(result.per_example)
-
-
 def _points(curve: Curve, control: Result | None) -> list[dict[str, Any]]:
-    """Each point with its interval, and what the control has there."""
     below = control.curve if control is not None else None
     beside = {} if below is None else dict(zip(below.points, below.mean.tolist(), strict=True))
     shared = {"chance": curve.chance, "n": len(curve.per_prompt)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.figures import bars, curves, groups_of_shares, has_controls, tests_with_curves
 from mechunlearn.evaluate.report.frames import first_results
-from mechunlearn.evaluate.report.text import TextTable, failures, notes, text_table
+from mechunlearn.evaluate.report.text import failures, notes, text_table
 from mechunlearn.evaluate.report.tradeoffs import pareto, sizes, tradeoffs
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ def table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool 
     written = text_table(cells, weights, intervals=intervals)
     names, *lines = written.lines("chance")
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    marks = {} if written.is_tall else {"chance": ' class="chance"'}
     rows = [
-        f'<tr{_marked(name, written)}><th scope="row">{escape(name)}</th>{"".join(map(_cell, texts))}</tr>'
+        f'<tr{marks.get(name, "")}><th scope="row">{escape(name)}</th>{"".join(map(_cell, texts))}</tr>'
         for name, *texts in lines
     ]
     return (
@@ -148,10 +149,6 @@ def _mean_of(tests: Sequence[str]) -> str:
     return f"the mean of {len(tests)} tests ({'; '.join(tests)})"
 
 
-def _marked(name: str, written: TextTable) -> str:
-    return ' class="chance"' if name == "chance" and not written.is_tall else ""
-
-
 def _cell(text: str) -> str:
     """A cell of the table, with the interval below its number."""
     if text == "failed":
@@ -161,7 +158,6 @@ def _cell(text: str) -> str:
 
 
 def _summary(cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]) -> str:
-    """A sentence on what was tested, how much of it, and how many results failed."""
     task = provenance.get("task")
     name = f"{task['name']}: " if isinstance(task, Mapping) and "name" in task else ""
     seeds, failed = len({cell.seed for cell in cells}), sum(cell.result is None for cell in cells)
@@ -189,9 +185,10 @@ def _sections(plots: Mapping[str, Sequence[View]]) -> Iterator[str]:
 
 def _plot(view: View, name: str) -> str:
     label = escape(f"Plot: {view.title}. {view.reading}", quote=True)
+    height = int(view.figure.to_dict()["layout"]["height"])
     return (
         f'<figure><h3>{escape(view.title)}</h3><figcaption class="reading">{escape(view.reading)}</figcaption>'
-        f'<div id="{name}" role="img" aria-label="{label}" style="height: {_height(view.figure)}px"></div></figure>'
+        f'<div id="{name}" role="img" aria-label="{label}" style="height: {height}px"></div></figure>'
     )
 
 
@@ -222,10 +219,6 @@ figures.forEach((figure, i) => {
 """
 
 
-def _height(figure: "Figure") -> int:
-    return int(figure.to_dict()["layout"]["height"])
-
-
 def _provenance(provenance: Mapping[str, Any]) -> str:
     if not provenance:
         return ""
@@ -238,12 +231,9 @@ def _written(value: object) -> str:
         return escape(", ".join(map(str, value)))
     if isinstance(value, Mapping | list | tuple):
         text = escape(json.dumps(value, indent=1, default=str, ensure_ascii=False))
-        return f'<pre tabindex="0">{text}</pre>' if len(text) < 600 else _folded(text, value)
+        shown = f'<pre tabindex="0">{text}</pre>'
+        return shown if len(text) < 600 else f"<details><summary>{len(value)} entries</summary>{shown}</details>"
     return escape(str(value))
-
-
-def _folded(text: str, value: Mapping[str, Any] | Sequence[Any]) -> str:
-    return f'<details><summary>{len(value)} entries</summary><pre tabindex="0">{text}</pre></details>'
 
 
 def _page(title: str, body: str) -> str:

@@ -43,10 +43,7 @@ class Report:
 
     @property
     def table(self) -> "DataFrame":
-        """Rows: the original, then the edits and controls. Columns: the tests, and the number of edited weights.
-
-        NaN where a test failed (`errors` says why) or was not run.
-        """
+        """A row for each model, a column for each test and for the number of edited weights; NaN: failed or not run."""
         import pandas as pd
 
         values = {key: frames.value_over_seeds(cells) for key, cells in frames.by_row_and_test(self.cells).items()}
@@ -87,10 +84,7 @@ class Report:
         return frames.pooled_curve_frame(self.cells)
 
     def against(self, row: str) -> "DataFrame":
-        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed.
-
-        ValueError for a row that is not in the report and for results on different examples.
-        """
+        """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed."""
         if row not in self.weights:
             raise ValueError(f"expected a row of the report ({', '.join(self.weights)}), got {row!r}.")
         return frames.difference_frame(self.cells, row)
@@ -147,10 +141,7 @@ class Report:
         return self._lines(tests, layers=True, title="By layer")
 
     def plot_sizes(self, *, forgetting: Sequence[str] | None = None, damage: Sequence[str] | None = None) -> "Figure":
-        """The knowledge left and the damage done, over the number of edited weights.
-
-        `forgetting`, `damage`: as for `plot_pareto`.
-        """
+        """The knowledge left and the damage done (as for `plot_pareto`), over the number of edited weights."""
         chosen = self._tests(forgetting, damage)
         check_tests(self.cells, chosen[0], "forgetting")
         return sizes(self.cells, self.weights, *chosen, title="Size of the edit")
@@ -178,14 +169,11 @@ class Report:
     def _tests(
         self, forgetting: Sequence[str] | None, damage: Sequence[str] | None
     ) -> tuple[Sequence[str], Sequence[str]]:
-        """The tests of forgetting and of damage, by default all that the report has."""
         for role, tests in {"forgetting": forgetting, "damage": damage}.items():
             if tests is not None:
                 check_tests(self.cells, tests, role)
-        return (
-            forget_tests(self.cells) if forgetting is None else forgetting,
-            damage_tests(self.cells) if damage is None else damage,
-        )
+        forgetting = forget_tests(self.cells) if forgetting is None else forgetting
+        return forgetting, damage_tests(self.cells) if damage is None else damage
 
     def __repr__(self) -> str:
         return self.to_markdown()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
-from mechunlearn.evaluate.results import Result
 
 _WIDEST = 13
 """Columns, with "edited weights"."""
@@ -47,14 +46,12 @@ class TextTable:
 def text_table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool = False) -> TextTable:
     """The table with three digits, "failed" where there is no result, and nothing where a test was not run."""
     cells_of, first = by_row_and_test(cells), first_results(cells)
-    return TextTable(
-        (*first, "edited weights"),
-        {
-            row: (*(_text(cells_of.get((row, test), ()), intervals) for test in first), f"{count:,}")
-            for row, count in weights.items()
-        },
-        (*("" if r is None or r.chance is None else f"{r.chance:.3f}" for r in first.values()), ""),
-    )
+    chance = (*("" if r is None or r.chance is None else f"{r.chance:.3f}" for r in first.values()), "")
+    rows = {
+        row: (*(_text(cells_of.get((row, test), ()), intervals) for test in first), f"{count:,}")
+        for row, count in weights.items()
+    }
+    return TextTable((*first, "edited weights"), rows, chance)
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
@@ -62,7 +59,8 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     first = {test: result for test, result in first_results(cells).items() if result is not None}
     meanings: dict[str, list[str]] = {}
     for test, result in first.items():
-        meanings.setdefault(_meaning(result), []).append(test)
+        unit = "" if result.unit in ("", "share") else f", {result.unit}"
+        meanings.setdefault(f"{result.sense}{unit}", []).append(test)
     meanings_listed = [f"{meaning}: {_listed(tests)}" for meaning, tests in meanings.items()]
     most = max((len(same) for same in by_row_and_test(cells).values()), default=1)
     return meanings_listed + ([f"mean over up to {most} seeds"] if most > 1 else []) + failures(cells)
@@ -75,18 +73,19 @@ def failures(cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         if cell.result is None:
             seeds.setdefault((cell.row, cell.test, " ".join(cell.error.split())), []).append(str(cell.seed))
-    return [
-        f"failed: {row}, {test}{_of_seeds(seeds_of) if several else ''}: {error}"
-        for (row, test, error), seeds_of in seeds.items()
-    ]
+    notes = []
+    for (row, test, error), seeds_of in seeds.items():
+        which = f" (seed{'' if len(seeds_of) == 1 else 's'} {', '.join(seeds_of)})" if several else ""
+        notes.append(f"failed: {row}, {test}{which}: {error}")
+    return notes
 
 
 def markdown(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool) -> str:
     table = text_table(cells, weights, intervals=intervals)
-    head, *body = table.lines("*chance*")
+    head, *body = [[text.replace("|", r"\|").replace("\n", " ") for text in line] for line in table.lines("*chance*")]
     lines = [head, ["---"] * len(head), *body]
     below = "\n".join(f"- {note}" for note in notes(cells))
-    return "\n".join(f"| {' | '.join(_in_a_cell(text) for text in line)} |" for line in lines) + "\n\n" + below
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + below
 
 
 def latex(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool) -> str:
@@ -115,10 +114,6 @@ def _text(cells: Sequence[Cell], intervals: bool) -> str:
     return f"{value_over_seeds(cells):.3f}{between}{missing}"
 
 
-def _of_seeds(seeds: Sequence[str]) -> str:
-    return f" (seed{'' if len(seeds) == 1 else 's'} {', '.join(seeds)})"
-
-
 def _listed(tests: Sequence[str]) -> str:
     """The names of the tests, with "forget, X" and "retain, X" as one."""
     sides = {side: [test[len(side) :] for test in tests if test.startswith(side)] for side in ("forget, ", "retain, ")}
@@ -127,11 +122,3 @@ def _listed(tests: Sequence[str]) -> str:
     return "; ".join(
         ([f"forget and retain ({'; '.join(both)})"] if both else []) + [test for test in tests if test not in paired]
     )
-
-
-def _meaning(result: Result) -> str:
-    return result.sense if result.unit in ("", "share") else f"{result.sense}, {result.unit}"
-
-
-def _in_a_cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")

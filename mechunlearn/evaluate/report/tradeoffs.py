@@ -35,7 +35,6 @@ def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 
 def check_tests(cells: Sequence[Cell], tests: Sequence[str], role: str) -> None:
-    """ValueError unless each test gave a number."""
     known = [test for test, result in first_results(cells).items() if result is not None]
     missing = [test for test in tests if test not in known]
     if missing or not tests:
@@ -92,11 +91,7 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
 
 
 def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> dict[str, tuple[Point, Point]]:
-    """Row -> damage and knowledge left; rows of which a test failed are absent.
-
-    Damage is relative to the row "original", on the same examples: of a share by how much it fell, of anything else,
-    such as a loss, by how much it rose. Knowledge left is the mean over the tests of forgetting.
-    """
+    """Row -> damage (the drop of a share or rise of a loss from the original) and knowledge left, if no test failed."""
     grouped = by_row_and_test(cells)
     points = {}
     for row in dict.fromkeys(cell.row for cell in cells):
@@ -141,19 +136,12 @@ def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
 
 
 def _add_point(figure: "Figure", row: str, look: Look, x: Point, y: Point, place: int | None = None) -> None:
-    figure.add_scatter(
-        x=[x.value],
-        y=[y.value],
-        name=shown(row),
-        legendgroup=row,
-        showlegend=is_new(figure, row),
-        mode="markers",
-        marker={"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}},
-        error_x=_whisker(x, look),
-        error_y=_whisker(y, look),
-        hovertemplate="%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>",
-        **({} if place is None else {"row": place, "col": 1}),
-    )
+    marker = {"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}}
+    named = {"name": shown(row), "legendgroup": row, "showlegend": is_new(figure, row)}
+    text = "%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>"
+    point = {"x": [x.value], "y": [y.value], "error_x": _whisker(x, look), "error_y": _whisker(y, look)}
+    where = {} if place is None else {"row": place, "col": 1}
+    figure.add_scatter(**point, **named, mode="markers", marker=marker, hovertemplate=text, **where)
 
 
 def _size_axis(counts: Sequence[int]) -> dict[str, Any]:
