@@ -1,5 +1,6 @@
 """Path patching: the effect of what senders write on what receivers read, with every other path held fixed."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Literal, TypeAlias
@@ -132,7 +133,9 @@ def _effects(
                 base, other = at_answers(base), at_answers(other)
             values = []
             # Every set of senders with every prompt, a pass at a time.
-            for numbers in torch.arange(len(batch) * len(senders), device=batch.tokens.device).split(batch_size):
+            for numbers in torch.arange(len(batch) * len(senders), device=batch.tokens.device).split(
+                operator.index(batch_size)
+            ):
                 rows, members = numbers % len(batch), [senders[i] for i in (numbers // len(batch)).tolist()]
                 sent = sender_changes(model, base, other, members, rows)
                 logits = _patched_logits(model, base, sent, entry, through_mlps)

@@ -72,9 +72,8 @@ def edge_circuit_values(
             other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))
             by_circuit = whole[-1].new_zeros(len(batch), len(masks))
             ranges = (torch.arange(count, device=by_circuit.device) for count in (len(masks), len(batch)))
-            for circuit, row in (
-                pair.unbind(1) for pair in torch.cartesian_prod(*ranges).split(operator.index(batch_size))
-            ):
+            pairs = torch.cartesian_prod(*ranges).split(operator.index(batch_size))
+            for circuit, row in (pair.unbind(1) for pair in pairs):
                 copies = batch.rows(row)
                 inputs = copies.tokens, copies.attention_mask, copies.positions
                 logits = circuits.logits(*inputs, other[:, row], masks[circuit])
