@@ -174,6 +174,7 @@ NO_TEST = {
     "compare": "runs any tests: test_compare.py",
     "measure": "what `accuracy` and all the others run",
     "lm_eval_task": "runs `harness_model` on a file: test_lm_eval.py",
+    "relearn_and_ask": "`relearn`, with several questions: test_relearned.py",
     "relearn_halves": "`relearn_lora` with options: test_relearned_lora.py",
     "relearn_two_facts": "`relearn_lora` with options: test_relearned_lora.py",
 }

@@ -240,7 +240,9 @@ NO_LOCALIZATION = {
     "paper_fact_lookup": "a table of three models: test_fact_lookup.py",
     "random": "draws, whatever the weights: tests/components/test_random_like.py",
     "random_like": "draws, whatever the weights: tests/components/test_random_like.py",
+    "resample": "what patching puts in, as `zero` is: test_activation_patching.py",
     "save_mib": "writes a file: test_circuit_files.py",
+    "zero": "what patching puts in: test_activation_patching.py",
 }
 """Public functions that take a model and localize nothing in it, and where they are tested."""
 
