@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Saved:
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[T], path: str | Path) -> T:
         """What `save` wrote; ValueError for a file that is damaged, of another class or of mechunlearn 0.1.0."""
         return load(cls, path)
 
