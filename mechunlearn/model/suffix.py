@@ -93,10 +93,8 @@ def continued(
     # Only attention mixes positions. What is left after the last one runs at the answers' positions alone, as if they
     # were the whole prompt.
     index, places = torch.arange(len(rows), device=rows.device)[:, None], run.positions[rows]
-    tokens, fixed = (
-        run.tokens[rows][:, : places.shape[1]],
-        {} if attention is None else {layer: attention[index, places]},
-    )
+    tokens = run.tokens[rows][:, : places.shape[1]]
+    fixed = {} if attention is None else {layer: attention[index, places]}
     with running_from(model, layer, residual[index, places]), fixed_attention(model, fixed):
         return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
