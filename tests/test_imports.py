@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "mechunlearn"
 LAYERS = (
     {"files", "identity", "intervals"},
@@ -118,3 +120,14 @@ def test_contributing_lists_all_that_a_module_remembers():
     listed = {(name, home) for names, home in table for name in re.findall(r"`(\w+)`", names)}
     modules = {path.relative_to(PACKAGE).as_posix(): remembered(path) for path in PACKAGE.rglob("*.py")}
     assert listed == {(name, home) for home, names in modules.items() for name in names}
+
+
+@pytest.mark.parametrize("verb", ["localize", "edit", "evaluate"])
+def test_the_readme_has_a_caption_for_each_file_of_a_verb(verb: str):
+    tree = (PACKAGE.parent / "README.md").read_text().split("## Files")[1].split("```")[1]
+    part = tree.split(f"\n  {verb}/")[1].split("\n  auditing/")[0]
+    captions = dict(re.findall(r"(\w+\.py) +(\S.*)", part))
+    files = {path.name for path in (PACKAGE / verb).rglob("*.py") if path.stem != "__init__"}
+    assert files - set(captions) == set()
+    named = set(re.findall(r"\w+\.py", tree))
+    assert named - {path.name for path in PACKAGE.rglob("*.py")} == set()
