@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from operator import index
 from typing import Annotated, Any, TypedDict, Unpack
 
 import torch
@@ -355,4 +354,5 @@ def some_of(prompts: Prompts, count: int | None, *, seed: int) -> Prompts:
         return prompts
     if not 0 < count <= len(prompts):
         raise ValueError(f"expected 1..{len(prompts)} examples (facts that the attack may see), got {count}.")
-    return prompts.rows(torch.tensor(random.Random(index(seed)).sample(range(len(prompts)), len(prompts))[:count]))
+    order = random.Random(operator.index(seed)).sample(range(len(prompts)), len(prompts))
+    return prompts.rows(torch.tensor(order[:count]))
