@@ -162,26 +162,8 @@ def training_run(
     """
     entries = select(model, mask) if entries is None else entries
     weights, original = fingerprint(model), read(select(model, mask))  # in this order: a fingerprint takes memory
-    provenance = {
-        **about,
-        "task": task.name,
-        "terms": {term.name: _setting(term) for term in terms},
-        "optimizer": described(options["optimizer"]),
-        "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
-        "steps": options["steps"],
-        "learning_rate": options["learning_rate"],
-        "micro_batch_size": options["micro_batch_size"],
-        "clip": options["clip"],
-        "seed": options["seed"],
-        "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
-    }
-    checkpoints = None
-    if options["checkpoint"] is not None:
-        # A stream of text is not read for the digest: that would use it up.
-        prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
-        data = digest(([str(component) for component in mask], prompts))
-        identity = {"model": weights, "mask_and_prompts": data, **provenance}
-        checkpoints = Checkpoints(options["checkpoint"], options["every"], identity)
+    provenance = _provenance(about, task, terms, options)
+    checkpoints = _checkpoints(weights, mask, terms, options, provenance)
     try:
         with exclusively(model), differentiable(model):
             movers = {e.label: moving(e, original[e.label]) for e in entries}
@@ -232,6 +214,36 @@ def task_terms(model: Model, task: Task, options: TrainingOptions) -> list[Term]
 def row_length(options: TrainingOptions) -> int | None:
     """The length of packed rows of text, for the provenance; None for the task's own text."""
     return None if options["text"] is None else options["text_length"]
+
+
+def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], options: RunOptions) -> dict[str, Any]:
+    """What decides the result, in values that a file can hold; `about` comes first."""
+    return {
+        **about,
+        "task": task.name,
+        "terms": {term.name: _setting(term) for term in terms},
+        "optimizer": described(options["optimizer"]),
+        "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
+        "steps": options["steps"],
+        "learning_rate": options["learning_rate"],
+        "micro_batch_size": options["micro_batch_size"],
+        "clip": options["clip"],
+        "seed": options["seed"],
+        "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
+    }
+
+
+def _checkpoints(
+    weights: str, mask: ComponentMask, terms: Sequence[Term], options: RunOptions, provenance: Mapping[str, Any]
+) -> Checkpoints | None:
+    """The file that the run continues from, if there is one; `weights` is the model's fingerprint."""
+    if options["checkpoint"] is None:
+        return None
+    # A stream of text is not read for the digest: that would use it up.
+    prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
+    data = digest(([str(component) for component in mask], prompts))
+    identity = {"model": weights, "mask_and_prompts": data, **provenance}
+    return Checkpoints(options["checkpoint"], options["every"], identity)
 
 
 def _setting(term: Term) -> list[float | str | int]:
