@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def shapes(shrink: int) -> dict[str, tuple[Any, Any, range]]:
-    """Name -> model class, configuration, layers of the paper's fact lookup (`mu.localize.paper_layers`)."""
+    """Name -> model class, configuration, layers of the paper's fact lookup (`mu.localize.PAPER_LAYERS`)."""
     gemma = Gemma2Config(
         vocab_size=256_000 // shrink,
         hidden_size=3584 // shrink,

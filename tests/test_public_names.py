@@ -77,3 +77,36 @@ def test_scripts_and_documents_use_public_names_alone(name: str):
         match node:
             case ast.Attribute(ast.Attribute(ast.Name("mu"), space), used) if space in namespaces:
                 assert used in importlib.import_module(f"mechunlearn.{space}").__all__, f"mu.{space}.{used}"
+
+
+def exists(dotted: str) -> bool:
+    """Whether `mu.a.b` or `mechunlearn.a.b` leads to something: an attribute, or a module."""
+    rest = dotted.split(".")[1:]
+    there: object = mu
+    for place, part in enumerate(rest, 1):
+        if not hasattr(there, part):
+            try:
+                there = importlib.import_module(".".join(["mechunlearn", *rest[:place]]))
+            except ImportError:
+                return False
+        else:
+            there = getattr(there, part)
+    return True
+
+
+TEXTS = [
+    *ROOT.glob("*.md"),
+    *(p for folder in ("docs", "mechunlearn", "examples", "benchmarks") for p in (ROOT / folder).rglob("*")),
+]
+
+
+def test_every_name_and_file_that_a_text_mentions_is_there():
+    gone = set()
+    for path in TEXTS:
+        if path.suffix in (".py", ".md", ".ipynb"):
+            text = path.read_text()
+            names = set(re.findall(r"\b(?:mechunlearn|mu)(?:\.\w+)+", text))
+            files = set(re.findall(r"\b(?:mechunlearn|examples|tests|benchmarks)/[\w/]+\.(?:py|md|json)\b", text))
+            gone |= {(path.name, name) for name in names if not exists(name)}
+            gone |= {(path.name, file) for file in files if not (ROOT / file).exists()}
+    assert gone == set()
