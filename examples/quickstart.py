@@ -21,7 +21,8 @@ CONTROLS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps per edit")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps per edit")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,9 @@ def main() -> None:
     edits = {}
     for name, mask in masks.items():
         print(f"\nEdit {name}: {mask}")
-        edits[name] = mu.edit.finetune(model, task, mask, steps=arguments.steps, seed=arguments.seed)
+        edits[name] = mu.edit.finetune(
+            model, task, mask, steps=arguments.steps, learning_rate=arguments.learning_rate, seed=arguments.seed
+        )
 
     report = mu.evaluate.compare(model, task, edits, metrics=mu.evaluate.paper_metrics)
     print(f"\n{report.to_markdown()}\n")
