@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -114,7 +114,10 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor] | None, known: Map
     if isinstance(value, np.generic):
         return _packed(value.item(), name, tensors, known)
     if isinstance(value, Tensor):
-        return {"$tensor": _bytes(value) if tensors is None else _put(value, name, tensors)}
+        if tensors is not None:
+            return {"$tensor": _put(value, name, tensors)}
+        own = value.detach().cpu().contiguous()
+        return {"$tensor": {"dtype": str(own.dtype), "shape": list(own.shape), "bytes": _raw(own)}}
     cls = type(value)
     if is_dataclass(cls) and (known is None or known.get(cls.__name__) is cls):
         if _is_label(cls):
@@ -200,13 +203,8 @@ def _put(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
     return name
 
 
-def _bytes(tensor: Tensor) -> dict[str, Any]:
-    own = tensor.detach().cpu().contiguous()
-    return {"dtype": str(own.dtype), "shape": list(own.shape), "bytes": _raw(own)}
-
-
 def _tensor(content: Mapping[str, Any]) -> Tensor:
-    """The inverse of `_bytes`; from JSON, the bytes come in base64."""
+    """The tensor of these bytes, which come in base64 from JSON."""
     raw, dtype = content["bytes"], getattr(torch, content["dtype"].removeprefix("torch."))
     raw = bytearray(base64.b64decode(raw) if isinstance(raw, str) else raw)
     if not raw:
@@ -218,24 +216,20 @@ def _raw(tensor: Tensor) -> bytes:
     return tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with a copy in place of each that shares memory with an earlier one: safetensors refuses those."""
-    seen: set[int] = set()
-    alone = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        alone[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return alone
-
-
 def _write(path: str | Path, kind: str, content: Any, tensors: Mapping[str, Tensor]) -> None:
-    if not tensors:
-        _replace(Path(path), lambda temporary: temporary.write_text(_record(kind, content, indent=1) + "\n"))
-        return
-    stored = _without_sharing({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    header = _header(kind, json.dumps(content), stored)
-    _replace(Path(path), lambda temporary: save_file(stored, temporary, metadata=header))
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    if tensors:
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        seen: set[int] = set()
+        for name, tensor in stored.items():  # safetensors refuses tensors that share memory
+            memory = tensor.untyped_storage().data_ptr()
+            stored[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
+        save_file(stored, temporary, metadata=_header(kind, json.dumps(content), stored))
+    else:
+        temporary.write_text(_record(kind, content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def _record(kind: str, content: Any, indent: int | None = None) -> str:
@@ -287,9 +281,3 @@ def _unreadable(path: str | Path, kind: str, reason: str) -> ValueError:
         f"expected an intact file with a {kind}, got a corrupted or truncated one at {path} ({reason}): "
         f"restore it from a copy or make it again; nothing was loaded."
     )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    os.replace(temporary, path)

@@ -15,14 +15,9 @@ from mechunlearn.identity import name_of
 from mechunlearn.tasks.prompts import Prompts
 
 __all__ = [
-    "Metric",
-    "answer_log_probability",
-    "answer_probability",
-    "candidate_probability",
-    "is_top_of_candidates",
-    "is_top_of_vocabulary",
-    "logit_difference",
-]
+    "Metric", "answer_log_probability", "answer_probability", "candidate_probability", "is_top_of_candidates",
+    "is_top_of_vocabulary", "logit_difference",
+]  # fmt: skip
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch answer d_vocab"], Prompts], Tensor]
 """Any function of logits and prompts that gives one value per prompt."""
@@ -40,12 +35,9 @@ def logit_difference(logits: Float[Tensor, "batch answer d_vocab"], prompts: Pro
 def answer_log_probability(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:
     """Log probability of the whole answer, in nats: the sum over its tokens, each given the ones before."""
     real = prompts.answer_mask
-    log_probabilities = (
-        logits.to(torch.promote_types(logits.dtype, torch.float32))
-        .log_softmax(-1)
-        .gather(-1, prompts.answers.clamp(min=0)[..., None])[..., 0]
-    )
-    return log_probabilities.masked_fill(~real, 0.0).sum(1)
+    log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    of_tokens = log_probabilities.gather(-1, prompts.answers.clamp(min=0)[..., None])[..., 0]
+    return of_tokens.masked_fill(~real, 0.0).sum(1)
 
 
 def answer_probability(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:

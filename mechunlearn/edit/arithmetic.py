@@ -1,7 +1,7 @@
 """Edits without training: set to zero, scale, combine, go the other way, dampen, ablate by the mean."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,17 +12,8 @@ from mechunlearn.components import Component, ComponentMask
 from mechunlearn.edit.finetuning import finetune
 from mechunlearn.identity import described, name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.model import (
-    Model,
-    device_of,
-    differentiable,
-    fingerprint,
-    logits_at,
-    preserved,
-    recording,
-    shape,
-    site,
-)
+from mechunlearn.model import Model, device_of, differentiable, fingerprint, preserved, recording, shape, site
+from mechunlearn.model.running import logits_at
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
@@ -214,9 +205,11 @@ def mean_ablated(
     values, explained = read(select(model, mask)), {}
     with preserved(model), torch.no_grad():
         moments = _moments(model, task.text, entries, batch_size)
-        maps = {label: _nearly_one(*of_matrix, shrinkage) for label, of_matrix in moments.items()}
+        maps: dict[str, Tensor] = {}
         for e in entries:
-            (mean, _), weight = moments[e.label], values[e.label]
+            (mean, square), weight = moments[e.label], values[e.label]
+            ridge = shrinkage * square.diagonal().mean() * torch.eye(len(mean)).to(square)
+            maps[e.label] = torch.linalg.lstsq(square + ridge, mean[:, None]).solution[:, 0]
             output = mean @ weight.flatten(0, 1).double()
             values[e.label] = torch.outer(maps[e.label], output).view_as(weight).to(weight.dtype)
         for label, (mean, square) in _moments(model, task.text_test, entries, batch_size).items():
@@ -226,27 +219,11 @@ def mean_ablated(
     return Edit(mask, values, fingerprint(model), provenance)
 
 
-def _nearly_one(mean: Float[Tensor, "n"], square: Float[Tensor, "n n"], shrinkage: float) -> Float[Tensor, "n"]:
-    """u, which makes a @ u as near to 1 as a linear map of the activations can be."""
-    ridge = shrinkage * square.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-    return torch.linalg.lstsq(square + ridge, mean[:, None]).solution[:, 0]
-
-
 def _moments(
     model: Model, text: Int[Tensor, "row pos"], entries: Sequence[Entries], batch_size: int
 ) -> dict[str, tuple[Float[Tensor, "_"], Float[Tensor, "_ _"]]]:
-    """E[a] and E[a a^T] over all tokens of the text."""
+    """E[a] and E[a a^T] over all tokens of the text, of what the covered heads or neurons give to their rows."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for label, activations in _activations(model, text, entries, batch_size):
-        mean, square = sums.get(label, (0, 0))
-        sums[label] = mean + activations.sum(0), square + activations.T @ activations
-    return {label: (mean / text.numel(), square / text.numel()) for label, (mean, square) in sums.items()}
-
-
-def _activations(
-    model: Model, text: Int[Tensor, "row pos"], entries: Sequence[Entries], batch_size: int
-) -> Iterator[tuple[str, Float[Tensor, "token _"]]]:
-    """Batch by batch and matrix by matrix, the activations that the covered heads or neurons give to their rows."""
     parts = {e.label: Component(e.slot.layer, "H" if e.slot.matrix == "W_O" else "N", 0) for e in entries}
     names = {label: site(part, shape(model)) for label, part in parts.items()}
     for rows in text.to(device_of(model)).split(operator.index(batch_size)):
@@ -255,4 +232,7 @@ def _activations(
             logits_at(model, rows, torch.ones_like(rows, dtype=torch.bool), last)
         for e in entries:
             value = recorded[names[e.label]].flatten(0, 1)
-            yield e.label, value[:, e.units.to(value.device)].flatten(1).double()
+            activations = value[:, e.units.to(value.device)].flatten(1).double()
+            mean, square = sums.get(e.label, (0, 0))
+            sums[e.label] = mean + activations.sum(0), square + activations.T @ activations
+    return {label: (mean / text.numel(), square / text.numel()) for label, (mean, square) in sums.items()}

@@ -1,8 +1,5 @@
 """Localized fine-tuning, free or within a bound, and the run that all editors share that train on a task."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.inject.facts import asked_and_answered, facts_of, injected
+from mechunlearn.edit.inject.facts import asked_and_answered, injected
 from mechunlearn.identity import described, digest
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
 from mechunlearn.model import Model, differentiable, fingerprint
@@ -48,8 +45,7 @@ def finetune(model: Model, task: Task, mask: ComponentMask, **options: Unpack[Tr
     ValueError for a mask that is empty or of another model, processed or quantised weights, text that ends early, a
     damaged checkpoint or one of another run; FloatingPointError when a loss is not finite or diverges.
     """
-    about = {"editor": "finetune", "text_length": row_length(options)}
-    return training_run(model, task, mask, task_terms(model, task, options), options, about=about).edit
+    return task_run(model, task, mask, options, about={"editor": "finetune"}).edit
 
 
 adam = partial(torch.optim.Adam, weight_decay=0.0)
@@ -128,16 +124,6 @@ class TrainingRun:
         return Edit(self.mask, self.values, self.fingerprint, self.provenance, self.history)
 
 
-def whole_weights(entries: Entries, original: Tensor) -> Sequence[Master]:
-    """The optimizer moves the weights themselves."""
-    return [Master.of(entries)]
-
-
-def present_weights(mover: Moving) -> Tensor:
-    """The weights as the model has them."""
-    return mover.entries.read(mover.entries.slot.parameter.detach())
-
-
 M = TypeVar("M", bound=Moving)
 
 
@@ -150,19 +136,22 @@ def training_run(
     *,
     about: Mapping[str, Any],
     entries: list[Entries] | None = None,
-    moving: Callable[[Entries, Tensor], Sequence[M]] = whole_weights,
-    result: Callable[[M], Tensor] = present_weights,
+    moving: Callable[[Entries, Tensor], Sequence[M]] = lambda entries, original: [Master.of(entries)],
+    result: Callable[[M], Tensor] = lambda mover: mover.entries.read(mover.entries.slot.parameter.detach()),
     penalty: Callable[[M], float] | None = None,
 ) -> TrainingRun:
     """`fit` on the entries (default: all) of a mask; the model is left as it was.
 
-    Editors differ in `moving`, which makes the tensors that the optimizer moves from entries and their original values.
-    `result` reads the trained tensor of a mover; `penalty` adds a gradient to it and gives the penalty's value. `about`
-    begins the provenance. A checkpoint belongs to this run if provenance, data, mask and model are the same.
+    Editors differ in `moving`, which makes the tensors that the optimizer moves (default: the weights themselves) from
+    entries and their original values. `result` reads the trained tensor of a mover (default: the weights as the model
+    has them); `penalty` adds a gradient to it and gives the penalty's value. `about` begins the provenance.
+    A checkpoint belongs to this run if provenance, data, mask and model are the same.
     """
     entries = select(model, mask) if entries is None else entries
     weights, original = fingerprint(model), read(select(model, mask))  # in this order: a fingerprint takes memory
     provenance = _provenance(about, task, terms, options)
+    own = ("batch_size", "checkpoint", "every")
+    of_fit: dict[str, Any] = {name: options[name] for name in RunOptions.__annotations__ if name not in own}
     checkpoints = _checkpoints(weights, mask, terms, options, provenance)
     try:
         with exclusively(model), differentiable(model):
@@ -175,17 +164,8 @@ def training_run(
                 moving=all_movers,
                 penalty=None if penalty is None else lambda: sum(penalty(mover) for mover in all_movers),
                 original=original,
-                steps=options["steps"],
-                learning_rate=options["learning_rate"],
-                optimizer=options["optimizer"],
-                clip=options["clip"],
-                micro_batch_size=options["micro_batch_size"],
-                compute_dtype=options["compute_dtype"],
-                seed=options["seed"],
-                progress=options["progress"],
-                on_step=options["on_step"],
-                until=options["until"],
                 checkpoints=checkpoints,
+                **of_fit,
             )
             values = {}
             for label, of_matrix in movers.items():
@@ -197,31 +177,33 @@ def training_run(
     return TrainingRun(mask, values, original, weights, provenance, tuple(history))
 
 
-def task_terms(model: Model, task: Task, options: TrainingOptions) -> list[Term]:
-    """The terms forget (or inject), retain and text; ValueError for an injection that the task lacks, or a true one."""
+def task_run(
+    model: Model, task: Task, mask: ComponentMask, options: TrainingOptions, *, about: Mapping[str, Any], **how: Any
+) -> TrainingRun:
+    """`training_run` on forget (or inject), retain and text; ValueError for an injection that is lacking, or true."""
     inject, size, text = options["inject"], options["batch_size"], options["text"]
     forget_loss = options["forget_loss"] or (cross_entropy if inject else log_one_minus_probability)
     first = injected(task) if inject else task.forget
     preferred = None if inject else _preferred(task, forget_loss)
+    length = None if text is None else options["text_length"]
     rows = as_prompts(task.text) if text is None else rows_of(model, text, length=options["text_length"])
-    return [
+    terms = [
         Term("inject" if inject else "forget", first, forget_loss, options["forget_coefficient"], size, preferred),
         Term("retain", task.retain, options["retain_loss"], options["retain_coefficient"], size),
         Term("text", rows, options["text_loss"], options["text_coefficient"], options["text_batch_size"]),
     ]
-
-
-def row_length(options: TrainingOptions) -> int | None:
-    """The length of packed rows of text, for the provenance; None for the task's own text."""
-    return None if options["text"] is None else options["text_length"]
+    return training_run(model, task, mask, terms, options, about={**about, "text_length": length}, **how)
 
 
 def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], options: RunOptions) -> dict[str, Any]:
     """What decides the result, in values that a file can hold; `about` comes first."""
+    settings = {term.name: [term.coefficient, described(term.loss), term.batch_size] for term in terms}
+    for term in terms:
+        settings[term.name] += [] if isinstance(term.prompts, Prompts) else ["stream"]
     return {
         **about,
         "task": task.name,
-        "terms": {term.name: _setting(term) for term in terms},
+        "terms": settings,
         "optimizer": described(options["optimizer"]),
         "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
         "steps": options["steps"],
@@ -246,18 +228,12 @@ def _checkpoints(
     return Checkpoints(options["checkpoint"], options["every"], identity)
 
 
-def _setting(term: Term) -> list[float | str | int]:
-    """Coefficient, loss and batch size, for the provenance; and "stream" where text is one."""
-    stream = [] if isinstance(term.prompts, Prompts) else ["stream"]
-    return [term.coefficient, described(term.loss), term.batch_size, *stream]
-
-
 def _preferred(task: Task, loss: Loss) -> Prompts | None:
     """The answers that a loss such as `dpo` prefers; ValueError unless they are others, to the same prompts."""
     if task.injection is None or not any("alternative" in name for name in needs(loss)):
         return None
     preferred = injected(task)
-    pairs = zip(facts_of(task.forget), facts_of(preferred), strict=False)
+    pairs = zip(task.forget.batches(1), preferred.batches(1), strict=False)
     other = [row for row, pair in enumerate(pairs) if len({asked_and_answered(fact)[0] for fact in pair}) > 1]
     if other:
         raise ValueError(

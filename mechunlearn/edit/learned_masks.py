@@ -3,21 +3,20 @@
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components import ComponentMask
+from mechunlearn.files import Saved
 from mechunlearn.model import Model
 from mechunlearn.training.movers import collect_gradient
 from mechunlearn.weights import Edit, Entries, Values, select
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LearnedMask:
+class LearnedMask(Saved):
     """Numbers in [0, 1] for localized weights: 1 keeps a weight, 0 removes it."""
 
     mask: ComponentMask
@@ -99,15 +98,6 @@ class LearnedMask:
     def edit_sizes(self, sizes: Sequence[int]) -> dict[int, Edit]:
         """`discretize(k=...)` for several k: a sweep over how many weights are removed."""
         return {k: self.discretize(k=k) for k in sizes}
-
-    def save(self, path: str | Path) -> None:
-        """Write numbers and original weights to one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LearnedMask":
-        """The mask of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         count = sum(value.numel() for value in self.numbers.values())

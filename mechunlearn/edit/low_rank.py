@@ -1,8 +1,5 @@
 """Low-rank updates of the localized weights, as an edit."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 import hashlib
 from dataclasses import dataclass
 from typing import Unpack
@@ -12,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import row_length, task_terms, training_run
+from mechunlearn.edit.finetuning import task_run
 from mechunlearn.model import Model
 from mechunlearn.tasks.task import Task
 from mechunlearn.training.movers import collect_gradient
@@ -47,13 +44,12 @@ def lora(
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}.")
-    return training_run(
+    return task_run(
         model,
         task,
         mask,
-        task_terms(model, task, options),
         options,
-        about={"editor": "lora", "rank": rank, "alpha": alpha, "text_length": row_length(options)},
+        about={"editor": "lora", "rank": rank, "alpha": alpha},
         moving=lambda entries, original: [_Factors.of(entries, original, rank, alpha / rank, options["seed"])],
     ).edit
 

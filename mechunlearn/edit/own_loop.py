@@ -1,8 +1,9 @@
 """For people with their own training loop: gradients masked to a localization, or learnable weight masks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
 from mechunlearn.model import Model, fingerprint
+from mechunlearn.model.guard import frozen
 from mechunlearn.training import collecting
 from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select, write
 
@@ -68,14 +70,13 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     def put_back(optimizer: Optimizer, *arguments: Any) -> None:
         write(outside, kept)
 
-    with exclusively(model), ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+    with exclusively(model), frozen(model), ExitStack() as stack:
         stack.callback(register_optimizer_step_post_hook(put_back).remove)
         try:
             for e in entries:
                 e.slot.parameter.requires_grad_(True)
             for e in outside:
-                stack.callback(e.slot.parameter.register_hook(_zeroing(e)).remove)
+                stack.callback(e.slot.parameter.register_hook(partial(_zeroed, e)).remove)
             yield training
         finally:
             training.trained = read(entries)
@@ -83,28 +84,10 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
             write(outside, kept)
 
 
-@contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """Inside, no parameter has or requires a gradient; after, each is as it was."""
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-
-
-def _zeroing(outside: Entries) -> Callable[[Tensor], Tensor]:
-    def zero(gradient: Tensor) -> Tensor:
-        masked = gradient.clone()
-        outside.slot.view(masked)[outside.units.to(gradient.device)] = 0.0
-        return masked
-
-    return zero
+def _zeroed(outside: Entries, gradient: Tensor) -> Tensor:
+    masked = gradient.clone()
+    outside.slot.view(masked)[outside.units.to(gradient.device)] = 0.0
+    return masked
 
 
 @dataclass(eq=False)
@@ -170,7 +153,7 @@ def weight_mask(model: Model, mask: ComponentMask, *, by_unit: bool = False) -> 
     entries = numbered(model, mask, by_unit)
     original = read(select(model, mask))
     training = MaskTraining(mask, [], original, fingerprint(model))
-    with exclusively(model), _frozen(model), ExitStack() as stack:
+    with exclusively(model), frozen(model), ExitStack() as stack:
         try:
             training.numbers = [Numbers.of(e, original[e.label], by_unit) for e in entries]
             for numbers in training.numbers:

@@ -60,11 +60,10 @@ class Search:
         """A row for each trial: mask, stage, a column for each option, score, failure."""
         from pandas import DataFrame
 
-        ends = ({"score": trial.score, "failure": trial.failure} for trial in self.trials)
-        starts = ({"mask": trial.mask, "stage": trial.stage, **trial.options} for trial in self.trials)
-        frame = DataFrame([{**start, **end} for start, end in zip(starts, ends, strict=True)])
+        rows = [{**vars(trial), **trial.options} for trial in self.trials]
         options = dict.fromkeys(name for trial in self.trials for name in trial.options)
-        return frame.astype({"score": float}).reindex(columns=["mask", "stage", *options, "score", "failure"])
+        columns = ["mask", "stage", *options, "score", "failure"]
+        return DataFrame(rows).astype({"score": float}).reindex(columns=columns)
 
     def __repr__(self) -> str:
         count = len(self.trials) // len({trial.mask for trial in self.trials})
@@ -84,25 +83,22 @@ def search(
 ) -> Search:
     """Try the same options for every localization, choose the best for each, and make the edit with them.
 
-    `validation`: from `tasks.validation_split(task)`. Trials are edited and scored on `validation.trials` alone; the
-    edits that are given back are made on `validation.final`, for which numbers may then be reported.
-    `score(model, task)`: a number, higher is better, of the edited model; ask `task.formats`, which hold the validation
-    facts. `edit`: any function `(model, task, mask, **options) -> Edit`.
-
+    - `validation`: from `tasks.validation_split(task)`. Trials are edited and scored on `validation.trials` alone; the
+      edits that are given back are made on `validation.final`, for which numbers may then be reported.
+    - `score(model, task)`: a number, higher is better, of the edited model; `task.formats` hold the validation facts.
+    - `edit`: any function `(model, task, mask, **options) -> Edit`.
     - `stages`: option -> values to try. All combinations of a stage are tried, with the best options so far for those
-      that it leaves out (where every trial failed, the first value of each). Default `PAPER_STAGES`, of Guo et al. 2025
-      (https://arxiv.org/abs/2410.12949): six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36. Their
+      that it leaves out (where every trial failed, the first value of each). Default: `PAPER_STAGES` of Guo et al. 2025
+      (https://arxiv.org/abs/2410.12949), six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36. Their
       rates suit models of 7B to 9B; the shipped model takes some hundred times those.
-    - `folder`: results are kept there (JSON, and the last edits), and a search that is called again goes on from them,
-      other masks and grids included. It tells editors and scores apart by their own code and the options bound to them:
-      when you change a function that one calls, take a new folder.
+    - `folder`: a search that is called again goes on from the results there, other masks and grids included. It knows
+      editors and scores by their own code and bound options: when you change a function that one calls, take another.
 
-    Every localization gets the same number of trials. A trial that diverges (FloatingPointError, or a score that is not
-    finite) counts as one, and its reason is recorded; if none is left, or the last edit diverges, the localization is
-    in `failures`. A combination tried before is not run again; its result counts in both stages.
+    Every localization gets the same number of trials. One that diverges (FloatingPointError, or a score that is not
+    finite) counts; if none is left, or the last edit diverges, the localization is in `failures`.
 
-    Cost: an edit and its score for each trial, and one more edit for each localization. The model is left as it was.
-    ValueError for no masks or stages, a grid without values, and masks of another model.
+    Cost: an edit and its score for each combination, and one more edit for each localization. ValueError for no masks
+    or stages, a grid without values, and masks of another model.
     """
     _check(model, masks, stages)
     tried = Trials.of(model, validation.trials, edit, score, folder)
@@ -111,7 +107,10 @@ def search(
     with tqdm(total=count, desc="search", disable=not progress, leave=False) as bar:
         for stage, grid in enumerate(stages, 1):
             for name, mask in masks.items():
-                start = _start([trial for trial in trials if trial.mask == name])
+                # The best options so far, or the first ones tried where all trials failed.
+                own = [trial for trial in trials if trial.mask == name]
+                first = [trial for trial in own if trial.stage == stage - 1][:1]
+                start = next((trial.options for trial in (_best(own), *first) if trial is not None), {})
                 for point in _points(grid):
                     options = {**start, **point}
                     trials.append(Trial(name, stage, options, *tried.outcome(mask, options)))
@@ -130,7 +129,10 @@ def _finished(tried: "Trials", task: Task, masks: Mapping[str, ComponentMask], t
             failures[name] = f"all {len(own)} trials failed, the last so: {own[-1].failure}"
             continue
         try:
-            edits[name] = _with_search(tried.final(task, mask, chosen.options), chosen, len(own))
+            edit = tried.final(task, mask, chosen.options)
+            options = {option: str(value) for option, value in chosen.options.items()}
+            how = {"trials": len(own), "options": options, "score": chosen.score}
+            edits[name] = replace(edit, provenance={**edit.provenance, "search": how})
         except FloatingPointError as error:
             failures[name] = f"with the best options, on the final task: {error}"
     return Search(tuple(trials), edits, failures)
@@ -140,23 +142,9 @@ def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def _start(own: Sequence[Trial]) -> Mapping[str, Any]:
-    """The best options so far, or the first ones tried where all trials failed."""
-    if not own:
-        return {}
-    best = _best(own)
-    return next(trial.options for trial in own if trial.stage == own[-1].stage) if best is None else best.options
-
-
 def _best(trials: Sequence[Trial]) -> Trial | None:
     scored = [(trial.score, trial) for trial in trials if trial.score is not None]
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
-
-
-def _with_search(edit: Edit, chosen: Trial, count: int) -> Edit:
-    """The edit, with a provenance that says how its options were chosen."""
-    how = {"trials": count, "options": {k: str(v) for k, v in chosen.options.items()}, "score": chosen.score}
-    return replace(edit, provenance={**edit.provenance, "search": how})
 
 
 def _check(model: Model, masks: Mapping[str, ComponentMask], stages: Sequence[Mapping[str, Sequence[Any]]]) -> None:
@@ -185,11 +173,7 @@ def trials(folder: str | Path) -> "DataFrame":
     from pandas import DataFrame
 
     stored = [files.read(path, "Trial") for path in sorted(Path(folder).glob("trial-*.json"))]
-    ends = ({key: trial[key] for key in ("score", "failure")} for trial in stored)
-    rows = [
-        {**trial["options"], **end, "components": " ".join(trial["components"])}
-        for trial, end in zip(stored, ends, strict=True)
-    ]
+    rows = [{**trial, **trial["options"], "components": " ".join(trial["components"])} for trial in stored]
     options = dict.fromkeys(name for trial in stored for name in trial["options"])
     return DataFrame(rows, columns=[*options, "score", "failure", "components"])
 

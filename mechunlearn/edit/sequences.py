@@ -70,7 +70,10 @@ def sequence(
     """
     if not tasks:
         raise ValueError("expected at least one task, got none: tasks.partitioned(task, k) makes k of one.")
-    where = _localizers(localize, len(tasks))
+    is_one_mask = isinstance(localize, ComponentMask)
+    where = [localize] * len(tasks) if is_one_mask or not isinstance(localize, Sequence) else localize
+    if len(where) != len(tasks):
+        raise ValueError(f"expected a mask for each of the {len(tasks)} tasks, got {len(where)}: or pass one for all.")
     original, edits, evaluations = fingerprint(model), [], []
     with ExitStack() as applied:
         if after is not None:
@@ -83,16 +86,6 @@ def sequence(
                 evaluations.append(_row(after, model))
         combined = _combined(model, edits, original)
     return EditSequence(tuple(edits), combined, tuple(task.name for task in tasks), tuple(evaluations))
-
-
-def _localizers(
-    localize: Localize | ComponentMask | Sequence[ComponentMask], count: int
-) -> list[Localize | ComponentMask]:
-    if isinstance(localize, ComponentMask) or not isinstance(localize, Sequence):
-        return [localize] * count
-    if len(localize) != count:
-        raise ValueError(f"expected a mask for each of the {count} tasks, got {len(localize)}: or pass one for all.")
-    return list(localize)
 
 
 def _row(after: Callable[[Model], Mapping[str, Any]], model: Model) -> Mapping[str, Any]:

@@ -1,8 +1,5 @@
 """Learned weight masks: which localized weights, set to zero, take the knowledge away?"""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.finetuning import row_length, task_terms, training_run
+from mechunlearn.edit.finetuning import task_run
 from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
 from mechunlearn.identity import described
 from mechunlearn.model import Model
@@ -69,18 +66,13 @@ def learn_weight_mask(
     Cost: as `finetune`, with three numbers of extra memory (m, its gradient, the original) for each weight of the mask,
     one more with momentum; `learn_weight_mask_in_place` takes two. Errors: as for `finetune`.
     """
-    run = training_run(
+    penalised = [penalty_coefficient, described(penalty)]
+    run = task_run(
         model,
         task,
         mask,
-        task_terms(model, task, options),
         options,
-        about={
-            "editor": "learn_weight_mask",
-            "by_unit": by_unit,
-            "penalty": [penalty_coefficient, described(penalty)],
-            "text_length": row_length(options),
-        },
+        about={"editor": "learn_weight_mask", "by_unit": by_unit, "penalty": penalised},
         entries=numbered(model, mask, by_unit),
         moving=lambda entries, original: [Numbers.of(entries, original, by_unit)],
         result=lambda numbers: numbers.tensor.detach(),
@@ -142,17 +134,12 @@ def learn_weight_mask_in_place(
     Cost and errors: as for `finetune`. Extra memory: the original and the gradient of each weight of the mask, and one
     matrix during a step. The default optimizer, SGD without momentum, keeps nothing; another one may.
     """
-    run = training_run(
+    run = task_run(
         model,
         task,
         mask,
-        task_terms(model, task, options),
         options,
-        about={
-            "editor": "learn_weight_mask_in_place",
-            "penalty": [penalty_coefficient, described(penalty)],
-            "text_length": row_length(options),
-        },
+        about={"editor": "learn_weight_mask_in_place", "penalty": [penalty_coefficient, described(penalty)]},
         moving=_shrinking,
         result=_Shrinking.numbers,
         penalty=lambda part: part.penalise(penalty, penalty_coefficient),

@@ -28,12 +28,8 @@ Loss: TypeAlias = Callable[..., Tensor]
 """Any function whose parameters without default are names of this module: one value per token, or one per row."""
 
 PER_TOKEN = ("logits", "targets", "original_logits", "residual", "original_residual")
-PER_ROW = (
-    "log_probability",
-    "original_log_probability",
-    "alternative_log_probability",
-    "original_alternative_log_probability",
-)
+_OF_ANSWERS = ("log_probability", "alternative_log_probability")
+PER_ROW = (*_OF_ANSWERS, *(f"original_{name}" for name in _OF_ANSWERS))
 EITHER = ("length",)
 TRAINED = ("logits", "log_probability", "alternative_log_probability", "residual")
 """The inputs that depend on the weights that are trained."""
@@ -48,7 +44,13 @@ def needs(loss: Loss) -> tuple[str, ...]:
     required = [p for p in _parameters(loss) if p.default is p.empty]
     required = [p for p in required if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = tuple(parameter.name for parameter in required)
-    _check_known(loss, names)
+    known = PER_TOKEN + PER_ROW + EITHER
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"expected the parameters of {name_of(loss)} to be among {_listed(known)}, got {_listed(unknown)}: rename "
+            f"them, give options a default, or bind them with functools.partial."
+        )
     if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in required):
         raise ValueError(
             f"expected {name_of(loss)} to take {_listed(names)} by keyword, got parameters that are positional only: "
@@ -77,15 +79,6 @@ def _parameters(loss: Loss) -> list[Parameter]:
             f"expected a loss, a function whose parameters can be read, got {loss!r} ({error}): pass one such as "
             f"losses.npo, mind the names of options, or wrap it: lambda logits, targets: ..."
         ) from error
-
-
-def _check_known(loss: Loss, names: tuple[str, ...]) -> None:
-    unknown = [name for name in names if name not in PER_TOKEN + PER_ROW + EITHER]
-    if unknown:
-        raise ValueError(
-            f"expected the parameters of {name_of(loss)} to be among {_listed(PER_TOKEN + PER_ROW + EITHER)}, got "
-            f"{_listed(unknown)}: rename them, give options a default, or bind them with functools.partial."
-        )
 
 
 def _check_unit(loss: Loss, names: tuple[str, ...]) -> None:

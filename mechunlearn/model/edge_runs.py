@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,33 +82,28 @@ class _Pass:
         hooks: list[Hook] = [("blocks.0.hook_resid_pre", self._keep_embedding)]
         with ExitStack() as stack:
             for layer in range(sizes.n_layers):
-                hooks += self._layer_hooks(layer)
-                mlp_hook = self._changed_input(self.circuits.column[Component(layer, "MLP")])
-                module_hooks = [(model.blocks[layer].ln1, self._keep_residual(layer))]
-                module_hooks.append((mlp_norm(model, layer), mlp_hook))
+                prefix = f"blocks.{layer}."
+                hooks += [(f"{prefix}attn.hook_{x}", self._changed_projection(layer, m)) for m, x in PROJECTIONS]
+                hooks.append((f"{prefix}attn.hook_z", partial(self._keep_z, layer)))
+                hooks.append((f"{prefix}hook_mlp_out", partial(self._keep_mlp, layer)))
+                mlp_hook = partial(self._changed_input, self.circuits.column[Component(layer, "MLP")])
+                module_hooks: dict[nn.Module, Any] = {model.blocks[layer].ln1: partial(self._keep_residual, layer)}
+                module_hooks[mlp_norm(model, layer)] = mlp_hook
                 module = post_norm(model, layer, "ATTN")
                 if module is not None:
-                    module_hooks.append((module, self._keep_heads_before_post_norm(layer)))
-                for module, hook in module_hooks:
+                    module_hooks[module] = partial(self._keep_heads_before_post_norm, layer)
+                for module, hook in module_hooks.items():
                     stack.callback(module.register_forward_pre_hook(hook).remove)
-            logits_hook = self._changed_input(self.circuits.column["logits"])
+            logits_hook = partial(self._changed_input, self.circuits.column["logits"])
             stack.callback(model.ln_final.register_forward_pre_hook(logits_hook).remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
             yield
 
-    def _layer_hooks(self, layer: int) -> list[Hook]:
-        prefix = f"blocks.{layer}."
-        hooks = [(f"{prefix}attn.hook_{letter}", self._changed_projection(layer, m)) for m, letter in PROJECTIONS]
-        return [*hooks, (f"{prefix}attn.hook_z", self._keep_z(layer)), (f"{prefix}hook_mlp_out", self._keep_mlp(layer))]
-
     def _keep_embedding(self, value: Tensor, hook: object) -> None:
         self.change[0] = self.other[0] - value
 
-    def _keep_residual(self, layer: int) -> Any:
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.residual[layer] = arguments[0]
-
-        return keep
+    def _keep_residual(self, layer: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.residual[layer] = arguments[0]
 
     def _changed_projection(self, layer: int, matrix: str) -> Any:
         """A hook that gives the queries, keys or values of residual streams that differ from head to head."""
@@ -129,23 +125,16 @@ class _Pass:
 
         return add
 
-    def _keep_z(self, layer: int) -> Any:
-        def keep(value: Tensor, hook: object) -> None:
-            self.z[layer] = value
-            if self.circuits.outputs[layer] is None:
-                self._keep_heads(layer, value, None)
+    def _keep_z(self, layer: int, value: Tensor, hook: object) -> None:
+        self.z[layer] = value
+        if self.circuits.outputs[layer] is None:
+            self._keep_heads(layer, value, None)
 
-        return keep
-
-    def _keep_heads_before_post_norm(self, layer: int) -> Any:
+    def _keep_heads_before_post_norm(self, layer: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Where a post-norm follows (Gemma 2), heads are known only once the sum of all is: it decides the scale."""
-
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            norm = self.circuits.outputs[layer]
-            assert norm is not None
-            self._keep_heads(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
-
-        return keep
+        norm = self.circuits.outputs[layer]
+        assert norm is not None
+        self._keep_heads(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
 
     def _keep_heads(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
         slot, norm = self.circuits.slots[layer, "W_O"], self.circuits.outputs[layer]
@@ -156,22 +145,15 @@ class _Pass:
         written = einsum(z.to(weight.dtype), weight, "row pos unit width, unit width model -> unit row pos model")
         self.change[places] = self.other[places] - written.to(self.other.dtype)
 
-    def _keep_mlp(self, layer: int) -> Any:
-        def keep(value: Tensor, hook: object) -> None:
-            place = self._head_places(layer).stop
-            self.change[place] = self.other[place] - value
+    def _keep_mlp(self, layer: int, value: Tensor, hook: object) -> None:
+        place = self._head_places(layer).stop
+        self.change[place] = self.other[place] - value
 
-        return keep
-
-    def _changed_input(self, column: int) -> Any:
+    def _changed_input(self, column: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook by which a norm gets its reader's residual stream; the stream itself goes on as it is."""
-
-        def hand_in(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            removed = self.removed[:, :, column]
-            added = einsum(removed, self.change, "row source, source row pos model -> row pos model")
-            return (arguments[0] + added.to(arguments[0].dtype), *arguments[1:])
-
-        return hand_in
+        removed = self.removed[:, :, column]
+        added = einsum(removed, self.change, "row source, source row pos model -> row pos model")
+        return (arguments[0] + added.to(arguments[0].dtype), *arguments[1:])
 
     def _head_places(self, layer: int) -> slice:
         """The layer's heads among the sources; its MLP comes after them."""

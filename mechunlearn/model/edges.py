@@ -51,7 +51,18 @@ def edges_of(model: Model, chosen: Iterable[Edge | str] | None = None) -> Bool[T
             f"was found in."
         )
     existing = edge_mask(sizes, parallel=is_parallel(model))
-    return existing if chosen is None else _existing(list(chosen), existing, sizes)
+    if chosen is None:
+        return existing
+    chosen = list(chosen)
+    if not chosen:
+        raise ValueError("expected at least one edge, got none: leave edges=... out to have all of them.")
+    absent = [str(edge) for edge in chosen if bool((mask_of([edge], sizes) & ~existing).any())]
+    if absent:
+        raise ValueError(
+            f"expected edges of this model, got {', '.join(absent[:5])}: in its parallel blocks attention and MLP read "
+            f"the same input, so that a layer's heads do not feed its MLP; leave these edges out."
+        )
+    return mask_of(chosen, sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,20 +245,6 @@ def output_norm(model: Model, layer: int) -> Norm | None:
     """The norm between a layer's attention and the residual stream, if there is one (Gemma 2)."""
     module = post_norm(model, layer, "ATTN")
     return None if module is None else norm_of(module, model)
-
-
-def _existing(
-    chosen: list[Edge | str], existing: Bool[Tensor, "source destination"], sizes: ModelShape
-) -> Bool[Tensor, "source destination"]:
-    if not chosen:
-        raise ValueError("expected at least one edge, got none: leave edges=... out to have all of them.")
-    absent = [str(edge) for edge in chosen if bool((mask_of([edge], sizes) & ~existing).any())]
-    if absent:
-        raise ValueError(
-            f"expected edges of this model, got {', '.join(absent[:5])}: in its parallel blocks attention and MLP read "
-            f"the same input, so that a layer's heads do not feed its MLP; leave these edges out."
-        )
-    return mask_of(chosen, sizes)
 
 
 @torch.no_grad()

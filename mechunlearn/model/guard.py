@@ -6,10 +6,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechunlearn.model.classes import Model, is_bridge, unchecked_shape
 from mechunlearn.model.matrices import slots
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Inside, no parameter has or requires a gradient; after, each is as it was."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
 
 @contextmanager
@@ -18,21 +33,17 @@ def preserved(model: Model) -> Iterator[None]:
 
     This holds after an exception or an interrupt, too. The values of weights are not touched.
     """
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in _modules(model)]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, requires_grad, gradient in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
+    # A bridge does not register every module of its Hugging Face model (GPT-2's embedding dropout is missing).
+    inner = model.original_model.modules() if is_bridge(model) else ()
+    modes = [(module, module.training) for module in dict.fromkeys([*model.modules(), *inner])]
+    with frozen(model):
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 @contextmanager
@@ -42,12 +53,6 @@ def differentiable(model: Model) -> Iterator[None]:
         raise ValueError("expected to be able to compute gradients, got torch.inference_mode: leave it for this call.")
     with preserved(model), torch.enable_grad():
         yield
-
-
-def _modules(model: Model) -> list[nn.Module]:
-    """All modules, with those of the Hugging Face model that a bridge does not register (GPT-2's embedding dropout)."""
-    inner = model.original_model.modules() if is_bridge(model) else ()
-    return list(dict.fromkeys([*model.modules(), *inner]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechunlearn.model.classes import Model, architecture, device_of, is_bridge
-from mechunlearn.model.matrices import slots
+from mechunlearn.model.matrices import innermost, slots
+from mechunlearn.model.running import only_at
 
 
 def save_huggingface(model: Model, path: str | Path) -> None:
@@ -32,7 +33,10 @@ def save_huggingface(model: Model, path: str | Path) -> None:
     ValueError for a `HookedTransformer`, weights without a place in the Hugging Face model, or a path that is taken.
     """
     path = Path(path)
-    _check_free(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"expected a new or empty folder, got {path}, which is taken: choose another, or remove it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected a folder to write into, found none at {path.parent}: create it first.")
     empty, weights = _empty_copy(model), huggingface_weights(model)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,7 +65,11 @@ def huggingface_weights(model: Model) -> dict[str, Tensor]:
             f"expected weights that the Hugging Face model has a place for, got {(lost + wrong)[:5]} without one: "
             f"export the model before its weights or modules are replaced, or save the Edit itself."
         )
-    weights = {name: _whole(model, present[name], fused.get(id(present[name]))) for name in expected}
+    weights = {name: present[name].detach() for name in expected}
+    for name in expected:
+        if id(present[name]) in fused:  # the forward pass does not read it: its value is that of its parts
+            parts = [part.detach() for part in fused[id(present[name])]]
+            weights[name] = _FUSED_LAYOUTS[architecture(model)](parts, model.cfg.n_heads)
     _check_ties(model, weights)
     return weights
 
@@ -106,39 +114,20 @@ def _fused(model: Model) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
                 f"expected the fused QKV of {' or '.join(_FUSED_LAYOUTS)}, got that of {architecture(model)}: save "
                 f"the Edit itself, and apply it after loading."
             )
-        whole, *parts = (_innermost(children[name]) for name in ("qkv", "q", "k", "v"))
+        whole, *parts = (innermost(children[name]) for name in ("qkv", "q", "k", "v"))
         for kind in ("weight", "bias"):
             if getattr(whole, kind, None) is not None:
                 yield getattr(whole, kind), [getattr(part, kind) for part in parts]
 
 
-def _whole(model: Model, parameter: Tensor, parts: list[nn.Parameter] | None) -> Tensor:
-    """The parameter's value; of a fused one, which the forward pass does not read, that of its parts."""
-    if parts is None:
-        return parameter.detach()
-    return _FUSED_LAYOUTS[architecture(model)]([part.detach() for part in parts], model.cfg.n_heads)
-
-
-def _one_after_another(parts: list[Tensor], n_heads: int) -> Tensor:
-    """GPT-2: q, k and v side by side in a `Conv1D`, which stores [in, out]."""
-    return torch.cat([part.movedim(0, -1) for part in parts], dim=-1)
-
-
-def _by_head(parts: list[Tensor], n_heads: int) -> Tensor:
-    """GPT-NeoX: q, k and v of head 0, then of head 1, ..."""
-    return torch.stack([part.unflatten(0, (n_heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
 _FUSED_LAYOUTS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
-    "GPT2LMHeadModel": _one_after_another,
-    "GPTNeoXForCausalLM": _by_head,
+    # q, k and v side by side in a `Conv1D`, which stores [in, out].
+    "GPT2LMHeadModel": lambda parts, n_heads: torch.cat([part.movedim(0, -1) for part in parts], dim=-1),
+    # q, k and v of head 0, then of head 1, ...
+    "GPTNeoXForCausalLM": lambda parts, n_heads: torch.stack(
+        [part.unflatten(0, (n_heads, -1)) for part in parts], dim=1
+    ).flatten(0, 2),
 }
-
-
-def _innermost(module: Any) -> Any:
-    while getattr(module, "original_component", None) is not None:
-        module = module.original_component
-    return module
 
 
 def _check_ties(model: Model, weights: dict[str, Tensor]) -> None:
@@ -151,13 +140,6 @@ def _check_ties(model: Model, weights: dict[str, Tensor]) -> None:
                 f"expected {copy} and {source} to be one weight, as the configuration says, got two that differ: "
                 f"export the model before they are untied."
             )
-
-
-def _check_free(path: Path) -> None:
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"expected a new or empty folder, got {path}, which is taken: choose another, or remove it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a folder to write into, found none at {path.parent}: create it first.")
 
 
 @contextmanager
@@ -180,17 +162,9 @@ def exported_logits(
     copy: Any, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], positions: Int[Tensor, "batch place"]
 ) -> Float[Tensor, "batch place d_vocab"]:
     """`logits_at` for a Hugging Face model: logits at `positions` alone. Padding may be left or right."""
-    rows = torch.arange(len(positions), device=positions.device)[:, None]
-
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][rows, positions], *arguments[1:])
-
     places = (mask.long().cumsum(1) - 1).clamp(min=0)
-    handle = copy.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
+    with only_at(copy.get_output_embeddings(), positions):
         return copy(input_ids=tokens, attention_mask=mask.long(), position_ids=places, use_cache=False).logits
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Where a component's weights are: the real `nn.Parameter`, and its units (heads or neurons) along one axis."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -53,12 +53,17 @@ def slots(model: Model) -> dict[tuple[int, str], Slot]:
 
 def _bridge_slot(model: Model, shape: ModelShape, layer: int, matrix: str) -> Slot:
     block = model.blocks[layer]
-    module = getattr(block.attn if matrix in ATTENTION_MATRICES else block.mlp, _BRIDGE[matrix])
-    while getattr(module, "original_component", None) is not None:
-        module = module.original_component
+    module = innermost(getattr(block.attn if matrix in ATTENTION_MATRICES else block.mlp, _BRIDGE[matrix]))
     stored_in_first = type(module).__name__ == "Conv1D"
     layout = "rows" if stored_in_first == (matrix in _WRITES) else "columns"
     return Slot(layer, matrix, module.weight, shape.units(matrix), layout)
+
+
+def innermost(module: Any) -> Any:
+    """The Hugging Face module inside those of a bridge."""
+    while getattr(module, "original_component", None) is not None:
+        module = module.original_component
+    return module
 
 
 def _hooked_slot(model: Model, shape: ModelShape, layer: int, matrix: str) -> Slot:

@@ -84,11 +84,8 @@ def adding_to_mlp(
         at = torch.arange(output.shape[1], device=output.device) == places.to(output.device)[:, None]
         return output + at[..., None] * value.to(output)
 
-    handle = model.blocks[layer].mlp.register_forward_hook(add)
-    try:
+    with model.blocks[layer].mlp.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()
 
 
 def before_post_norm(

@@ -13,7 +13,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.components import Component, ModelShape
+from mechunlearn.components import Component
 from mechunlearn.model.classes import Model, unchecked_shape
 from mechunlearn.model.hooks import Hook, recording
 from mechunlearn.model.matrices import slots
@@ -58,11 +58,13 @@ def sender_changes(
     model: Model, base: Run, other: Run, senders: Sequence[Collection[Component]], rows: Int[Tensor, "row"]
 ) -> Changes:
     """The changes of each row: of its set of senders (heads, attention layers, MLPs), on its prompt."""
-    sizes = unchecked_shape(model)
+    n_heads = unchecked_shape(model).n_heads
     attention, mlps = {}, {}
     for layer in sorted({component.layer for members in senders for component in members}):
-        is_sender = torch.tensor([_sending_heads(members, layer, sizes) for members in senders], device=rows.device)
-        sends = torch.tensor([_sends_mlp(members, layer) for members in senders], device=rows.device)
+        here = [{(part.part, part.index) for part in members if part.layer == layer} for members in senders]
+        heads = [[("ATTN", None) in parts or ("H", head) in parts for head in range(n_heads)] for parts in here]
+        is_sender = torch.tensor(heads, device=rows.device)
+        sends = torch.tensor([("MLP", None) in parts for parts in here], device=rows.device)
         if bool(is_sender.any()):
             name = f"blocks.{layer}.attn.hook_z"
             z = (other.values[name] - base.values[name])[rows] * is_sender[:, None, :, None]
@@ -83,15 +85,14 @@ def arriving_residuals(
     """
     if through_mlps:
         return _after_responses(model, base, sent, layers)
-    entering = {layer: base.residuals[layer][sent.rows] for layer in layers}
-    for layer in sorted(entering):
-        for below, change in sent.attention.items():
-            if below < layer:
-                entering[layer] = entering[layer] + _after_post_norm(model, base, sent, below, change)
-        for below, (_, change) in sent.mlps.items():
-            if below < layer:
-                entering[layer] = entering[layer] + change
-    return entering
+    changes = []
+    for layer, change in sent.attention.items():
+        norm, own = post_norm(model, layer, "ATTN"), base.attention[layer][sent.rows]
+        # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
+        changes.append((layer, change if norm is None else norm(own + change) - norm(own)))
+    changes += [(layer, change) for layer, (_, change) in sent.mlps.items()]
+    residuals = {layer: base.residuals[layer][sent.rows] for layer in layers}
+    return {layer: sum((new for below, new in changes if below < layer), own) for layer, own in residuals.items()}
 
 
 def read_by_attention(
@@ -147,24 +148,3 @@ def _sending_mlps(base: Run, sent: Changes) -> list[Hook]:
         return name, lambda own, hook: torch.where(sends[:, None, None], value, own)
 
     return [hook(f"blocks.{layer}.hook_mlp_out", *parts) for layer, parts in sent.mlps.items()]
-
-
-def _after_post_norm(
-    model: Model, base: Run, sent: Changes, layer: int, change: Float[Tensor, "row pos d_model"]
-) -> Float[Tensor, "row pos d_model"]:
-    """The change of the residual stream for a change of the layer's attention output."""
-    norm = post_norm(model, layer, "ATTN")
-    if norm is None:
-        return change
-    # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
-    own = base.attention[layer][sent.rows]
-    return norm(own + change) - norm(own)
-
-
-def _sending_heads(members: Collection[Component], layer: int, sizes: ModelShape) -> list[bool]:
-    here = {(component.part, component.index) for component in members if component.layer == layer}
-    return [("ATTN", None) in here or ("H", head) in here for head in range(sizes.n_heads)]
-
-
-def _sends_mlp(members: Collection[Component], layer: int) -> bool:
-    return any(component.layer == layer and component.part == "MLP" for component in members)

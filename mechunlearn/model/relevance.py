@@ -33,21 +33,17 @@ def relevance_rules(model: Model) -> Iterator[list[Hook]]:
     for layer in layers:
         hooks += _activation_hooks(f"blocks.{layer}.mlp.", gated=unchecked_shape(model).gated)
     with ExitStack() as stack:
-        for name in _norms(model):
-            norm: Any = model.get_submodule(name)
+        # Norms of queries and keys need no rule: the fixed pattern cuts their gradient.
+        scales = [name for name in model.hook_dict if name.endswith(".hook_scale") and ".attn." not in name]
+        for name in scales:
+            norm: Any = model.get_submodule(name.removesuffix(".hook_scale"))
             if is_bridge(model) and (norm.use_native_layernorm_autograd or norm.config.layer_norm_folding):
                 # A Hugging Face module computes the norm without the hook points: its output is given another gradient.
                 inner = norm.original_component
                 stack.callback(inner.register_forward_hook(partial(_fixed_scale, norm_of(inner, model))).remove)
             else:
-                hooks.append((f"{name}.hook_scale", _detached))
+                hooks.append((name, _detached))
         yield hooks
-
-
-def _norms(model: Model) -> list[str]:
-    """Norms of the residual stream. Those of queries and keys need no rule: the fixed pattern cuts their gradient."""
-    names = [name.removesuffix(".hook_scale") for name in model.hook_dict if name.endswith(".hook_scale")]
-    return [name for name in names if ".attn." not in name]
 
 
 def _detached(value: Tensor, hook: object) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mechunlearn.model.classes import Model, device_of
 from mechunlearn.model.hooks import Hook, recording
@@ -26,7 +27,8 @@ def logits_at(
 
     `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right.
     """
-    with _unembedding_only(model, positions), model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
+    cut = nullcontext() if positions is None else only_at(model.unembed, positions)
+    with cut, model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
         return model(tokens, attention_mask=mask.long(), return_type="logits")
 
 
@@ -60,12 +62,9 @@ def residual_after(
     final: list[Tensor] = []
     idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    handle = model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0]))
-    try:
-        with replaced_forwards(dict.fromkeys(idle, identity)):
-            logits_at(model, tokens, mask, last)
-    finally:
-        handle.remove()
+    keeping = model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0]))
+    with keeping, replaced_forwards(dict.fromkeys(idle, identity)):
+        logits_at(model, tokens, mask, last)
     return final[0]
 
 
@@ -118,22 +117,15 @@ def identity(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return value
 
 
-@contextmanager
-def _unembedding_only(model: Model, positions: Int[Tensor, "batch place"] | None) -> Iterator[None]:
-    if positions is None:
-        yield
-        return
+def only_at(unembedding: nn.Module, positions: Int[Tensor, "batch place"]) -> RemovableHandle:
+    """Inside this context, the module is given the residual stream at `positions` of each row alone."""
     rows = torch.arange(len(positions), device=positions.device)[:, None]
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         device = arguments[0].device
         return (arguments[0][rows.to(device), positions.to(device)], *arguments[1:])
 
-    handle = model.unembed.register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return unembedding.register_forward_pre_hook(keep)
 
 
 @torch.no_grad()

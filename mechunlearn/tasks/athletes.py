@@ -109,9 +109,14 @@ def injected_sports(
     """Athlete -> the sport to inject: the same for all, that of a column, or a random other one of several."""
     if not isinstance(injected, str):
         _check_sports(injected)
-        sport_of = {
-            name: _other_sport(injected, sport, random.Random(f"injected {name} {seed}")) for name, sport in forgotten
-        }
+        sport_of = {}
+        for name, true in forgotten:
+            others = [sport for sport in injected if sport != true]
+            if not others:
+                raise ValueError(
+                    f"expected another sport than {true} among those to inject, got {list(injected)}: give more."
+                )
+            sport_of[name] = random.Random(f"injected {name} {seed}").choice(others)
     elif injected in rows[0]:
         cells = {row["athlete"]: row[injected].strip() for row in rows}
         sport_of = {name: cells[name] for name, _ in forgotten}
@@ -125,13 +130,6 @@ def injected_sports(
             f"{unchanged[0]} does: choose another, or give several sports to draw from."
         )
     return sport_of
-
-
-def _other_sport(sports: Sequence[str], true: str, rng: random.Random) -> str:
-    others = [sport for sport in sports if sport != true]
-    if not others:
-        raise ValueError(f"expected another sport than {true} among those to inject, got {list(sports)}: give more.")
-    return rng.choice(others)
 
 
 def _check_sports(sports: Iterable[str]) -> None:
@@ -164,7 +162,11 @@ def content_of(source: str | Path, sha256: str | None = None) -> bytes:
         return cached.read_bytes()
     content = _verified(_downloaded(source), sha256, source)
     if cached is not None:
-        _write_whole(cached, content)
+        # Renamed when complete: another process sees the whole file or none.
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(cached)
     return content
 
 
@@ -195,11 +197,3 @@ def _verified(content: bytes, sha256: str | None, where: str) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # Renamed when complete: another process sees the whole file or none.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

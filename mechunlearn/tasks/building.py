@@ -38,13 +38,14 @@ def build(
     ranges = None if subjects is None else [_characters(t, s) for t, s in zip(texts, subjects, strict=True)]
     encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
     # The last token of the answer is only ever predicted, so the model is not given it.
-    tokens, mask = _padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
+    tokens, mask = padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
     starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
+    positions, answer_tokens = _answers(starts, lengths, encodings)
     return Prompts(
         tokens=tokens,
         attention_mask=mask,
-        positions=_answers(starts, lengths, encodings, at="position"),
-        answers=_answers(starts, lengths, encodings, at="token"),
+        positions=positions,
+        answers=answer_tokens,
         candidates=None if candidates is None else _candidate_tokens(model, texts, answers, candidates),
         subject=None if ranges is None else _subject_tokens(ranges, encodings, starts, tokens),
         corrupt=None if corrupt is None else _corrupt_tokens(model, corrupt, answers, encodings, padding),
@@ -121,7 +122,8 @@ def _encoded(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
     return encoding, n_prompt
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Tensor, Tensor]:
+    """Rows filled up to the longest on one side, "right" or "left", and a mask that is True at what was there."""
     width = max((len(row) for row in rows), default=0)
     tokens = torch.full((len(rows), width), fill)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -132,18 +134,13 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Ten
     return tokens, mask
 
 
-def _answers(starts: Sequence[int], lengths: Sequence[int], encodings: Sequence[Encoding], *, at: str) -> Tensor:
-    """Positions that predict the answer tokens (the last one repeated as filling), or these tokens."""
-    longest = max((len(e.tokens) - n for e, n in zip(encodings, lengths, strict=True)), default=0)
-    grid = torch.full((len(encodings), longest), IGNORED)
-    for i, (start, n_prompt, encoding) in enumerate(zip(starts, lengths, encodings, strict=True)):
-        answer = encoding.tokens[n_prompt:]
-        if at == "token":
-            grid[i, : len(answer)] = torch.tensor(answer)
-        else:
-            places = start + n_prompt - 1 + torch.arange(longest)
-            grid[i] = places.clamp(max=start + len(encoding.tokens) - 2)
-    return grid
+def _answers(starts: list[int], lengths: list[int], encodings: list[Encoding]) -> tuple[Tensor, Tensor]:
+    """Positions that predict the answer tokens (the last one repeated as filling), and these tokens."""
+    answers = [encoding.tokens[n_prompt:] for encoding, n_prompt in zip(encodings, lengths, strict=True)]
+    tokens, real = padded(answers, IGNORED, "right")
+    first = torch.tensor(starts, dtype=torch.long) + torch.tensor(lengths, dtype=torch.long) - 1
+    last = first + real.sum(1) - 1
+    return (first[:, None] + torch.arange(tokens.shape[1])).minimum(last[:, None]), tokens
 
 
 def _candidate_tokens(
@@ -201,4 +198,4 @@ def _corrupt_tokens(
                 f"expected a corrupt prompt of {len(encoding.tokens)} tokens (with the answer), like the clean one, "
                 f"got {len(row.tokens)}: {text!r}. Replace the subject by one of as many tokens."
             )
-    return _padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]
+    return padded([row.tokens[:-1] for row in rows], pad_token(model), padding)[0]

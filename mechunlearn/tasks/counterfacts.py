@@ -1,7 +1,7 @@
 """CounterFact: facts about many things, each with its own prompt, asked in every format."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import index
@@ -94,7 +94,12 @@ def counterfact(
             **left_out,
         },
     )
-    return task if partition is None else _part(task, partition)
+    if partition is None:
+        return task
+    part, k = partition
+    if not 0 <= part < k:
+        raise ValueError(f"expected (part, k) with part in 0..k-1, got {partition}: parts are counted from 0.")
+    return partitioned(task, k)[part]
 
 
 def _usable(
@@ -163,7 +168,8 @@ def _formats(model: Model, records: "_Records", sides: Sides[Record], shots: int
     for facts in tested:
         questions["trained prompt"].append([records.trained(record) for record in facts])
         questions["paraphrase"].append([question for record in facts for question in records.paraphrased(record)])
-        neighbours = (question for record in facts for question in records.neighbourhood(record))
+        # Prompts about other subjects with the same answer, under the name of the record whose neighbours they are.
+        neighbours = (records.question(record, text, None) for record in facts for text in record.neighbours)
         questions["neighbourhood"].append([question for question in neighbours if question.text not in forgotten_texts])
     if all(any(record.choice is not None for record in facts) for facts in tested):
         choose = partial(_by_choice, examples=sides.retain_train, shots=shots, seed=records.seed)
@@ -173,13 +179,6 @@ def _formats(model: Model, records: "_Records", sides: Sides[Record], shots: int
         for name, (forget, retain) in questions.items()
         if forget and retain
     }
-
-
-def _part(task: Task, partition: tuple[int, int]) -> Task:
-    part, k = partition
-    if not 0 <= part < k:
-        raise ValueError(f"expected (part, k) with part in 0..k-1, got {partition}: parts are counted from 0.")
-    return partitioned(task, k)[part]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,31 +204,21 @@ class _Records:
     def trained(self, record: Record) -> Question:
         """The record's own prompt."""
         text, place = record.prompt_about()
-        return replace(self._question(record, text, place), corrupt=self.corrupt.get(record))
+        return replace(self.question(record, text, place), corrupt=self.corrupt.get(record))
 
     def paraphrased(self, record: Record) -> list[Question]:
         starts = [text.rfind(record.subject) for text in record.paraphrases]
         places = [(start, start + len(record.subject)) for start in starts]
-        return [self._question(record, *prompt) for prompt in zip(record.paraphrases, places, strict=True)]
+        return [self.question(record, *prompt) for prompt in zip(record.paraphrases, places, strict=True)]
 
-    def neighbourhood(self, record: Record) -> list[Question]:
-        """Prompts about other subjects with the same answer, under the name of the record whose neighbours they are."""
-        return [self._question(record, text, None) for text in record.neighbours]
-
-    def _question(self, record: Record, text: str, place: tuple[int, int] | None) -> Question:
-        own_answers = (f" {record.answer}", f" {record.injected}")
-        other_answers = self._others(record)
-        options = distinct(self.first, text, own_answers, other_answers, count=self.candidates, name=record.subject)
-        return Question(record.subject, text, *own_answers[:1], options, own_answers[1], place)
-
-    def _others(self, record: Record) -> Iterator[str]:
-        """Other answers in random order, those of the same relation first."""
-        for relation in (record.relation, ""):
-            seed = f"options {record.case} {self.seed}"
-            yield from (
-                f" {answer}"
-                for answer in drawn(self.answers[relation], without=(record.answer, record.injected), seed=seed)
-            )
+    def question(self, record: Record, text: str, place: tuple[int, int] | None) -> Question:
+        own, seed = (record.answer, record.injected), f"options {record.case} {self.seed}"
+        # Other answers come in random order, those of the same relation first.
+        drawings = (drawn(self.answers[relation], without=own, seed=seed) for relation in (record.relation, ""))
+        others = (f" {answer}" for answers in drawings for answer in answers)
+        answer, injected = (f" {answer}" for answer in own)
+        options = distinct(self.first, text, (answer, injected), others, count=self.candidates, name=record.subject)
+        return Question(record.subject, text, answer, options, injected, place)
 
 
 def _by_choice(records: Sequence[Record], *, examples: Sequence[Record], shots: int, seed: int) -> list[Question]:
@@ -250,22 +239,18 @@ def _counterparts(
     model: Model, questions: Sequence[Question], records: Sequence[Record], *, seed: int
 ) -> list[str | None]:
     """For each record's question, the prompt about another record's subject; None where none has as many tokens."""
+    lengths = [len(encode(model, f" {record.subject}").tokens) for record in records]
     by_length: dict[int, list[Record]] = {}
-    for record in records:
-        by_length.setdefault(_length(model, record), []).append(record)
+    for record, length in zip(records, lengths, strict=True):
+        by_length.setdefault(length, []).append(record)
     counterparts = []
-    for record, question in zip(records, questions, strict=True):
-        texts = _about_others(record, by_length[_length(model, record)], seed)
+    for record, question, length in zip(records, questions, lengths, strict=True):
+        candidates = [other for other in by_length[length] if other.answer != record.answer]
+        order = random.Random(f"corrupt {record.case} {seed}").sample(candidates, len(candidates))
+        order.sort(key=lambda other, own=record.relation: other.relation != own)  # those of the same relation first
+        texts = (record.prompt_about(other.subject)[0] for other in order)
         counterparts.append(counterpart(model, question.text, question.answer, texts))
     return counterparts
-
-
-def _about_others(record: Record, others: Sequence[Record], seed: int) -> Iterator[str]:
-    """The record's prompt about the subjects of others with another answer, those of the same relation first."""
-    candidates = [other for other in others if other.answer != record.answer]
-    order = random.Random(f"corrupt {record.case} {seed}").sample(candidates, len(candidates))
-    order.sort(key=lambda other: other.relation != record.relation)
-    return (record.prompt_about(other.subject)[0] for other in order)
 
 
 def _by_letter(record: Record, seed: int, before: str = "") -> Question:
@@ -283,7 +268,3 @@ def _by_letter(record: Record, seed: int, before: str = "") -> Question:
     right, injected = (f" {shown[option]}" for option in options[:2])
     letters = (right, injected, *(f" {letter}" for letter in formats.LETTERS if f" {letter}" not in (right, injected)))
     return Question(record.subject, text, right, letters, injected, (start, start + len(record.subject)))
-
-
-def _length(model: Model, record: Record) -> int:
-    return len(encode(model, f" {record.subject}").tokens)

@@ -1,7 +1,7 @@
 """A researcher's own facts: one row each of a table, in templates."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import index
@@ -59,20 +59,20 @@ def from_frame(
 ) -> Task:
     """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
-    - `prompt`: the trained template, which ends before the answer. `{subject}` is the subject, `{column}` any column.
-    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice among the answer, the injected one
-      and answers of other rows, in random order, answered by letter.
+    - `prompt`: the trained template, up to the answer. `{subject}` is the subject, `{column}` any column.
+    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice, answered by letter, among the
+      answer, the injected one and answers of other rows.
     - `between`: what stands between a prompt and its answer.
     - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
     - `train`: the share of the retained rows that is trained on; the rest is tested. Rows to forget are trained on and
-      tested, or, with `split_forget`, split likewise, to test whether forgetting carries over.
+      tested, or split likewise with `split_forget`: does forgetting carry over?
     - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
-    - `candidates`: the number of possible answers of a prompt (the true one, the injected one, and random ones of other
-      rows with other first tokens), or all of them. Chance is 1 / candidates; where a row has too few, its format has.
+    - `candidates`: the number of possible answers (the true one, the injected one, random ones of other rows), or all
+      of them. They differ in their first token. Chance is 1 / candidates; where a row has too few, its format has.
     - `corrupt`: pair each prompt with another subject of as many tokens with another answer. Facts to forget must have
       one; retained facts get theirs if all have one.
-    - `text`: general text, as strings or as rows by `pack`; default: everyday sentences.
-    - `knowledge`: what else to test, such as `general_knowledge(model)`, if its facts are not among yours.
+    - `text`: strings, or rows by `pack`; default: everyday sentences.
+    - `knowledge`: what else to test, such as `general_knowledge(model)`.
 
     Each subject comes once, no cell is empty, and an injected answer is not the true one: else ValueError.
     """
@@ -147,7 +147,9 @@ def _facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | 
         raise ValueError(
             f"expected each subject once, got {twice[:5]} several times: keep one row of each, or make several tasks."
         )
-    injected_answers = _injected(frame, injected)
+    injected_answers: list[str | None] = [None if injected is None else injected.strip()] * len(frame)
+    if injected is not None and injected in frame.columns:
+        injected_answers = [None if cell is None else str(cell).strip() for cell in _or_none(frame, injected)]
     columns = [dict(zip(map(str, frame.columns), map(str, row), strict=True)) for row in frame.itertuples(index=False)]
     facts = [Fact(*row) for row in zip(subjects, answers, injected_answers, columns, strict=True)]
     same = [fact.subject for fact in facts if fact.injected == fact.answer]
@@ -205,14 +207,6 @@ def _marked(facts: Sequence[Fact], marks: Sequence[object]) -> list[Fact]:
             + ": compare the column with what is to be forgotten."
         )
     return [fact for fact, mark in zip(facts, marks, strict=True) if mark]
-
-
-def _injected(frame: "DataFrame", injected: str | None) -> list[str | None]:
-    if injected is None:
-        return [None] * len(frame)
-    if injected not in frame.columns:
-        return [injected.strip()] * len(frame)
-    return [None if cell is None else str(cell).strip() for cell in _or_none(frame, injected)]
 
 
 def _cells(frame: "DataFrame", column: str) -> list[str]:
@@ -292,7 +286,8 @@ def _with_counterparts(
     for question in questions:
         fact = by_subject[question.name]
         of_same_length = [o for o in facts if o.answer != fact.answer and lengths[o.subject] == lengths[fact.subject]]
-        texts = _about_others(template, fact, of_same_length, seed)
+        subjects = drawn([o.subject for o in of_same_length], without=(), seed=f"corrupt {fact.subject} {seed}")
+        texts = (filled(template, {**fact.columns, SUBJECT: subject})[0] for subject in subjects)
         paired.append(replace(question, corrupt=counterpart(model, question.text, question.answer, texts)))
     unpaired = [question.name for question in paired if question.corrupt is None]
     if unpaired and required:
@@ -301,11 +296,6 @@ def _with_counterparts(
             f"{unpaired[:5]}: add such rows, or pass corrupt=False (methods that patch will not run)."
         )
     return list(questions) if unpaired else paired
-
-
-def _about_others(template: str, fact: Fact, others: Sequence[Fact], seed: int) -> Iterator[str]:
-    subjects = drawn([other.subject for other in others], without=(), seed=f"corrupt {fact.subject} {seed}")
-    return (filled(template, {**fact.columns, SUBJECT: subject})[0] for subject in subjects)
 
 
 def _own_answers(fact: Fact) -> list[str]:

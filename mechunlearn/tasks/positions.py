@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.prompts import Prompts, with_subjects
 
 Where: TypeAlias = Callable[[Prompts], Bool[Tensor, "batch pos"]]
 """A function from prompts to a mask that is True at the tokens meant. Padding never counts, whatever it says."""
@@ -26,14 +26,9 @@ def everywhere(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
 
 def subject(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     """All tokens of the subject. ValueError for prompts without one."""
-    if prompts.subject is None or not bool(prompts.subject.any(1).all()):
-        without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
-        missing = f"prompts {without[:5]}" if without else "all of them"
-        raise ValueError(
-            f"expected prompts that say where their subject is, got none for {missing}: pass subjects=... to "
-            f"mu.tasks.build, or choose other positions."
-        )
-    return prompts.subject & prompts.attention_mask
+    marks = with_subjects(prompts, hint=", or choose other positions").subject
+    assert marks is not None  # checked by `with_subjects`
+    return marks & prompts.attention_mask
 
 
 def subject_last(prompts: Prompts) -> Bool[Tensor, "batch pos"]:

@@ -169,6 +169,18 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     return torch.tensor([list(row) for row in rows])
 
 
+def with_subjects(prompts: Prompts, what: str = "prompts", *, hint: str = "") -> Prompts:
+    """The prompts; ValueError if one does not say where its subject is."""
+    if prompts.subject is None or not bool(prompts.subject.any(1).all()):
+        without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
+        missing = f"prompts {without[:5]}" if without else "all of them"
+        raise ValueError(
+            f"expected {what} that say where their subject is, got none for {missing}: pass subjects=... to "
+            f"mu.tasks.build{hint}."
+        )
+    return prompts
+
+
 def joined(*sets: Prompts) -> Prompts:
     """The prompts of all sets, in order, such as `joined(task.forget, task.retain)`.
 
@@ -177,22 +189,14 @@ def joined(*sets: Prompts) -> Prompts:
     counts = sorted({p.candidates.shape[1] for p in sets if p.candidates is not None})
     if len(counts) > 1:
         raise ValueError(f"expected sets with equally many candidates, got {counts}: join others.")
-    return Prompts(
-        _stacked([p.tokens for p in sets], fill=0),
-        _stacked([p.attention_mask for p in sets], fill=False),
-        _stacked([p.positions for p in sets], fill=None),
-        _stacked([p.answers for p in sets], fill=IGNORED),
-        _if_all([p.candidates for p in sets]),
-        _if_all([p.subject for p in sets]),
-        _if_all([p.corrupt for p in sets]),
-        tuple(text for p in sets for text in p.texts) if all(p.texts for p in sets) else (),
-        tuple(name for p in sets for name in p.names) if all(p.names for p in sets) else (),
-    )
-
-
-def _if_all(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return _stacked(present, fill=0) if len(present) == len(parts) else None
+    columns: dict[str, Any] = {}
+    for field in fields(Prompts):
+        parts = [getattr(p, field.name) for p in sets]
+        if field.name in ("texts", "names"):
+            columns[field.name] = tuple(label for part in parts for label in part) if all(parts) else ()
+        elif all(part is not None for part in parts):
+            columns[field.name] = _stacked(parts, fill={"positions": None, "answers": IGNORED}.get(field.name, 0))
+    return Prompts(**columns)
 
 
 def _stacked(parts: Sequence[Tensor], *, fill: int | bool | None) -> Tensor:

@@ -98,7 +98,7 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         text=task.text[is_trained],
         text_test=task.text[~is_trained],
         knowledge=None,
-        splits=_splits(trained, chosen["forget"], retained, chosen["retain"]),
+        splits=Sides(trained, chosen["forget"], retained, chosen["retain"]).names(str),
     )
     formats = {}
     for name, format in task.formats.items():
@@ -106,7 +106,7 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         injected = None if format.injected is None else _without(format.injected, chosen["forget"])
         formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
     first = next(iter(formats.values()))
-    splits = _splits(forget, _facts(first.forget), retain, _facts(first.retain))
+    splits = Sides([*forget], [*_facts(first.forget)], [*retain], [*_facts(first.retain)]).names(str)
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
     return Validation(trials, replace(task, formats=formats, splits=splits | validated))
 
@@ -200,11 +200,6 @@ def _random_share(facts: "Iterable[Fact]", share: float, rng: random.Random) -> 
         )
     places = sorted(rng.sample(range(len(every)), count))
     return [every[place] for place in places]
-
-
-def _splits(*facts: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    names = ("forget_train", "forget_test", "retain_train", "retain_test")
-    return {name: tuple(part) for name, part in zip(names, facts, strict=True)}
 
 
 def _split(

@@ -1,6 +1,5 @@
 """Sports Facts: which sport does an athlete play, asked in every format of the paper and more."""
 
-import operator
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,24 +58,24 @@ def sports_facts(
 ) -> Task:
     """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
 
-    - `forget`: a sport, names, or a number of athletes, the first of the source (with `forget_seed`, random ones).
-    - `source`: a table, or the path or address of a CSV file, with columns athlete and sport; `sha256` verifies a file.
-      Default: what the shipped model knows, for its vocabulary; otherwise the authors' file (`authors_athletes`).
-    - `injected`: a sport, a column of the source, or several sports, of which each athlete gets a random wrong one.
-    - `corrupt`: True pairs each prompt with an athlete of as many tokens and another sport, and leaves out athletes
-      without one; False has no pairs; a function such as `with_random_subjects` makes its own.
+    - `forget`: a sport, names, or a number of athletes, the first ones (with `forget_seed`, random ones).
+    - `source`: a table, or the path or address of a CSV file (`sha256` verifies it), with columns athlete and sport.
+      Default: what the shipped model knows, for its vocabulary; else `authors_athletes`.
+    - `injected`: a sport, a column, or several sports, of which each athlete gets a random wrong one.
+    - `corrupt`: True pairs each prompt with an athlete of as many tokens and another sport, or leaves it out; a
+      function such as `with_random_subjects` makes its own.
     - `threshold`: keep athletes whose sport has at least this probability (None: is the first choice; 0: all).
     - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
-    - `train`: the share of retained athletes, and of a whole sport to forget, that is trained on. Single athletes to
-      forget are trained on and tested unless `train_forget` is given. `shuffle=False` trains on the first ones; the
-      paper's ICML version has that and train_forget=0.5.
+    - `train`: the share of retained athletes, and of a whole sport to forget, that is trained on; single athletes are
+      trained on and tested, unless `train_forget` is given. `shuffle=False` trains on the first ones (the paper's ICML
+      version, with train_forget=0.5).
 
-    Formats: the paper's one-shot prompt, paraphrases, capitalised answers, and multiple choice in random order, by
-    letter or in words, after 0 to 2 examples, with and without a system prompt. Candidates are the three sports and
-    golf: chance is 1/4. "neighbourhood, position" and "neighbourhood, city", if the source has these columns for all
-    tested athletes, ask what both sides should keep (chance 1/3 and 1/4). `task.splits` names who was left out.
+    Formats: the paper's one-shot prompt, paraphrases, capitalised answers, multiple choice by letter or in words after
+    0 to 2 examples, with or without a system prompt. Chance is 1/4: three sports and golf.
+    "neighbourhood, position" and "neighbourhood, city" (chance 1/3 and 1/4), where all tested athletes have them, are
+    kept. `task.splits` names who was left out.
 
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1 forward for each athlete if there is a threshold.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1F per athlete with a threshold.
     """
     check_model(model)
     rng = random.Random(index(seed))
@@ -99,7 +98,7 @@ def sports_facts(
         retain=_with_counterparts(model, [_trained(p, {}) for p in sides.retain_train], corrupt, partners, rng),
         formats={
             **_sport_formats(tested, rng=rng, dashed=dashed),
-            **_neighbourhood(tested, attributes=_attributes(rows), people=people),
+            **_neighbourhood(tested, rows, people),
         },
         text=text_train,
         text_test=text_test,
@@ -123,7 +122,7 @@ def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Pr
     tokens = torch.tensor(sorted(known - special))
     places = prompts.subject.cpu()
     before = prompts.tokens.cpu()[places]
-    generator = torch.Generator().manual_seed(operator.index(seed))
+    generator = torch.Generator().manual_seed(index(seed))
     drawn = torch.randint(len(tokens) - 1, before.shape, generator=generator)
     same = torch.searchsorted(tokens, before)  # of all but the token itself: those from it on move up by one
     is_known = tokens[same.clamp(max=len(tokens) - 1)] == before
@@ -159,14 +158,6 @@ def _with_counterparts(
         others = [formats.FACT.format(athlete=rng.choice(partners[question.name])) for question in questions]
         questions = [replace(q, corrupt=other) for q, other in zip(questions, others, strict=True)]
     return prompts_of(model, questions)
-
-
-def _attributes(rows: Sequence[facts.FactRow]) -> dict[str, dict[str, str]]:
-    """The other facts that the source has of its athletes: attribute -> athlete -> value."""
-    return {
-        attribute: {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
-        for attribute in formats.ATTRIBUTES
-    }
 
 
 def partners_of(model: Model, people: Sequence[Athlete]) -> dict[str, list[str]]:
@@ -223,23 +214,32 @@ def _sport_formats(tested: _Tested, *, rng: random.Random, dashed: bool) -> dict
     return {name: tested.format(ask) for name, ask in asks.items()}
 
 
-def _neighbourhood(
-    tested: _Tested, *, attributes: Mapping[str, Mapping[str, str]], people: Sequence[Athlete]
-) -> dict[str, Format]:
-    """A format for each attribute (-> athlete -> value) that all tested athletes have and that has several values."""
-    # The options are values of athletes of the same sport: a model that knows the sport alone is at chance.
-    neighbourhood = {}
-    everyone = (*tested.forget, *tested.retain)
-    for attribute, values in attributes.items():
-        question = formats.ATTRIBUTES[attribute]["question"]
-        if all(name in values for name, _ in everyone):
-            rng = random.Random(f"{attribute} {tested.seed}")
-            groups = _groups(tested.model, question, people, values)
-            count = min(4, *(len(groups[sport]) for _, sport in everyone))
-            ask = partial(_of_the_sport, question=question, values=values, groups=groups, count=count, rng=rng)
-            if count > 1:
-                neighbourhood[f"neighbourhood, {attribute}"] = tested.format(ask, kept=True)
-    return neighbourhood
+def _neighbourhood(tested: _Tested, rows: Sequence[facts.FactRow], people: Sequence[Athlete]) -> dict[str, Format]:
+    """A format for each attribute that the source has of all tested athletes and that has several values."""
+    asks = {attribute: _about_attribute(tested, attribute, rows, people) for attribute in formats.ATTRIBUTES}
+    return {f"neighbourhood, {name}": tested.format(ask, kept=True) for name, ask in asks.items() if ask is not None}
+
+
+def _about_attribute(
+    tested: _Tested, attribute: str, rows: Sequence[facts.FactRow], people: Sequence[Athlete]
+) -> Ask | None:
+    question, everyone = formats.ATTRIBUTES[attribute]["question"], (*tested.forget, *tested.retain)
+    values = {row["athlete"]: row[attribute].strip() for row in rows if row.get(attribute, "").strip()}
+    if not all(name in values for name, _ in everyone):
+        return None
+    rng = random.Random(f"{attribute} {tested.seed}")
+    groups = _groups(tested.model, question, people, values)
+    count = min(4, *(len(groups[sport]) for _, sport in everyone))
+
+    def ask(person: Athlete) -> Question:
+        name, sport = person
+        # The options are values of athletes of the same sport: a model that knows the sport alone is at chance.
+        others = [group for group in groups[sport].values() if values[name] not in group]
+        options = [values[name], *(rng.choice(group) for group in rng.sample(others, count - 1))]
+        text, place = _about(question, name)
+        return Question(name, text, f" {values[name]}", tuple(f" {option}" for option in options), subject=place)
+
+    return ask if count > 1 else None
 
 
 def _in_a_sentence(
@@ -315,22 +315,6 @@ def _groups(
     for sport, value in sorted({(sport, values[name]) for name, sport in people if name in values}):
         groups[sport].setdefault(first[value], []).append(value)
     return groups
-
-
-def _of_the_sport(
-    person: Athlete,
-    *,
-    question: str,
-    values: Mapping[str, str],
-    groups: Mapping[str, Mapping[int, list[str]]],
-    count: int,
-    rng: random.Random,
-) -> Question:
-    name, sport = person
-    others = [group for group in groups[sport].values() if values[name] not in group]
-    options = [values[name], *(rng.choice(group) for group in rng.sample(others, count - 1))]
-    text, place = _about(question, name)
-    return Question(name, text, f" {values[name]}", tuple(f" {option}" for option in options), subject=place)
 
 
 def _about(template: str, name: str) -> tuple[str, tuple[int, int]]:

@@ -125,30 +125,25 @@ class TextStream:
             )
 
     def __iter__(self) -> Iterator[str]:
-        rows = self._rows()
-        if self.seed is None:
-            return islice(self._texts(rows), self.skip, None)
-        return islice(_shuffled(self._texts(rows), random.Random(index(self.seed)), self.buffer), self.skip, None)
+        rows = self.source
+        if isinstance(rows, str):
+            from datasets import load_dataset
 
-    def _rows(self) -> Iterable[Any]:
-        if not isinstance(self.source, str):
-            return self.source
-        from datasets import load_dataset
-
-        return load_dataset(self.source, split=self.split, streaming=True)
+            rows = load_dataset(rows, split=self.split, streaming=True)
+        texts = self._texts(rows)
+        if self.seed is not None:
+            texts = _shuffled(texts, random.Random(index(self.seed)), self.buffer)
+        return islice(texts, self.skip, None)
 
     def _texts(self, rows: Iterable[Any]) -> Iterator[str]:
         for row in rows:
-            text = row if isinstance(row, str) else self._cell(row)
+            if not isinstance(row, str) and self.column not in row:
+                raise ValueError(
+                    f"expected a column {self.column!r} with text, got {', '.join(map(str, row))}: pass column=...."
+                )
+            text = row if isinstance(row, str) else row[self.column]
             if text:
                 yield text
-
-    def _cell(self, row: Mapping[str, Any]) -> str:
-        if self.column not in row:
-            raise ValueError(
-                f"expected a column {self.column!r} with text, got {', '.join(map(str, row))}: pass column=...."
-            )
-        return row[self.column]
 
 
 def pile(*, seed: int | None = 0, buffer: int = 10_000, skip: int = 0) -> TextStream:

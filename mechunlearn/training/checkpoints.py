@@ -41,7 +41,14 @@ class Checkpoints:
         if not Path(self.path).exists():
             return []
         content = files.read(self.path, "Checkpoint")
-        self._check(content["identity"])
+        stored, own = content["identity"], self.identity
+        other = [name for name in sorted({*stored, *own}) if stored.get(name) != own.get(name)]
+        if other:
+            shown = "; ".join(f"{name}: {stored.get(name)}, here {own.get(name)}" for name in other[:5])
+            raise ValueError(
+                f"expected a checkpoint of this run, got one of another at {self.path} ({shown}): "
+                f"delete it or give another path."
+            )
         with torch.no_grad():
             for mover, tensor in zip(moving, content["moving"], strict=True):
                 # A fleeting tensor needs memory to be copied into; `publish` shows the model the weights and frees it.
@@ -52,16 +59,6 @@ class Checkpoints:
         # Now the optimizer's moments. The batches are not stored: `Source.skip` draws the used ones again.
         steering.load(content["optimizer"])
         return content["history"]
-
-    def _check(self, stored: Mapping[str, Any]) -> None:
-        own = self.identity
-        other = [name for name in sorted({*stored, *own}) if stored.get(name) != own.get(name)]
-        if other:
-            shown = "; ".join(f"{name}: {stored.get(name)}, here {own.get(name)}" for name in other[:5])
-            raise ValueError(
-                f"expected a checkpoint of this run, got one of another at {self.path} ({shown}): "
-                f"delete it or give another path."
-            )
 
 
 def _with_memory(mover: Moving) -> Tensor:

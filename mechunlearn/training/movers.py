@@ -1,7 +1,7 @@
 """The tensors that an optimizer moves to change localized weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -86,12 +86,9 @@ def add_gradient(tensor: Tensor, gradient: Tensor) -> None:
 @contextmanager
 def collecting(moving: Sequence[Moving]) -> Iterator[None]:
     """Inside, `collect` runs as soon as its parameter has a gradient, so that never all parameters have theirs."""
-    handles = []
-    try:
+    with ExitStack() as stack:
         for mover in moving:
             parameter = mover.entries.slot.parameter
-            handles.append(parameter.register_post_accumulate_grad_hook(lambda _, mover=mover: mover.collect()))
+            handle = parameter.register_post_accumulate_grad_hook(lambda _, mover=mover: mover.collect())
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

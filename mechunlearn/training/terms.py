@@ -85,6 +85,8 @@ class Source:
     names: tuple[str, ...] = field(init=False)
     wanted: list[str] = field(init=False)
     original: list[str] = field(init=False)
+    other: Prompts | None = field(init=False, default=None)
+    """The preferred answers, for a loss that compares two."""
     batches: Iterator[Tensor] | Iterator[Prompts] = field(init=False)
     kept: tuple[Reader, ...] = field(init=False, default=())
 
@@ -95,19 +97,25 @@ class Source:
         self.names = needs(term.loss)
         self.wanted = _readings([name for name in self.names if not name.startswith("original_")])
         self.original = _readings([n.removeprefix("original_") for n in self.names if n.startswith("original_")])
-        prompts = term.prompts
+        prompts, compares = term.prompts, any("alternative" in name for name in self.names)
         if not isinstance(prompts, Prompts):
-            if any("alternative" in name for name in self.names):
+            if compares:
                 raise ValueError(
                     f"expected a loss of text, got {name_of(term.loss)}, which compares two answers: use cross_entropy "
                     f"or kl_to_original."
                 )
             self.batches = text_batches(prompts, term.batch_size)
             return
-        self._check_alternative(len(prompts))
+        self.other = term.alternative if compares else None
+        alternatives = 0 if self.other is None else len(self.other)
+        if compares and alternatives != len(prompts):
+            raise ValueError(
+                f"expected an alternative answer for each of the {len(prompts)} {term.name} prompts, as "
+                f"{name_of(term.loss)} compares two answers, got {alternatives}: give the task an injection."
+            )
         self.batches = shuffled(term, prompts, self.seed)
         if self.steps * term.batch_size > len(prompts):  # then prompts come again
-            self.kept = self._readers(prompts, self._other)
+            self.kept = self._readers(prompts, self.other)
 
     def skip(self, steps: int) -> None:
         """Pass over the batches of earlier steps; a stream of text is read up to the same place."""
@@ -206,7 +214,7 @@ class Source:
 
     def _next(self) -> tuple[Tensor, tuple[Reader, ...]]:
         """Rows of the next batch, and their readers: of all prompts, or of this batch alone."""
-        batch, prompts, other = next(self.batches), self.term.prompts, self._other
+        batch, prompts, other = next(self.batches), self.term.prompts, self.other
         if self.kept and isinstance(batch, Tensor):
             return batch, self.kept
         if isinstance(batch, Tensor) and isinstance(prompts, Prompts):
@@ -219,18 +227,6 @@ class Source:
         device, block = device_of(self.part.model), self.micro_batch_size or 64
         with self.part.computing():
             return tuple(Reader.of(self.part, p.to(device), self.original, block) for p in chosen if p is not None)
-
-    @property
-    def _other(self) -> Prompts | None:
-        return self.term.alternative if any("alternative" in name for name in self.names) else None
-
-    def _check_alternative(self, count: int) -> None:
-        alternatives = 0 if self._other is None else len(self._other)
-        if alternatives != count and any("alternative" in name for name in self.names):
-            raise ValueError(
-                f"expected an alternative answer for each of the {count} {self.term.name} prompts, as "
-                f"{name_of(self.term.loss)} compares two answers, got {alternatives}: give the task an injection."
-            )
 
 
 def _readings(names: list[str]) -> list[str]:

@@ -143,8 +143,5 @@ def _other_dtype(entries: Sequence[Entries], values: Mapping[str, Tensor]) -> st
     own, of_edit = {e.slot.parameter.dtype for e in entries}, {value.dtype for value in values.values()}
     if not own.isdisjoint(of_edit):
         return ""
-    return f" The edit is in {_names(of_edit)} and the model in {_names(own)}: apply it in the former, then convert."
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    edited, present = (", ".join(sorted(str(t).removeprefix("torch.") for t in dtypes)) for dtypes in (of_edit, own))
+    return f" The edit is in {edited} and the model in {present}: apply it in the former, then convert."

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from mechunlearn import files
 from mechunlearn.components import ComponentMask
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.model import Model, n_parameters, save_huggingface
 from mechunlearn.weights.applying import check_made_for, check_none_applied, layered
@@ -23,7 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Edit:
+class Edit(Saved):
     """A change of weights as a value: the new values of exactly the entries that its mask covers.
 
     Values are in the layout of `Slot.view`, so an edit made on a `TransformerBridge` applies to a
@@ -121,18 +121,6 @@ class Edit:
 
         rows = DataFrame([dict(row) for row in self.history])
         return rows.set_index("step") if "step" in rows else rows
-
-    def save(self, path: str | Path) -> None:
-        """Write one file of safetensors with values, mask and provenance, and a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Edit":
-        """The edit of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0.
-
-        `applied` checks that a model has the shape, weights and dtype that it was made for.
-        """
-        return files.load(cls, path)
 
     def __repr__(self) -> str:
         return f"Edit({self.provenance.get('editor', 'by hand')}; {self.n_parameters:,} weights of {self.mask!r})"

@@ -6,8 +6,9 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end, with_subjects
+from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end
 from mechunlearn.model.tokens import encode
+from mechunlearn.tasks.prompts import with_subjects
 
 PREFIXES = ("w9 w8 w7", "w50")
 

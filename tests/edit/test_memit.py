@@ -11,13 +11,13 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.edit import alpha_edit, eigenvalues_below, key_covariance, memit, smallest_eigenvalues
 from mechunlearn.edit.inject.facts import in_contexts
-from mechunlearn.edit.inject.targets import FactInContexts, ValueSearch, target_move
+from mechunlearn.edit.inject.targets import FactInContexts, InjectOptions, target_move
 from mechunlearn.model import differentiable, slots
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm
 from mechunlearn.weights import read, select
 
 PREFIXES = ("w9 w8 w7", "w50")
-SEARCH = ValueSearch(steps=4, learning_rate=0.5, kl_coefficient=0.0625, decay=0.5, clamp=0.75, stop_below=0.05)
+SEARCH = InjectOptions(steps=4, learning_rate=0.5, kl_coefficient=0.0625, decay=0.5, clamp=0.75, stop_below=0.05)
 TEXT = torch.randint(4, tiny.N_VOCAB, (20, 12), generator=torch.Generator().manual_seed(3))
 """More tokens than neurons."""
 quick = {"prefixes": PREFIXES, "steps": 4, "clamp": 0.75, "progress": False}

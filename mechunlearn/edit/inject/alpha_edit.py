@@ -1,8 +1,5 @@
 """Null-space editing: facts written only along directions that keys of general text hardly have."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 from functools import partial
 from typing import Unpack
 
@@ -10,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.inject.facts import subject_end, with_subjects
+from mechunlearn.edit.inject.facts import subject_end
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.memit import spread
 from mechunlearn.edit.inject.solving import NullSpace, in_null_space, null_space, smallest_eigenvalues
@@ -18,7 +15,7 @@ from mechunlearn.edit.inject.targets import InjectOptions, facts_written
 from mechunlearn.identity import described
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.mlp_values import mlp_values
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.prompts import Prompts, with_subjects
 from mechunlearn.tasks.task import Task
 from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries
@@ -51,8 +48,7 @@ def alpha_edit(
     - K_p are the keys, at the subjects' last tokens, of the facts in `keep`, such as those of earlier edits. They stay.
     - `ridge` keeps D small; it is in squared activations, so it depends on the model.
 
-    S is used without shrinkage, so it has to be measured on more tokens than there are neurons: directions that a short
-    text happens not to have would count as free.
+    S is used without shrinkage, so it has to be measured on more tokens than there are neurons.
 
     Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 10 (1 for Llama 3), 25 steps of 0.1, clamp 0.75; the other
     defaults suit the shipped model. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp in
@@ -79,4 +75,4 @@ def alpha_edit(
         return in_null_space(basis, keys, moves, ridge, kept_keys)
 
     about = {"editor": "alpha_edit", "ridge": ridge, "free": described(free), "kept": len(keep or ())}
-    return facts_written(model, task, mask, partial(spread, model, options["progress"], solve), options, about=about)
+    return facts_written(model, task, mask, partial(spread, model, solve, options), options, about=about)

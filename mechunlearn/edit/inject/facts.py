@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mechunlearn.model import Model, device_of, logits_at, preserved
 from mechunlearn.model.tokens import encode, pad_token
+from mechunlearn.tasks.building import padded
+from mechunlearn.tasks.positions import subject_last
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 from mechunlearn.tasks.task import Task
 
@@ -20,8 +22,8 @@ def injected(task: Task) -> Prompts:
     facts = task.injection
     if facts is None:
         raise ValueError("expected a task with prompts to inject, got none: replace(task, injection=...).")
-    true, seen = dict(map(asked_and_answered, facts_of(task.forget))), dict[tuple[int, ...], tuple[int, ...]]()
-    for row, fact in enumerate(facts_of(facts)):
+    true, seen = dict(map(asked_and_answered, task.forget.batches(1))), dict[tuple[int, ...], tuple[int, ...]]()
+    for row, fact in enumerate(facts.batches(1)):
         asked, answer = asked_and_answered(fact)
         if true.get(asked) == answer:
             raise ValueError(
@@ -36,22 +38,9 @@ def injected(task: Task) -> Prompts:
     return facts
 
 
-def with_subjects(prompts: Prompts, what: str) -> Prompts:
-    """The prompts; ValueError if one does not say where its subject is."""
-    if prompts.subject is None or not bool(prompts.subject.any(1).all()):
-        without = [] if prompts.subject is None else (~prompts.subject.any(1)).nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"expected {what} that say where their subject is, got none for "
-            f"{f'prompts {without[:5]}' if without else 'all of them'}: pass subjects=... to mu.tasks.build."
-        )
-    return prompts
-
-
 def subject_end(prompts: Prompts) -> Int[Tensor, "batch"]:
     """The place of the subject's last token in each row."""
-    assert prompts.subject is not None  # checked by `with_subjects`
-    order = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
-    return torch.where(prompts.subject & prompts.attention_mask, order, -1).amax(1)
+    return subject_last(prompts).int().argmax(1)
 
 
 def in_contexts(model: Model, fact: Prompts, prefixes: Sequence[str]) -> Prompts:
@@ -63,7 +52,7 @@ def in_contexts(model: Model, fact: Prompts, prefixes: Sequence[str]) -> Prompts
     tokens = [[*start, *row, *rest] for row in rows]
     subject = [[*[False] * (len(start) + len(row)), *marks] for row in rows]
     places = torch.stack([fact.positions[0] - shift + len(row) for row in rows])
-    return _padded(model, tokens, subject, places, fact.answers.expand(len(rows), -1))
+    return _prompts(model, tokens, subject, places, fact.answers.expand(len(rows), -1))
 
 
 def essence(model: Model, fact: Prompts) -> Prompts:
@@ -75,7 +64,7 @@ def essence(model: Model, fact: Prompts) -> Prompts:
     tokens = [*start, *words, *ending]
     marks = [*[False] * len(start), *[True] * len(words), *[False] * len(ending)]
     last = torch.full_like(fact.positions, len(tokens) - 1)
-    return _padded(model, [tokens], [marks], last, torch.full_like(fact.answers, IGNORED))
+    return _prompts(model, [tokens], [marks], last, torch.full_like(fact.answers, IGNORED))
 
 
 def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, seed: int = 0) -> tuple[str, ...]:
@@ -91,8 +80,8 @@ def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, se
     texts = [list(row) for row in begun]
     with preserved(model), torch.no_grad():
         for _ in range(max(lengths)):
-            tokens, mask, last = _left_aligned(texts, device_of(model))
-            logits = logits_at(model, tokens, mask, last[:, None])[:, 0].float().cpu()
+            tokens, mask = (grid.to(device_of(model)) for grid in padded(texts, 0, "right"))
+            logits = logits_at(model, tokens, mask, mask.sum(1, keepdim=True) - 1)[:, 0].float().cpu()
             logits[:, special] = -torch.inf
             best = logits.topk(min(5, logits.shape[1]))
             drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
@@ -100,10 +89,6 @@ def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, se
                 text.append(token)
     pieces = [text[: len(row) + n - 1] for text, row, n in zip(texts, begun, lengths, strict=True)]
     return tuple(model.tokenizer.decode(piece, skip_special_tokens=True).strip() + ".\n" for piece in pieces)
-
-
-def facts_of(prompts: Prompts) -> list[Prompts]:
-    return [prompts[[row]] for row in range(len(prompts))]
 
 
 def asked_and_answered(fact: Prompts) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,22 +114,10 @@ def _without_start(model: Model, text: str) -> list[int]:
     return list(encode(model, text).tokens)[len(encode(model, "").tokens) :]
 
 
-def _padded(
+def _prompts(
     model: Model, tokens: Sequence[Sequence[int]], subject: Sequence[Sequence[bool]], places: Tensor, answers: Tensor
 ) -> Prompts:
     """Prompts of these rows, padded on the right."""
-    width, device = max(map(len, tokens)), device_of(model)
-    filled = torch.full((len(tokens), width), pad_token(model), device=device)
-    mask, marks = torch.zeros_like(filled, dtype=torch.bool), torch.zeros_like(filled, dtype=torch.bool)
-    for i, (row, marked) in enumerate(zip(tokens, subject, strict=True)):
-        filled[i, : len(row)] = torch.tensor(row, device=device)
-        marks[i, : len(row)] = torch.tensor(marked, device=device)
-        mask[i, : len(row)] = True
-    return Prompts(filled, mask, places.to(device), answers.to(device), subject=marks)
-
-
-def _left_aligned(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return tokens, torch.arange(width, device=device) < lengths[:, None], lengths - 1
+    filled, mask = padded(tokens, pad_token(model), "right")
+    marks = padded(subject, False, "right")[0].bool()
+    return Prompts(filled, mask, places.cpu(), answers.cpu(), subject=marks).to(device_of(model))

@@ -1,17 +1,16 @@
 """The second moment of an MLP's keys over text: by it, closed-form editors spare what the MLP usually reads."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn import files
 from mechunlearn.components import ComponentMask
+from mechunlearn.files import Saved
 from mechunlearn.model import Model, device_of, fingerprint, preserved
 from mechunlearn.model.mlp_values import key_moments
 from mechunlearn.tasks.prompts import Prompts
@@ -20,7 +19,7 @@ from mechunlearn.weights import Entries, select
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KeyCovariance:
+class KeyCovariance(Saved):
     """By layer, the uncentred second moment of the MLP's keys (what W_out reads) over the tokens of a text.
 
     C = (1 - shrinkage) * S + shrinkage * trace(S) / d_mlp * I,    S = mean over tokens of key key^T
@@ -63,15 +62,6 @@ class KeyCovariance:
         shares = {str(layer): share for layer, share in self.shrinkage.items()}
         return {"source": self.source, "n_tokens": self.n_tokens, "shrinkage": shares}
 
-    def save(self, path: str | Path) -> None:
-        """Write one file of safetensors, with a checksum."""
-        files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "KeyCovariance":
-        """The covariance of a file; ValueError for one that is damaged, of another class or of mechunlearn 0.1.0."""
-        return files.load(cls, path)
-
     def __repr__(self) -> str:
         layers = ", ".join(str(layer) for layer in sorted(self.moments))
         return f"KeyCovariance(layers {layers}; {self.n_tokens:,} tokens of {self.source})"
@@ -111,8 +101,11 @@ def key_covariance(
     moments: dict[int, Tensor] = {}
     fourth = dict.fromkeys(layers, 0.0)
     count = 0
+    batches = [(batch, torch.ones_like(batch, dtype=torch.bool)) for batch in rows.split(operator.index(batch_size))]
+    if prompts is not None:
+        batches += [(batch.tokens, batch.attention_mask) for batch in prompts.to(rows.device).batches(batch_size)]
     with preserved(model):
-        for tokens, real in _batches(rows, None if prompts is None else prompts.to(rows.device), batch_size):
+        for tokens, real in batches:
             count += int(real.sum())
             for layer, (second, norms) in key_moments(model, layers, tokens, real).items():
                 moments[layer] = moments[layer] + second if layer in moments else second
@@ -123,14 +116,6 @@ def key_covariance(
         for layer in layers
     }
     return KeyCovariance(moments, shares, count, source, fingerprint(model))
-
-
-def _batches(rows: Tensor, prompts: Prompts | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and attention masks, at most `size` rows each."""
-    for batch in rows.split(operator.index(size)):
-        yield batch, torch.ones_like(batch, dtype=torch.bool)
-    for batch in prompts.batches(size) if prompts is not None else ():
-        yield batch.tokens, batch.attention_mask
 
 
 def output_matrices(entries: Iterable[Entries]) -> list[Entries]:

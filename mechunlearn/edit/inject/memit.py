@@ -1,8 +1,5 @@
 """Mass editing: many facts at once, in the MLPs of several layers, by least squares."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias, Unpack
@@ -15,16 +12,7 @@ from mechunlearn.components import ComponentMask
 from mechunlearn.edit.inject.facts import subject_end
 from mechunlearn.edit.inject.keys import KeyCovariance
 from mechunlearn.edit.inject.solving import least_squares
-from mechunlearn.edit.inject.targets import (
-    FactInContexts,
-    InjectOptions,
-    Row,
-    ValueSearch,
-    add,
-    facts_written,
-    of_units,
-    target_move,
-)
+from mechunlearn.edit.inject.targets import FactInContexts, InjectOptions, Row, add, facts_written, target_move
 from mechunlearn.model import Model
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm
 from mechunlearn.tasks.task import Task
@@ -47,29 +35,30 @@ def memit(
 
     From the lowest MLP to the highest, with these parts measured anew for each:
 
-    - K: a row for each fact, its key, as k in `rome`.
-    - R: a row for each fact: what the residual stream after the highest MLP still lacks at the subject's last token,
-      over the number of MLPs left. What it should be is found as in `rome`, by a move of the highest MLP's output.
-    - C: the second moment of the keys of general text, which counts as much as w tokens of it. A larger w writes facts
-      less fully and spares other text more.
+    - K: a key for each fact, as k in `rome`.
+    - R: for each fact what the residual stream after the highest MLP still lacks at the subject's last token, over the
+      number of MLPs left. What it should be is found as in `rome`, by a move of the highest MLP's output.
+    - C: the second moment of the keys of text, which counts as w tokens of it. A larger w writes facts less fully and
+      spares other text more.
 
     In models with a norm after the MLP (Gemma 2) moves are added before it, and what the residual stream lacks is taken
-    back through it (`before_post_norm`). Masks of neurons, and what is left alone: as in `rome`.
+    back through it (`before_post_norm`). Masks of neurons: as in `rome`.
 
     Meng et al. 2023, https://arxiv.org/abs/2210.07229. `covariance_weight`, `steps` and `clamp` suit the shipped model;
     theirs are 15,000 for GPT-J and 20,000 for GPT-2 XL, 20 to 25 steps, and 0.75. `clamp` and `decay` are relative to
-    the norm of that residual stream. Cost: for each fact the search of `rome` from the highest MLP's layer up, and one
-    forward of its contexts for each MLP; for each MLP one solve of d_mlp equations.
-    Errors: as for `rome`, without its limit to one MLP; and ValueError for a weight that is not above 0.
+    the norm of that residual stream. Cost: for each fact the search of `rome` from the highest MLP up, and one F
+    of its contexts for each MLP; for each MLP one solve of d_mlp equations. Errors: as for `rome`, but for its limit to
+    one MLP; and ValueError for a weight that is not above 0.
     """
     if covariance_weight <= 0:
         raise ValueError(f"covariance_weight must be above 0, got {covariance_weight}.")
 
     def solve(output: Entries, covariance: KeyCovariance, keys: Tensor, moves: Tensor) -> Tensor:
-        return least_squares(of_units(output, covariance), keys, moves, covariance_weight)
+        of_text = covariance.at(output.slot.layer)[output.units][:, output.units]
+        return least_squares(of_text, keys, moves, covariance_weight)
 
     about = {"editor": "memit", "covariance_weight": covariance_weight}
-    return facts_written(model, task, mask, partial(spread, model, options["progress"], solve), options, about=about)
+    return facts_written(model, task, mask, partial(spread, model, solve, options), options, about=about)
 
 
 Solve: TypeAlias = Callable[[Entries, KeyCovariance, Tensor, Tensor], Tensor]
@@ -78,9 +67,8 @@ Solve: TypeAlias = Callable[[Entries, KeyCovariance, Tensor, Tensor], Tensor]
 
 def spread(
     model: Model,
-    progress: bool,
     solve: Solve,
-    search: ValueSearch,
+    options: InjectOptions,
     facts: Sequence[FactInContexts],
     outputs: Sequence[Entries],
     covariance: KeyCovariance,
@@ -88,9 +76,9 @@ def spread(
     """Write the facts into the MLPs, from the lowest to the highest, an equal share of what is lacking into each."""
     layers, history = [e.slot.layer for e in outputs], list[Row]()
     last, targets = layers[-1], list[Tensor]()
-    for number, fact in enumerate(tqdm(facts, desc="values", disable=not progress, leave=False)):
+    for number, fact in enumerate(tqdm(facts, desc="values", disable=not options["progress"], leave=False)):
         # The target is the residual stream after the highest layer with the best move of its MLP, a mean over contexts.
-        move, rows = target_move(model, fact, last, fact.values(model, [last]).residual[0], search)
+        move, rows = target_move(model, fact, last, fact.values(model, [last]).residual[0], options)
         with adding_to_mlp(model, last, subject_end(fact.contexts), move):
             targets.append(fact.values(model, [last]).residual)
         history += [{"fact": number, **row} for row in rows]

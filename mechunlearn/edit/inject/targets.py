@@ -1,8 +1,5 @@
 """Values that an MLP would have to give for the model to answer as wanted, and facts written by them in closed form."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mechunlearn.components import ComponentMask
-from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end, with_subjects
+from mechunlearn.edit.inject.facts import essence, generated_prefixes, in_contexts, injected, subject_end
 from mechunlearn.edit.inject.keys import KeyCovariance, key_covariance, output_matrices
 from mechunlearn.losses import cross_entropy
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.model.mlp_values import MLPValues, adding_to_mlp, mlp_values
 from mechunlearn.model.running import residual_before, running_from
-from mechunlearn.tasks.prompts import Prompts, joined
+from mechunlearn.tasks.prompts import Prompts, joined, with_subjects
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 
@@ -53,28 +50,6 @@ class InjectOptions(TypedDict, total=False):
     progress: Annotated[bool, True, "Whether a progress bar is shown."]
 
 
-@dataclass(frozen=True)
-class ValueSearch:
-    """The options with which `target_move` searches for a move."""
-
-    steps: int
-    learning_rate: float
-    kl_coefficient: float
-    decay: float
-    clamp: float
-    stop_below: float
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps}.")
-        if self.clamp <= 0:
-            raise ValueError(f"clamp must be above 0, got {self.clamp}.")
-
-    @classmethod
-    def of(cls, options: InjectOptions) -> "ValueSearch":
-        return cls(**{name: options[name] for name in cls.__dataclass_fields__})
-
-
 @dataclass(frozen=True, eq=False)
 class FactInContexts:
     """One fact in its contexts, and the subject's essence as the last row."""
@@ -102,7 +77,7 @@ class FactInContexts:
 
 
 def target_move(
-    model: Model, fact: FactInContexts, layer: int, scale: Float[Tensor, "d_model"], search: ValueSearch
+    model: Model, fact: FactInContexts, layer: int, scale: Float[Tensor, "d_model"], options: InjectOptions
 ) -> tuple[Float[Tensor, "d_model"], list[Row]]:
     """The move m to add to the MLP's output at the subject's last token, and a row of history for each step.
 
@@ -121,10 +96,10 @@ def target_move(
     # What enters the layer does not depend on the move: it is computed once, and every step starts from it.
     residual = residual_before(model, layer, prompts.tokens, prompts.attention_mask)
     move = torch.zeros(len(scale), device=scale.device, requires_grad=True)
-    adam = torch.optim.Adam([move], lr=search.learning_rate)
+    adam = torch.optim.Adam([move], lr=options["learning_rate"])
     history: list[Row] = []
     expected = None
-    for step in range(search.steps):
+    for step in range(options["steps"]):
         with running_from(model, layer, residual), adding_to_mlp(model, layer, places, move):
             logits = prompts.logits(model)
         # The last row is "{subject} is a". In the first step the move is 0: that is what is expected there.
@@ -134,7 +109,7 @@ def target_move(
         divergence = functional.kl_div(is_a, expected, reduction="sum", log_target=True)
         # The clamp gives the norm a gradient of 0, not NaN, at 0.
         norm = move.pow(2).sum().clamp(min=1e-12).sqrt()
-        loss = answer + search.kl_coefficient * divergence + search.decay * norm / size**2
+        loss = answer + options["kl_coefficient"] * divergence + options["decay"] * norm / size**2
         row: Row = {"step": step, "answer": answer.item(), "kl": divergence.item(), "norm": move.detach().norm().item()}
         history.append(row)
         if not bool(torch.isfinite(loss)):
@@ -142,7 +117,7 @@ def target_move(
                 f"expected a finite loss, got {loss.item()} at step {step} of the search for a value: the weights were "
                 f"restored; lower the learning rate."
             )
-        if answer.item() < search.stop_below:
+        if answer.item() < options["stop_below"]:
             break
         (move.grad,) = torch.autograd.grad(loss, move)
         if step == 0 and not bool(move.grad.any()):
@@ -153,11 +128,14 @@ def target_move(
         adam.step()
         # Back onto the ball of radius `clamp` * |scale|, where the step has left it.
         with torch.no_grad():
-            move *= (search.clamp * size / move.norm()).clamp(max=1.0)
+            move *= (options["clamp"] * size / move.norm()).clamp(max=1.0)
     return move.detach(), history
 
 
-WriteFacts: TypeAlias = Callable[[ValueSearch, Sequence[FactInContexts], Sequence[Entries], KeyCovariance], list[Row]]
+SEARCH = ("steps", "learning_rate", "kl_coefficient", "decay", "clamp", "stop_below")
+"""The options of `target_move`."""
+
+WriteFacts: TypeAlias = Callable[[Sequence[FactInContexts], Sequence[Entries], KeyCovariance], list[Row]]
 """Changes the W_out entries so that the facts hold; gives the history."""
 
 
@@ -171,7 +149,10 @@ def facts_written(
     about: Mapping[str, Any],
 ) -> Edit:
     """The edit that `write_facts` makes of the facts of `task.injection`; `about` begins its provenance."""
-    search = ValueSearch.of(options)
+    if options["steps"] < 1:
+        raise ValueError(f"steps must be 1 or more, got {options['steps']}.")
+    if options["clamp"] <= 0:
+        raise ValueError(f"clamp must be above 0, got {options['clamp']}.")
     entries, original = select(model, mask), fingerprint(model)
     outputs, facts = output_matrices(entries), with_subjects(injected(task), "facts to inject")
     covariance, prefixes, seed = options["covariance"], options["prefixes"], options["seed"]
@@ -183,8 +164,8 @@ def facts_written(
     before = read(entries)
     try:
         with exclusively(model), differentiable(model):
-            in_their_contexts = [FactInContexts.of(model, facts[[row]], prefixes) for row in range(len(facts))]
-            history = write_facts(search, in_their_contexts, outputs, covariance)
+            in_their_contexts = [FactInContexts.of(model, fact, prefixes) for fact in facts.batches(1)]
+            history = write_facts(in_their_contexts, outputs, covariance)
         values = read(entries)
     finally:
         write(entries, before)
@@ -195,7 +176,7 @@ def facts_written(
         "covariance": covariance.described(),
         "prefixes": list(prefixes),
         "seed": seed,
-        **vars(search),
+        **{name: options[name] for name in SEARCH},
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
     }
     return Edit(mask, values, original, provenance, tuple(history))
@@ -205,8 +186,3 @@ def add(output: Entries, change: Float[Tensor, "unit d_model"]) -> None:
     """Add a change to the selected rows of W_out, rounded once."""
     present = output.read(output.slot.parameter.detach())
     output.write(present.double() + change[:, None].to(present.device))
-
-
-def of_units(output: Entries, covariance: KeyCovariance) -> Float[Tensor, "unit unit"]:
-    """C of the selected neurons."""
-    return covariance.at(output.slot.layer)[output.units][:, output.units]
