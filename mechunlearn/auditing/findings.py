@@ -60,7 +60,7 @@ def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
             test,
             kinds[test],
             _value(some),
-            _control_value(results[row, test]) if kinds[test] == "attack" else None,
+            _value_of_control(results[row, test]) if kinds[test] == "attack" else None,
             *_chance_and_sense(results, test),
             _left(results, row, test, never, is_attack=kinds[test] == "attack"),
             _recovery(results, row, test, never) if kinds[test] == "attack" else None,
@@ -75,7 +75,7 @@ def _value(cells: list[Cell]) -> Fraction:
     return Fraction(value_over_seeds(cells), *interval_of(cells))
 
 
-def _control_value(results: BySeed) -> float | None:
+def _value_of_control(results: BySeed) -> float | None:
     values = [result.control.value for result in results.values() if result.control is not None]
     return sum(values) / len(values) if values else None
 
@@ -92,7 +92,7 @@ def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_a
         return undefined(f"failed on {', '.join(failed)}")
     own, original, *never = (results[name, test] for name in rows)
     if is_attack and _have_controls(own, original, *never):
-        own, original, *never = (_strongest(some) for some in (own, original, *never))
+        own, original, *never = (_less_control(some) for some in (own, original, *never))
     return left_fraction(own, original, never_knew=never[0] if never else None)
 
 
@@ -102,8 +102,9 @@ def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> 
     ran = [attacked, original, *([] if taught is None else [taught])]
     if all(ran) and _have_controls(*ran):
         # A curve begins before the attack, and counts beyond its control: no other test is needed.
-        never, after = (None, None) if taught is None else (_before(taught), _strongest(taught))
-        return _with_reason(_strongest(attacked), _before(attacked), _before(original), never, after)
+        before = [_less_control(results, before=True) for results in ran]
+        never, after = (None, None) if taught is None else (before[2], _less_control(taught))
+        return _with_reason(_less_control(attacked), before[0], before[1], never, after)
     # Otherwise the clean test says what was known before, if it measures the same.
     unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
     if not attacked or not unlearned or not original:
@@ -131,25 +132,16 @@ def _have_controls(*rows: BySeed) -> bool:
     return all(_difference(result) is not None for results in rows for result in results.values())
 
 
-def _strongest(results: BySeed) -> BySeed:
-    """By how much more is found than in the control, at the budget at which that is most."""
-    return {seed: _at(result, int(_less_control(result).mean(0).argmax())) for seed, result in results.items()}
-
-
-def _before(results: BySeed) -> BySeed:
-    """The same before the attack, which is the first point."""
-    return {seed: _at(result, 0) for seed, result in results.items()}
-
-
-def _at(result: Result, point: int) -> Result:
-    """Guessing finds as much in the control: chance is 0."""
-    return Result(_less_control(result)[:, point], f"{result.sense}, less the control", 0.0, names=result.names)
-
-
-def _less_control(result: Result) -> Tensor:
-    difference = _difference(result)
-    assert difference is not None
-    return difference
+def _less_control(results: BySeed, *, before: bool = False) -> BySeed:
+    """By how much more is found than in the control: before the attack, or at the budget at which that is most."""
+    less = {}
+    for seed, result in results.items():
+        difference = _difference(result)
+        assert difference is not None
+        found = difference[:, 0 if before else int(difference.mean(0).argmax())]
+        # Guessing finds as much in the control: chance is 0.
+        less[seed] = Result(found, f"{result.sense}, less the control", 0.0, names=result.names)
+    return less
 
 
 def _difference(result: Result) -> Tensor | None:

@@ -13,6 +13,7 @@ from mechunlearn.auditing import words
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, table, tidy
 from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
+from mechunlearn.evaluate.grid.rows import checked_edits
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.identity import name_of
 from mechunlearn.localize.controls import random_like
@@ -46,9 +47,8 @@ def audit(
 
     - `edit`: one edit, just made or loaded, or a sequence with one for each of `seeds`.
     - `editor`: the function that made it, with its options. It is called again as `editor(model, task, mask)` on random
-      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. Without it
-      the audit says that this control is missing. Where a control differs from the edit in more of its provenance than
-      the seed, the audit says that it is another edit, and in what it differs.
+      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. The audit
+      says if this control is missing, or differs from the edit in more of its provenance than the seed.
     - `random`: the number of random masks.
     - `budget`: `mu.auditing.quick`, `mu.auditing.full`, or a function of your own from the task to a `Plan`.
     - `never_knew`: a model that never knew the facts, such as `mu.testbed.load(without="basketball")`. It tells attacks
@@ -133,17 +133,7 @@ def _check(model: Model, edit: Edit | Sequence[Edit], others: Collection[str], r
             f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
             + (", or pass random=0." if taken[0] in random else ".")
         )
-    for one in _several(edit):
-        if not isinstance(one, Edit):
-            raise ValueError(
-                f"expected an edit (or a sequence of them, one per seed), got {type(one).__name__}: pass what an "
-                f"editor gives."
-            )
-        one.check(model)
-
-
-def _several(edit: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
-    return (edit,) if isinstance(edit, Edit) else tuple(edit)
+    checked_edits(model, EDIT, edit)
 
 
 RANDOM = "random places"
@@ -168,7 +158,7 @@ def random_controls(
     """Row -> the edit (or each, with its seed) made again on a random mask, and what the audit says about them."""
     if editor is None or count == 0:
         return {}, NO_EDITOR if editor is None else "random=0 was passed"
-    edits, notes = _several(edit), list[str]()
+    edits, notes = (edit,) if isinstance(edit, Edit) else tuple(edit), list[str]()
     options = [{} if isinstance(edit, Edit) else _seed(one) for one in edits]
     _check_editor(editor, model, task, edits[0], options[0])
     made: dict[str, list[Any]] = {}

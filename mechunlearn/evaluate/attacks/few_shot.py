@@ -53,19 +53,15 @@ def few_shot(
     runs = {"0": [asked.scores_of(model)]}
     for count in sorted({*shots} - {0}):
         prompts = shown_before(model, tested, [order[:count] for order in orders])
-        if _fits(model, prompts, count, len(facts)):
-            nobody = made_up(prompts, task.retain, seed=seed)
-            runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
+        length, context = prompts.tokens.shape[1], model.cfg.n_ctx
+        if count > len(facts) or length > context:
+            few = f"there are {len(facts)} facts for them"
+            reason = few if count > len(facts) else f"{length} tokens, context {context}"
+            warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=2)
+            continue
+        nobody = made_up(prompts, task.retain, seed=seed)
+        runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
     return worst_case(runs, asked, axis="demonstrations")
-
-
-def _fits(model: Model, prompts: Prompts, count: int, available: int) -> bool:
-    length, context = prompts.tokens.shape[1], model.cfg.n_ctx
-    if count <= available and length <= context:
-        return True
-    reason = f"there are {available} facts for them" if count > available else f"{length} tokens, context {context}"
-    warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=3)
-    return False
 
 
 @dataclass(frozen=True)
