@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,7 +63,14 @@ def audit(
     """
     plan, others = budget(task), dict(others or {})
     names = random_rows(random)
-    _check(model, edit, others, names if editor is not None else [])
+    # Before an edit is made again; `compare` checks the rest.
+    taken = sorted({EDIT, NEVER_KNEW, *(names if editor is not None else [])} & set(others))
+    if taken:
+        raise ValueError(
+            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
+            + (", or pass random=0." if taken[0] in names else ".")
+        )
+    checked_edits(model, EDIT, edit)
     controls, note = random_controls(model, task, edit, editor, count=random)
     report = compare(
         model,
@@ -123,17 +130,6 @@ class Audit:
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
-
-
-def _check(model: Model, edit: Edit | Sequence[Edit], others: Collection[str], random: Sequence[str]) -> None:
-    """Before an edit is made again; `compare` checks the rest."""
-    taken = sorted({EDIT, NEVER_KNEW, *random} & set(others))
-    if taken:
-        raise ValueError(
-            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
-            + (", or pass random=0." if taken[0] in random else ".")
-        )
-    checked_edits(model, EDIT, edit)
 
 
 RANDOM = "random places"

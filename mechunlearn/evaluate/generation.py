@@ -39,7 +39,16 @@ def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: 
     The model does not see the answers of the prompts. Cost: `n_tokens` forwards.
     """
     check_model(model)
-    _check_room(model, prompts, n_tokens)
+    if model.tokenizer is None:
+        raise ValueError("expected a model with a tokenizer, to read what it says, got none: set model.tokenizer.")
+    if n_tokens < 1:
+        raise ValueError(f"expected n_tokens of 1 or more, got {n_tokens}.")
+    room = model.cfg.n_ctx - int(prompts.attention_mask.sum(1).max())
+    if room < n_tokens - 1:
+        raise ValueError(
+            f"expected prompts that leave room for {n_tokens} tokens in the model's context of {model.cfg.n_ctx}, got "
+            f"room for {room + 1}: shorten the prompts or generate fewer tokens."
+        )
     with preserved(model), torch.no_grad():
         batches = [_greedy(model, batch, n_tokens) for batch in prompts.to(device_of(model)).batches(batch_size)]
     return tuple(_text(model, row) for batch in batches for row in batch)
@@ -109,19 +118,6 @@ def _text(model: Model, tokens: Int[Tensor, "new"]) -> str:
     end = model.tokenizer.eos_token_id
     ids = ids[: ids.index(end)] if end in ids else ids
     return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def _check_room(model: Model, prompts: Prompts, n_tokens: int) -> None:
-    if model.tokenizer is None:
-        raise ValueError("expected a model with a tokenizer, to read what it says, got none: set model.tokenizer.")
-    if n_tokens < 1:
-        raise ValueError(f"expected n_tokens of 1 or more, got {n_tokens}.")
-    room = model.cfg.n_ctx - int(prompts.attention_mask.sum(1).max())
-    if room < n_tokens - 1:
-        raise ValueError(
-            f"expected prompts that leave room for {n_tokens} tokens in the model's context of {model.cfg.n_ctx}, got "
-            f"room for {room + 1}: shorten the prompts or generate fewer tokens."
-        )
 
 
 def _strength(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:

@@ -7,8 +7,8 @@ import itertools
 import operator
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, Unpack
 
@@ -17,19 +17,19 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechunlearn.components import ComponentMask
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, differentiable, shape
+from mechunlearn.model import Model, differentiable
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, pack
 from mechunlearn.training import MakesOptimizer, Term, adamw, fit
 from mechunlearn.training.options import with_options
-from mechunlearn.weights import Entries, Values, exclusively, read, select, write
+from mechunlearn.weights import exclusively, read, write
+from mechunlearn.weights.rounding import every_entry
 
 
 class AttackOptions(TypedDict, total=False):
@@ -228,37 +228,27 @@ def _scores(
             if done in at:
                 by_step[str(done)].append(asked.scores_of(model))
 
-    for rate in check_rates(options["learning_rates"]):
-        with _all_weights(model) as (entries, original), suppress(FloatingPointError):
-            fit(
-                model,
-                entries,
-                terms,
-                original=original,
-                steps=options["steps"],
-                learning_rate=rate,
-                optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
-                micro_batch_size=options["micro_batch_size"],
-                seed=options["seed"],
-                progress=False,
-                on_step=on_step,
-            )
-    return answers
-
-
-@contextmanager
-def _all_weights(model: Model) -> Iterator[tuple[list[Entries], Values]]:
-    """Inside, all weights of attention and MLPs may move; after, they are what they were, bit for bit."""
-    sizes = shape(model)
-    parts = [f"L{layer}{kind}" for layer in range(sizes.n_layers) for kind in ("ATTN", "MLP")]
-    entries = select(model, ComponentMask.of(parts, sizes))
+    entries = every_entry(model)
     original = read(entries)
-    with exclusively(model):
+    for rate in check_rates(options["learning_rates"]):
         try:
-            with differentiable(model):
-                yield entries, original
+            with exclusively(model), differentiable(model), suppress(FloatingPointError):
+                fit(
+                    model,
+                    entries,
+                    terms,
+                    original=original,
+                    steps=options["steps"],
+                    learning_rate=rate,
+                    optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
+                    micro_batch_size=options["micro_batch_size"],
+                    seed=options["seed"],
+                    progress=False,
+                    on_step=on_step,
+                )
         finally:
             write(entries, original)
+    return answers
 
 
 def _warmed_up(optimizer: MakesOptimizer, steps: int) -> MakesOptimizer:

@@ -35,7 +35,6 @@ _COLORS = (_GREY, *_OKABE, *_TOL)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
-SIDES = ("forget", "retain")
 _THICK = 13
 """Pixels of one bar."""
 
@@ -46,7 +45,7 @@ def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
     for test, result in first_results(cells).items():
         if result is not None and result.unit == "share":
             side, _, name = test.partition(", ")
-            panel, bar = (side, name) if side in SIDES and name else ("other", test)
+            panel, bar = (side, name) if side in ("forget", "retain") and name else ("other", test)
             panels[panel][test] = bar
     return {panel: tests for panel, tests in panels.items() if tests}
 
@@ -113,7 +112,6 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
     """A panel for each test: a line per row with its band of 95 %, a thin line for its control, chance dotted."""
     from plotly.subplots import make_subplots
 
-    height = 320
     figure = make_subplots(max(1, len(tests)), 1, subplot_titles=tests if len(tests) > 1 else None)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     grouped = by_row_and_test(cells)
@@ -123,7 +121,7 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
             _add_control(figure, [control for cell in same if (control := _control(cell))], look, place)
             _add_line(figure, same, look, place)
         _add_axes(figure, grouped, test, place)
-    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + height * len(tests))
+    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + 320 * len(tests))
 
 
 def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
