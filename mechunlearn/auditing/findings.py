@@ -10,7 +10,7 @@ from torch import Tensor
 from mechunlearn.auditing.plans import CLEAN
 from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery, undefined
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.report.frames import by_row_and_test, interval_of, value_over_seeds
+from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
 from mechunlearn.evaluate.results import Result
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Finding:
     """Of an attack, if something says what the model knew before it."""
 
 
-def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, ...]:
+def findings(cells: Sequence[Cell], kinds: Mapping[str, str]) -> tuple[Finding, ...]:
     """Rows and tests in their order; side effects are left out.
 
     An attack with a curve, and a control that has one too, counts by how much more it finds than its control, at the
@@ -54,35 +54,17 @@ def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
     grouped = {key: some for key, some in by_row_and_test(cells).items() if kinds[key[1]] != "damage"}
     results = {key: {c.seed: c.result for c in some if c.result is not None} for key, some in grouped.items()}
     never = NEVER_KNEW if any(row == NEVER_KNEW for row, _ in results) else None
-    return tuple(
-        Finding(
-            row,
-            test,
-            kinds[test],
-            _value(some),
-            _value_of_control(results[row, test]) if kinds[test] == "attack" else None,
-            *_chance_and_sense(results, test),
-            _left(results, row, test, never, is_attack=kinds[test] == "attack"),
-            _recovery(results, row, test, never) if kinds[test] == "attack" else None,
-        )
-        for (row, test), some in grouped.items()
-    )
-
-
-def _value(cells: list[Cell]) -> Fraction:
-    if not any(cell.result for cell in cells):
-        return undefined(f"failed: {cells[0].error}")
-    return Fraction(value_over_seeds(cells), *interval_of(cells))
-
-
-def _value_of_control(results: BySeed) -> float | None:
-    values = [result.control.value for result in results.values() if result.control is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _chance_and_sense(results: Results, test: str) -> tuple[float | None, str]:
-    first = next((result for (_, name), some in results.items() if name == test for result in some.values()), None)
-    return (None, "") if first is None else (first.chance, first.sense)
+    first, found = first_results(cells), []
+    for (row, test), some in grouped.items():
+        own, is_attack, meaning = results[row, test], kinds[test] == "attack", first[test]
+        value = Fraction(value_over_seeds(some), *interval_of(some)) if own else undefined(f"failed: {some[0].error}")
+        controls = [result.control.value for result in own.values() if is_attack and result.control is not None]
+        nobody = sum(controls) / len(controls) if controls else None
+        chance, sense = (None, "") if meaning is None else (meaning.chance, meaning.sense)
+        left = _left(results, row, test, never, is_attack=is_attack)
+        recovered = _recovery(results, row, test, never) if is_attack else None
+        found.append(Finding(row, test, kinds[test], value, nobody, chance, sense, left, recovered))
+    return tuple(found)
 
 
 def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_attack: bool) -> Fraction:
@@ -176,7 +158,9 @@ def tidy(findings: Iterable[Finding]) -> "DataFrame":
         fractions = {"value": finding.value, "left": finding.left}
         fractions |= {} if finding.recovery is None else vars(finding.recovery)
         start = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
-        rows.append(start | _columns(fractions))
+        for name, one in fractions.items():
+            start |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
+        rows.append(start)
     return pd.DataFrame(rows)
 
 
@@ -184,10 +168,3 @@ def worst_case(findings: Iterable[Finding], row: str) -> Finding | None:
     """The test or attack that leaves the largest fraction; None if no fraction is defined."""
     defined = [finding for finding in findings if finding.row == row and not isnan(finding.left.value)]
     return max(defined, key=lambda finding: finding.left.value, default=None)
-
-
-def _columns(fractions: Mapping[str, Fraction]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, one in fractions.items():
-        columns |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
-    return columns

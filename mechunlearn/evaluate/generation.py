@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.evaluate.results import Result
@@ -90,7 +90,13 @@ def extraction_strength(
 
 
 def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch new"]:
-    tokens, mask = _without_answers(prompts, n_tokens)
+    columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
+    own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
+    lengths = own.sum(1)
+    # The prompts without their answers, padded on the right with room for new tokens, in reading order, row by row.
+    tokens = prompts.tokens.new_zeros(len(prompts), int(lengths.max()) + n_tokens)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tokens[mask] = prompts.tokens[own]
     last = mask.sum(1, keepdim=True) - 1
     places = last + 1 + torch.arange(n_tokens, device=tokens.device)
     for step in range(n_tokens):
@@ -99,17 +105,6 @@ def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch
         tokens.scatter_(1, last + step + 1, new)
         mask.scatter_(1, last + step + 1, True)
     return tokens.gather(1, places)
-
-
-def _without_answers(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """The prompts without their answers, padded on the right with room for new tokens, and their mask."""
-    columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
-    own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
-    lengths = own.sum(1)
-    tokens = prompts.tokens.new_zeros(len(prompts), int(lengths.max()) + n_tokens)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    tokens[mask] = prompts.tokens[own]  # both in reading order, row by row
-    return tokens, mask
 
 
 def _text(model: Model, tokens: Int[Tensor, "new"]) -> str:

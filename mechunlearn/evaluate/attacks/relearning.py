@@ -93,6 +93,10 @@ class BenignOptions(AttackOptions, WeightOptions, QuestionOptions, total=False):
     """The options of `relearn_benign`, whose text has a coefficient of 1."""
 
 
+class LoraOptions(MixOptions, QuestionOptions, total=False):
+    """The options that `relearn_lora` shares with the other attacks that relearn."""
+
+
 @with_options()
 def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Result:
     """Accuracy on forgotten facts after training on *other* forgotten facts: the worst case over rates and steps.

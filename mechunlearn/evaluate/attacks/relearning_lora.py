@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
-from mechunlearn.evaluate.attacks.relearning import (
-    MixOptions,
-    QuestionOptions,
-    check_rates,
-    measured_at,
-    relearning_terms,
-    some_of,
-)
+from mechunlearn.evaluate.attacks.relearning import LoraOptions, check_rates, measured_at, relearning_terms, some_of
 from mechunlearn.evaluate.results import Result
 from mechunlearn.model import Model, differentiable
 from mechunlearn.model.huggingface import exported, exported_logits
@@ -31,10 +24,6 @@ from mechunlearn.tasks.task import Task
 from mechunlearn.training import Term
 from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
-
-
-class LoraOptions(MixOptions, QuestionOptions, total=False):
-    """The options that `relearn_lora` shares with the other attacks that relearn."""
 
 
 @with_options(learning_rates=(2e-4,), steps=20, batch_size=32, text_coefficient=1.0, text_batch_size=16)

@@ -158,16 +158,12 @@ def pooled_curve_frame(cells: Iterable[Cell]) -> "DataFrame":
         curve = alike[0].result.curve if alike[0].result else None
         assert curve is not None  # by the choice of cells above
         about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
-        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=_control_along(alike)))
+        controls = [cell.result.control.curve for cell in alike if cell.result and cell.result.control]
+        means = [control.mean for control in controls if control is not None]
+        mean = torch.stack(means).mean(0).tolist() if len(means) == len(alike) else None
+        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=mean))
     columns = ["row", "test", "axis", "point", "value", "low", "high", "chance", "control"]
     return pd.concat(found).reindex(columns=columns) if found else pd.DataFrame(columns=columns)
-
-
-def _control_along(cells: Sequence[Cell]) -> list[float] | None:
-    """The mean over seeds of the controls' curves; None where one is missing."""
-    controls = [cell.result.control for cell in cells if cell.result is not None]
-    found = [control.curve.mean for control in controls if control is not None and control.curve is not None]
-    return torch.stack(found).mean(0).tolist() if len(found) == len(cells) else None
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:

@@ -5,15 +5,8 @@ from math import log10
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report import frames
 from mechunlearn.evaluate.report.figures import INK, Look, dressed, groups_of_shares, is_new, looks, shown
-from mechunlearn.evaluate.report.frames import (
-    Grouped,
-    by_row_and_test,
-    first_results,
-    interval_of,
-    paired_difference,
-    value_over_seeds,
-)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -36,12 +29,12 @@ def forget_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The tests "text loss" and "other knowledge", if they gave a number."""
-    first = first_results(cells)
+    first = frames.first_results(cells)
     return tuple(test for test in ("text loss", "other knowledge") if first.get(test) is not None)
 
 
 def check_tests(cells: Sequence[Cell], tests: Sequence[str], role: str) -> None:
-    known = [test for test, result in first_results(cells).items() if result is not None]
+    known = [test for test, result in frames.first_results(cells).items() if result is not None]
     missing = [test for test in tests if test not in known]
     if missing or not tests:
         raise ValueError(
@@ -63,7 +56,7 @@ def sizes(
 
     panels = {"knowledge left": tuple(forgetting)} | {test: (test,) for test in damage}
     figure = make_subplots(len(panels), 1, subplot_titles=[shown(name) for name in panels], vertical_spacing=0.1)
-    grouped, first = by_row_and_test(cells), first_results(cells)
+    grouped, first = frames.by_row_and_test(cells), frames.first_results(cells)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     for place, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
@@ -96,7 +89,7 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
     figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
     dressed(figure, title=title, height=400 + 18 * len(styles) // 3)
     figure.update_yaxes(title="knowledge left (share)", rangemode="tozero")
-    result = first_results(cells)[damage]
+    result = frames.first_results(cells)[damage]
     assert result is not None
     change, unit = "drop" if result.unit == "share" else "rise", f" ({result.unit})" if result.unit else ""
     title = shown(f"damage: {change} of {damage} from the original{unit}", 30)
@@ -105,7 +98,7 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
 
 def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> dict[str, tuple[Point, Point]]:
     """Row -> damage (the drop of a share or rise of a loss from the original) and knowledge left, if no test failed."""
-    grouped = by_row_and_test(cells)
+    grouped = frames.by_row_and_test(cells)
     points = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         harm, left = _harm(grouped, row, damage), _mean(grouped, row, forgetting)
@@ -120,18 +113,18 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]
     return [p for p in values if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in values)]
 
 
-def _mean(grouped: Grouped, row: str, tests: Sequence[str]) -> Point | None:
+def _mean(grouped: frames.Grouped, row: str, tests: Sequence[str]) -> Point | None:
     """Mean over tests and seeds with its interval over facts and seeds; None where a test has no result."""
     cells = [[cell for cell in grouped.get((row, test), []) if cell.result is not None] for test in tests]
     if not all(cells):
         return None
     of_all = [cell for same in cells for cell in same]
-    return Point(value_over_seeds(of_all), *interval_of(of_all))
+    return Point(frames.value_over_seeds(of_all), *frames.interval_of(of_all))
 
 
-def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
+def _harm(grouped: frames.Grouped, row: str, damage: str) -> Point | None:
     cells = grouped.get((row, damage), [])
-    change = paired_difference(cells, grouped.get(("original", damage), []))
+    change = frames.paired_difference(cells, grouped.get(("original", damage), []))
     if not change:
         return None
     difference, low, high = change["difference"], change["low"], change["high"]
