@@ -84,24 +84,17 @@ def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> 
     ran = [attacked, original, *([] if taught is None else [taught])]
     if all(ran) and _have_controls(*ran):
         # A curve begins before the attack, and counts beyond its control: no other test is needed.
-        before = [_less_control(results, before=True) for results in ran]
-        never, after = (None, None) if taught is None else (before[2], _less_control(taught))
-        return _with_reason(_less_control(attacked), before[0], before[1], never, after)
-    # Otherwise the clean test says what was known before, if it measures the same.
-    unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
-    if not attacked or not unlearned or not original:
-        return None
-    one, other = next(iter(attacked.values())), next(iter(unlearned.values()))
-    if (one.sense, one.unit) != (other.sense, other.unit):
-        return None
-    never = None if never_knew is None else results[never_knew, CLEAN]
-    return None if never == {} else _with_reason(attacked, unlearned, original, never, taught)
-
-
-def _with_reason(
-    attacked: BySeed, unlearned: BySeed, original: BySeed, never: BySeed | None, taught: BySeed | None
-) -> Recovery:
-    """The recovery, which says so where the attack failed on the model that never knew."""
+        unlearned, original, *rest = (_less_control(results, before=True) for results in ran)
+        attacked, never, taught = _less_control(attacked), rest[0] if rest else None, taught and _less_control(taught)
+    else:
+        # Otherwise the clean test says what was known before, if it measures the same.
+        unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
+        never = None if never_knew is None else results[never_knew, CLEAN]
+        if not attacked or not unlearned or not original or never == {}:
+            return None
+        one, other = next(iter(attacked.values())), next(iter(unlearned.values()))
+        if (one.sense, one.unit) != (other.sense, other.unit):
+            return None
     fractions = recovery(attacked, unlearned, original, never_knew=never, attacked_never_knew=taught or None)
     if taught != {}:
         return fractions

@@ -11,7 +11,7 @@ from mechunlearn.evaluate.asking import Original, required
 from mechunlearn.evaluate.attacks.exam import Asked, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, base_run, check_model, device_of, preserved
+from mechunlearn.model import Model, base_run, device_of, preserved
 from mechunlearn.model.running import without_directions
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -60,7 +60,6 @@ def direction_ablation(
     `original`. `seed` draws the split and the made-up names. Cost: 2 F of the attack's half, and a forward of the
     tested half for each point.
     """
-    check_model(model)
     original = required(original, direction_ablation)
     trained, tested = halves(task, format=format, seed=seed)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)

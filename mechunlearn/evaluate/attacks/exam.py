@@ -58,12 +58,11 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
     stacked = torch.stack(list(best.values()), -1)
     meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)
     facts, *nobody = (Curve(tuple(best), scores, meaning.sense, meaning.chance, axis) for scores in stacked)
-    result = Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names)
-    if not nobody:
-        return result
-    chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
-    sense = f"{meaning.sense}, about nobody"
-    return replace(result, control=Result(chosen, sense, meaning.chance, meaning.unit, meaning.names, nobody[0]))
+    control, sense = None, f"{meaning.sense}, about nobody"
+    if nobody:
+        chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
+        control = Result(chosen, sense, meaning.chance, meaning.unit, meaning.names, nobody[0])
+    return Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names, control=control)
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:

@@ -9,7 +9,7 @@ from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, made_u
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, check_model, device_of
+from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.building import answer_texts, build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -42,13 +42,12 @@ def few_shot(
     The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland 2024,
     https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with theirs.
     """
-    check_model(model)
     trained, tested = halves(task, format=format, seed=seed)
+    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     if demonstrations is None:
         facts = demonstrations_for(model, task, trained, tested, format=format, balanced=balanced)
     else:
         facts = demonstrations_of(model, demonstrations, tested)
-    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     orders = [drawn(facts, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
     runs = {"0": [asked.scores_of(model)]}
     for count in sorted({*shots} - {0}):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_model, device_of, differentiable, preserved
+from mechunlearn.model import Model, device_of, differentiable, preserved
 from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
@@ -58,7 +58,6 @@ def soft_prompt(
 
     Cost: restarts * steps * (F + B) of both batches, and a forward of the tested half for each `every` steps.
     """
-    check_model(model)
     numbers = {"n_vectors": n_vectors, "steps": steps, "batch_size": batch_size, "restarts": restarts, "every": every}
     for name, value in {**numbers, "radius": 1.0 if radius is None else radius}.items():
         if not value > 0:

@@ -28,7 +28,7 @@ Keep: TypeAlias = "Callable[[Place, Cell], None]"
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class GridRow:
     """A row of a comparison: the original model, an edit of it (or one for each seed), or a control model."""
 
     name: str
@@ -58,7 +58,7 @@ class Row:
 class Place:
     """A cell that is still to be computed."""
 
-    row: Row
+    row: GridRow
     edit: Edit | None
     """That of the row, or its edit for the cell's seed."""
     test: Test
@@ -74,7 +74,7 @@ class Grid:
 
     model: Model
     task: Task
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
     metrics: Mapping[str, Test]
     seeds: tuple[int, ...]
     fingerprint: str
@@ -95,7 +95,7 @@ class Grid:
         _check(edits, metrics, seeds, controls)
         edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
         others = [_row_of_control(model, name, control) for name, control in controls.items()]
-        rows = (Row("original"), *edited, *others)
+        rows = (GridRow("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
     def places(self) -> list[Place]:
@@ -142,14 +142,14 @@ def loaded(control: Model | Load) -> Model:
     return control if isinstance(control, torch.nn.Module) else control()
 
 
-def _row_of_edits(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> Row:
+def _row_of_edits(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> GridRow:
     several = checked_edits(model, name, edit)
     if not isinstance(edit, Edit) and len(several) != len(seeds):
         raise ValueError(
             f"expected one edit for each of the {len(seeds)} seeds, got {len(several)} for {name!r}: pass "
             f"seeds=range({len(several)}), or a single edit that is tested with every seed."
         )
-    return Row(name, several, tuple(digest((single.fingerprint, single.values)) for single in several))
+    return GridRow(name, several, tuple(digest((single.fingerprint, single.values)) for single in several))
 
 
 def checked_edits(model: Model, name: str, edit: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
@@ -165,7 +165,7 @@ def checked_edits(model: Model, name: str, edit: Edit | Sequence[Edit]) -> tuple
     return several
 
 
-def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
+def _row_of_control(model: Model, name: str, control: Model | Load) -> GridRow:
     other = loaded(control)
     check_model(other)
     if other is model:
@@ -175,7 +175,7 @@ def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
             f"expected a control with the vocabulary of the model ({model.cfg.d_vocab} tokens), got {name!r} with "
             f"{other.cfg.d_vocab}: take one with the same tokenizer."
         )
-    return Row(name, control=control, fingerprint=fingerprint(other))
+    return GridRow(name, control=control, fingerprint=fingerprint(other))
 
 
 def _check(

@@ -1,6 +1,7 @@
 """The plots of a report: bars of shares, curves along budgets and layers, and how they look."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from math import isnan
@@ -157,7 +158,9 @@ def _control(cell: Cell) -> Cell | None:
 def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
     cells = [cell for (_, name), shown_curves in grouped.items() if name == test for cell in shown_curves]
     shown_curves = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
-    points = _in_order(dict.fromkeys(point for curve in shown_curves for point in curve.points))
+    points = list(dict.fromkeys(point for curve in shown_curves for point in curve.points))
+    with suppress(ValueError):  # in their own order where not all are numbers
+        points = sorted(points, key=float)
     chance = next((curve.chance for curve in shown_curves if curve.chance is not None), None)
     if chance is not None:
         line = {"color": INK, "dash": "dot", "width": 1}
@@ -169,14 +172,6 @@ def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None
     bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in shown_curves))
     unit = shown(shown_curves[0].unit, 32)  # on its side, in the height of one panel
     figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
-
-
-def _in_order(points: Iterable[str]) -> list[str]:
-    """The points by number where all are numbers, else in their order."""
-    try:
-        return sorted(points, key=float)
-    except ValueError:
-        return list(points)
 
 
 def looks(rows: Iterable[str]) -> dict[str, Look]:
