@@ -125,11 +125,7 @@ class Audit:
         """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
         return words.markdown(self.report, self.findings, self.kinds, self.random_note)
 
-    def __repr__(self) -> str:
-        return self.to_markdown()
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    __repr__ = _repr_markdown_ = to_markdown
 
 
 RANDOM = "random places"
