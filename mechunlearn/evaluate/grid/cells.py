@@ -53,13 +53,10 @@ def computed(model: Model, task: Task, test: Test, cell: Cell, original: Origina
     finally:
         changed = kept.restore(model)
     if changed:
-        before = f" It raised {error}" if error else ""
-        result, error = (
-            None,
-            (
-                f"RuntimeError: expected a test that leaves the model as it was, got other values in {len(changed)} "
-                f"parameters ({', '.join(changed[:3])}), which were put back: restore the weights in the test.{before}"
-            ),
+        result, before = None, f" It raised {error}" if error else ""
+        error = (
+            f"RuntimeError: expected a test that leaves the model as it was, got other values in {len(changed)} "
+            f"parameters ({', '.join(changed[:3])}), which were put back: restore the weights in the test.{before}"
         )
     return replace(cell, result=result, error=error, seconds=perf_counter() - started)
 
