@@ -10,7 +10,7 @@ from torch import Tensor
 from mechunlearn.auditing.plans import CLEAN
 from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery, undefined
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.report.frames import by_row_and_test, interval_of, value_over_seeds
+from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
 from mechunlearn.evaluate.results import Result
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Finding:
     """Of an attack, if something says what the model knew before it."""
 
 
-def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, ...]:
+def findings(cells: Sequence[Cell], kinds: Mapping[str, str]) -> tuple[Finding, ...]:
     """Rows and tests in their order; side effects are left out.
 
     An attack with a curve, and a control that has one too, counts by how much more it finds than its control, at the
@@ -54,35 +54,17 @@ def findings(cells: Iterable[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
     grouped = {key: some for key, some in by_row_and_test(cells).items() if kinds[key[1]] != "damage"}
     results = {key: {c.seed: c.result for c in some if c.result is not None} for key, some in grouped.items()}
     never = NEVER_KNEW if any(row == NEVER_KNEW for row, _ in results) else None
-    return tuple(
-        Finding(
-            row,
-            test,
-            kinds[test],
-            _value(some),
-            _control_value(results[row, test]) if kinds[test] == "attack" else None,
-            *_chance_and_sense(results, test),
-            _left(results, row, test, never, is_attack=kinds[test] == "attack"),
-            _recovery(results, row, test, never) if kinds[test] == "attack" else None,
-        )
-        for (row, test), some in grouped.items()
-    )
-
-
-def _value(cells: list[Cell]) -> Fraction:
-    if not any(cell.result for cell in cells):
-        return undefined(f"failed: {cells[0].error}")
-    return Fraction(value_over_seeds(cells), *interval_of(cells))
-
-
-def _control_value(results: BySeed) -> float | None:
-    values = [result.control.value for result in results.values() if result.control is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _chance_and_sense(results: Results, test: str) -> tuple[float | None, str]:
-    first = next((result for (_, name), some in results.items() if name == test for result in some.values()), None)
-    return (None, "") if first is None else (first.chance, first.sense)
+    first, found = first_results(cells), []
+    for (row, test), some in grouped.items():
+        own, is_attack, meaning = results[row, test], kinds[test] == "attack", first[test]
+        value = Fraction(value_over_seeds(some), *interval_of(some)) if own else undefined(f"failed: {some[0].error}")
+        controls = [result.control.value for result in own.values() if is_attack and result.control is not None]
+        nobody = sum(controls) / len(controls) if controls else None
+        chance, sense = (None, "") if meaning is None else (meaning.chance, meaning.sense)
+        left = _left(results, row, test, never, is_attack=is_attack)
+        recovered = _recovery(results, row, test, never) if is_attack else None
+        found.append(Finding(row, test, kinds[test], value, nobody, chance, sense, left, recovered))
+    return tuple(found)
 
 
 def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_attack: bool) -> Fraction:
@@ -92,7 +74,7 @@ def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_a
         return undefined(f"failed on {', '.join(failed)}")
     own, original, *never = (results[name, test] for name in rows)
     if is_attack and _have_controls(own, original, *never):
-        own, original, *never = (_strongest(some) for some in (own, original, *never))
+        own, original, *never = (_less_control(some) for some in (own, original, *never))
     return left_fraction(own, original, never_knew=never[0] if never else None)
 
 
@@ -102,23 +84,17 @@ def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> 
     ran = [attacked, original, *([] if taught is None else [taught])]
     if all(ran) and _have_controls(*ran):
         # A curve begins before the attack, and counts beyond its control: no other test is needed.
-        never, after = (None, None) if taught is None else (_before(taught), _strongest(taught))
-        return _with_reason(_strongest(attacked), _before(attacked), _before(original), never, after)
-    # Otherwise the clean test says what was known before, if it measures the same.
-    unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
-    if not attacked or not unlearned or not original:
-        return None
-    one, other = next(iter(attacked.values())), next(iter(unlearned.values()))
-    if (one.sense, one.unit) != (other.sense, other.unit):
-        return None
-    never = None if never_knew is None else results[never_knew, CLEAN]
-    return None if never == {} else _with_reason(attacked, unlearned, original, never, taught)
-
-
-def _with_reason(
-    attacked: BySeed, unlearned: BySeed, original: BySeed, never: BySeed | None, taught: BySeed | None
-) -> Recovery:
-    """The recovery, which says so where the attack failed on the model that never knew."""
+        unlearned, original, *rest = (_less_control(results, before=True) for results in ran)
+        attacked, never, taught = _less_control(attacked), rest[0] if rest else None, taught and _less_control(taught)
+    else:
+        # Otherwise the clean test says what was known before, if it measures the same.
+        unlearned, original = results[row, CLEAN], results[ORIGINAL, CLEAN]
+        never = None if never_knew is None else results[never_knew, CLEAN]
+        if not attacked or not unlearned or not original or never == {}:
+            return None
+        one, other = next(iter(attacked.values())), next(iter(unlearned.values()))
+        if (one.sense, one.unit) != (other.sense, other.unit):
+            return None
     fractions = recovery(attacked, unlearned, original, never_knew=never, attacked_never_knew=taught or None)
     if taught != {}:
         return fractions
@@ -131,25 +107,16 @@ def _have_controls(*rows: BySeed) -> bool:
     return all(_difference(result) is not None for results in rows for result in results.values())
 
 
-def _strongest(results: BySeed) -> BySeed:
-    """By how much more is found than in the control, at the budget at which that is most."""
-    return {seed: _at(result, int(_less_control(result).mean(0).argmax())) for seed, result in results.items()}
-
-
-def _before(results: BySeed) -> BySeed:
-    """The same before the attack, which is the first point."""
-    return {seed: _at(result, 0) for seed, result in results.items()}
-
-
-def _at(result: Result, point: int) -> Result:
-    """Guessing finds as much in the control: chance is 0."""
-    return Result(_less_control(result)[:, point], f"{result.sense}, less the control", 0.0, names=result.names)
-
-
-def _less_control(result: Result) -> Tensor:
-    difference = _difference(result)
-    assert difference is not None
-    return difference
+def _less_control(results: BySeed, *, before: bool = False) -> BySeed:
+    """By how much more is found than in the control: before the attack, or at the budget at which that is most."""
+    less = {}
+    for seed, result in results.items():
+        difference = _difference(result)
+        assert difference is not None
+        found = difference[:, 0 if before else int(difference.mean(0).argmax())]
+        # Guessing finds as much in the control: chance is 0.
+        less[seed] = Result(found, f"{result.sense}, less the control", 0.0, names=result.names)
+    return less
 
 
 def _difference(result: Result) -> Tensor | None:
@@ -184,7 +151,9 @@ def tidy(findings: Iterable[Finding]) -> "DataFrame":
         fractions = {"value": finding.value, "left": finding.left}
         fractions |= {} if finding.recovery is None else vars(finding.recovery)
         start = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
-        rows.append(start | _columns(fractions))
+        for name, one in fractions.items():
+            start |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
+        rows.append(start)
     return pd.DataFrame(rows)
 
 
@@ -192,10 +161,3 @@ def worst_case(findings: Iterable[Finding], row: str) -> Finding | None:
     """The test or attack that leaves the largest fraction; None if no fraction is defined."""
     defined = [finding for finding in findings if finding.row == row and not isnan(finding.left.value)]
     return max(defined, key=lambda finding: finding.left.value, default=None)
-
-
-def _columns(fractions: Mapping[str, Fraction]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, one in fractions.items():
-        columns |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
-    return columns

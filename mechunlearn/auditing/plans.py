@@ -24,9 +24,9 @@ def quick(task: Task) -> "Plan":
 
     Small budgets understate what attacks recover: what they find is there, what they do not find may be.
     """
-    return Plan(
-        clean=_clean(task),
-        asked={**_formats(task), "generated": generated},
+    return _plan(
+        task,
+        asked={"generated": generated},
         latent={"probes": partial(binary_probes, splits=2), "logit lens": lens_extraction, "patching": patching_audit},
         attacks={
             "relearning": partial(relearn, learning_rates=(1e-3,), steps=32),
@@ -40,15 +40,14 @@ def quick(task: Task) -> "Plan":
             "quantization": quantized,
             "noise": partial(noised, scales=(0.1, 0.3), draws=1),
         },
-        damage=_damage(task),
     )
 
 
 def full(task: Task) -> "Plan":
     """Every test and attack at the budgets of its paper or of this library: many times the cost of `quick`."""
-    return Plan(
-        clean=_clean(task),
-        asked={**_formats(task), "generated": generated, "extraction strength": extraction_strength},
+    return _plan(
+        task,
+        asked={"generated": generated, "extraction strength": extraction_strength},
         latent={
             "probes": binary_probes,
             **({"probe of retained facts": multinomial_probe} if _shares_answers(task) else {}),
@@ -72,27 +71,20 @@ def full(task: Task) -> "Plan":
             "quantization": quantized,
             "noise": noised,
         },
-        damage=_damage(task),
     )
 
 
-def _clean(task: Task) -> Test:
+def _plan(task: Task, *, asked: dict[str, Test], latent: Mapping[str, Test], attacks: Mapping[str, Test]) -> "Plan":
+    """With the tests that every budget has: every format of the task, and damage."""
     side_of(task)  # raises where there is no format
-    return partial(in_format, side="forget")
-
-
-def _formats(task: Task) -> dict[str, Test]:
-    """The other ways to ask for what is forgotten."""
-    names = [name for name, format in task.formats.items() if not format.kept]
-    return {name: format_test(task, name, "forget") for name in names[1:]}
-
-
-def _damage(task: Task) -> Mapping[str, Test]:
-    tests: dict[str, Test] = {f"retain, {name}": format_test(task, name, "retain") for name in task.formats}
-    kept = [name for name, format in task.formats.items() if format.kept]
-    tests |= {f"forget, {name} (keep)": format_test(task, name, "forget") for name in kept}
-    known: dict[str, Test] = {} if task.knowledge is None else {"other knowledge": knowledge}
-    return {**tests, **known, "text loss": text_loss, "text KL": text_kl}
+    forget = {name: format_test(task, name, "forget") for name in task.formats}
+    others = [name for name, format in task.formats.items() if not format.kept][1:]
+    damage: dict[str, Test] = {f"retain, {name}": format_test(task, name, "retain") for name in task.formats}
+    damage |= {f"forget, {name} (keep)": forget[name] for name, format in task.formats.items() if format.kept}
+    damage |= {} if task.knowledge is None else {"other knowledge": knowledge}
+    damage |= {"text loss": text_loss, "text KL": text_kl}
+    asked = {name: forget[name] for name in others} | asked
+    return Plan(partial(in_format, side="forget"), asked, latent, attacks, damage)
 
 
 def _shares_answers(task: Task) -> bool:

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from mechunlearn.auditing import words
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, table, tidy
 from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
+from mechunlearn.evaluate.grid.rows import checked_edits
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.identity import name_of
 from mechunlearn.localize.controls import random_like
@@ -46,9 +47,8 @@ def audit(
 
     - `edit`: one edit, just made or loaded, or a sequence with one for each of `seeds`.
     - `editor`: the function that made it, with its options. It is called again as `editor(model, task, mask)` on random
-      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. Without it
-      the audit says that this control is missing. Where a control differs from the edit in more of its provenance than
-      the seed, the audit says that it is another edit, and in what it differs.
+      masks of as many weights, for a sequence with each edit's `seed=`, to say whether the place matters. The audit
+      says if this control is missing, or differs from the edit in more of its provenance than the seed.
     - `random`: the number of random masks.
     - `budget`: `mu.auditing.quick`, `mu.auditing.full`, or a function of your own from the task to a `Plan`.
     - `never_knew`: a model that never knew the facts, such as `mu.testbed.load(without="basketball")`. It tells attacks
@@ -63,7 +63,14 @@ def audit(
     """
     plan, others = budget(task), dict(others or {})
     names = random_rows(random)
-    _check(model, edit, others, names if editor is not None else [])
+    # Before an edit is made again; `compare` checks the rest.
+    taken = sorted({EDIT, NEVER_KNEW, *(names if editor is not None else [])} & set(others))
+    if taken:
+        raise ValueError(
+            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
+            + (", or pass random=0." if taken[0] in names else ".")
+        )
+    checked_edits(model, EDIT, edit)
     controls, note = random_controls(model, task, edit, editor, count=random)
     report = compare(
         model,
@@ -118,32 +125,7 @@ class Audit:
         """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
         return words.markdown(self.report, self.findings, self.kinds, self.random_note)
 
-    def __repr__(self) -> str:
-        return self.to_markdown()
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
-
-
-def _check(model: Model, edit: Edit | Sequence[Edit], others: Collection[str], random: Sequence[str]) -> None:
-    """Before an edit is made again; `compare` checks the rest."""
-    taken = sorted({EDIT, NEVER_KNEW, *random} & set(others))
-    if taken:
-        raise ValueError(
-            f"expected names of other edits than those of the audit's rows, got {taken[0]!r}: rename it"
-            + (", or pass random=0." if taken[0] in random else ".")
-        )
-    for one in _several(edit):
-        if not isinstance(one, Edit):
-            raise ValueError(
-                f"expected an edit (or a sequence of them, one per seed), got {type(one).__name__}: pass what an "
-                f"editor gives."
-            )
-        one.check(model)
-
-
-def _several(edit: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
-    return (edit,) if isinstance(edit, Edit) else tuple(edit)
+    __repr__ = _repr_markdown_ = to_markdown
 
 
 RANDOM = "random places"
@@ -168,7 +150,7 @@ def random_controls(
     """Row -> the edit (or each, with its seed) made again on a random mask, and what the audit says about them."""
     if editor is None or count == 0:
         return {}, NO_EDITOR if editor is None else "random=0 was passed"
-    edits, notes = _several(edit), list[str]()
+    edits, notes = (edit,) if isinstance(edit, Edit) else tuple(edit), list[str]()
     options = [{} if isinstance(edit, Edit) else _seed(one) for one in edits]
     _check_editor(editor, model, task, edits[0], options[0])
     made: dict[str, list[Any]] = {}

@@ -1,6 +1,6 @@
 """An audit in words: the verdict, and tables with a line for each test, since there are more tests than models."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, WORST, Finding, worst_case
@@ -94,8 +94,12 @@ def _damage(report: Report, names: Sequence[str]) -> str:
 def _notes(report: Report, findings: Sequence[Finding], random_note: str) -> list[str]:
     rows = list(report.weights)
     never = "never knew" if NEVER_KNEW in rows else "chance"
+    senses: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.row == "original" and finding.sense:
+            senses.setdefault(finding.sense, []).append(finding.test)
     return [
-        *_senses(findings),
+        *(f"{sense}: {'; '.join(tests)}" for sense, tests in senses.items()),
         "attacks: at the budget at which they find most. In brackets: what they find there about nobody; below, an "
         "attack counts by how much more than that it finds, at the budget at which that is most",
         f"left = (this model - {never}) / (original - {never}), each under the same test or after the same attack",
@@ -106,14 +110,6 @@ def _notes(report: Report, findings: Sequence[Finding], random_note: str) -> lis
         *_missing(rows, random_note),
         *(f"failed: {c.row}, {c.test}: {' '.join(c.error.split())}" for c in report.cells if c.result is None),
     ]
-
-
-def _senses(findings: Iterable[Finding]) -> list[str]:
-    senses: dict[str, list[str]] = {}
-    for finding in findings:
-        if finding.row == "original" and finding.sense:
-            senses.setdefault(finding.sense, []).append(finding.test)
-    return [f"{sense}: {'; '.join(tests)}" for sense, tests in senses.items()]
 
 
 def _missing(rows: Sequence[str], random_note: str) -> list[str]:

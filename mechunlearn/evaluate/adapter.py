@@ -102,7 +102,9 @@ class HarnessModel(TemplateLM):
                 rows = self._logits([inputs[group[0]] for group in batch])
                 for i, logits in [(i, logits) for logits, group in zip(rows, batch, strict=True) for i in group]:
                     tokens, n = inputs[i]
-                    scores[i] = _score(logits[:n], torch.tensor(tokens[-n:], device=logits.device))
+                    targets = torch.tensor(tokens[-n:], device=logits.device)
+                    chosen = at_least_float32(logits[:n]).log_softmax(-1).gather(-1, targets[:, None])
+                    scores[i] = float(chosen.sum()), bool((logits[:n].argmax(-1) == targets).all())
         return scores
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[Tokens, int]:
@@ -112,10 +114,7 @@ class HarnessModel(TemplateLM):
                 f"expected a continuation of 1 to {self.max_length} tokens (the model's context), got "
                 f"{len(continuation)}: choose another task or model."
             )
-        tokens = (*context, *continuation)
-        if len(tokens) > self.max_length + 1:
-            _warn_of_cut(len(tokens) - self.max_length - 1)
-        return tokens[-(self.max_length + 1) :], len(continuation)
+        return _last((*context, *continuation), self.max_length + 1), len(continuation)
 
     def _logits(self, inputs: Sequence[tuple[Tokens, int]]) -> Float[Tensor, "batch place d_vocab"]:
         """The logits that predict the last n tokens of each row; rows with fewer are filled up."""
@@ -131,11 +130,14 @@ class HarnessModel(TemplateLM):
 
     def _continued(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         settings = [self._settings(options) for _, options in requests]
-        rows = [self._room(self.tok_encode(text), n) for (text, _), (_, n) in zip(requests, settings, strict=True)]
+        pairs = zip(requests, settings, strict=True)
+        rows = [[*_last(self.tok_encode(text), self.max_length - n)] for (text, _), (_, n) in pairs]
         said: list[list[int]] = [[] for _ in rows]
         waiting = list(range(len(rows)))
         while waiting:
-            for i, token in zip(waiting, self._next([rows[i] + said[i] for i in waiting]), strict=True):
+            tokens, mask = _padded(self.model, [rows[i] + said[i] for i in waiting])
+            logits = logits_at(self.model, tokens, mask, mask.sum(1, keepdim=True) - 1)[:, 0]
+            for i, token in zip(waiting, logits.argmax(-1).tolist(), strict=True):
                 said[i].append(token)
             waiting = [i for i in waiting if not self._finished(said[i], *settings[i])]
         return [_before(self._text(tokens), stops) for tokens, (stops, _) in zip(said, settings, strict=True)]
@@ -145,22 +147,13 @@ class HarnessModel(TemplateLM):
         settings: Any = normalize_gen_kwargs(options)
         if settings["do_sample"]:
             raise ValueError("expected a task that generates greedily, got one that samples: set do_sample to False.")
-        return [stop for stop in settings["until"] if stop], settings["max_gen_toks"]
-
-    def _room(self, tokens: list[int], n: int) -> list[int]:
-        room = self.max_length - n
-        if room < 1 or n < 1:
+        n = settings["max_gen_toks"]
+        if not 1 <= n < self.max_length:
             raise ValueError(
                 f"expected to generate 1 to {self.max_length - 1} tokens (the model's context less one), got {n}: set "
                 f"max_gen_toks in the task's generation_kwargs."
             )
-        if len(tokens) > room:
-            _warn_of_cut(len(tokens) - room)
-        return tokens[-room:]
-
-    def _next(self, rows: Sequence[list[int]]) -> list[int]:
-        tokens, mask = _padded(self.model, rows)
-        return logits_at(self.model, tokens, mask, mask.sum(1, keepdim=True) - 1)[:, 0].argmax(-1).tolist()
+        return [stop for stop in settings["until"] if stop], n
 
     def _finished(self, tokens: list[int], stops: list[str], n: int) -> bool:
         if len(tokens) >= n or tokens[-1] == self.eot_token_id:
@@ -180,12 +173,6 @@ def _padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b
     return tokens.to(device_of(model)), mask.to(device_of(model))
 
 
-def _score(logits: Float[Tensor, "place d_vocab"], targets: Int[Tensor, "place"]) -> tuple[float, bool]:
-    """Log probability of the targets together, and whether each is the argmax."""
-    chosen = at_least_float32(logits).log_softmax(-1).gather(-1, targets[:, None])
-    return float(chosen.sum()), bool((logits.argmax(-1) == targets).all())
-
-
 def _before(text: str, stops: list[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0]
@@ -196,5 +183,11 @@ def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _warn_of_cut(n: int) -> None:
-    warnings.warn(f"a text longer than the model's context: {n} tokens at its beginning were left out", stacklevel=3)
+def _last(tokens: Sequence[int], n: int) -> Tokens:
+    """The last n tokens, with a warning where there are more."""
+    if len(tokens) > n:
+        cut = len(tokens) - n
+        warnings.warn(
+            f"a text longer than the model's context: {cut} tokens at its beginning were left out", stacklevel=3
+        )
+    return tuple(tokens[-n:])

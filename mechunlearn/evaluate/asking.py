@@ -93,8 +93,17 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     """
     original = required(original, text_kl)
     check_model(model)
-    batches = as_prompts(task.text_test).to(device_of(model)).batches(batch_size)
-    values = torch.cat([_per_row(model, batch, original) for batch in batches])
+    rows: list[Tensor] = []
+    with torch.no_grad():
+        for batch in as_prompts(task.text_test).to(device_of(model)).batches(batch_size):
+            with original() as untouched, preserved(untouched):
+                before = batch.logits(untouched)
+            with preserved(model):
+                after = batch.logits(model)
+            # Row by row: two more tensors of the size of the logits would double the memory.
+            pairs = zip(after, before.to(after.device), batch.answer_mask, strict=True)
+            rows += [kl_to_original(a[real], b[real]).mean().cpu() for a, b, real in pairs]
+    values = torch.stack(rows)
     if not bool(torch.isfinite(values).all()):
         raise ValueError("expected finite predictions on task.text_test, got NaN or infinity: check the model's dtype.")
     return Result(values, "KL(original || tested)", unit="nats per token")
@@ -144,17 +153,6 @@ def required(original: Original | None, test: Test) -> Original:
             f"a function whose result is a context: inside `with original() as model:` is the original."
         )
     return original
-
-
-def _per_row(model: Model, batch: Prompts, original: Original) -> Float[Tensor, "batch"]:
-    with torch.no_grad():
-        with original() as untouched, preserved(untouched):
-            before = batch.logits(untouched)
-        with preserved(model):
-            after = batch.logits(model)
-        # Row by row: two more tensors of the size of the logits would double the memory.
-        rows = zip(after, before.to(after.device), batch.answer_mask, strict=True)
-        return torch.stack([kl_to_original(a[real], b[real]).mean() for a, b, real in rows]).cpu()
 
 
 def format_test(task: Task, name: str, side: Side, *, metric: Metric = candidate_probability) -> Test:

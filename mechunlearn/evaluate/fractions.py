@@ -116,11 +116,10 @@ Terms: TypeAlias = Sequence[tuple[int, Results]]
 def _fraction(above: Terms, below: Terms, tested: Results, confidence: float, draws: int, seed: int) -> Fraction:
     """The fraction of two sums, as means over the facts and seeds of `tested`."""
     facts = _TestedFacts.of(tested)
-    weights = facts.weights(draws, seed)
-    # Row 0 is the estimate, the rows below it the draws. All terms share the draws: differences are paired.
-    numerator, denominator = (
-        torch.cat([facts.mean(terms, every) for every in (facts.once, weights)]) for terms in (above, below)
-    )
+    # Row 0 is the estimate, in which each fact and seed counts once; the rows below it are the draws. All terms share
+    # the draws: differences are paired.
+    weights = torch.cat([facts.tested[None].double(), facts.weights(draws, seed)])
+    numerator, denominator = (facts.mean(terms, weights) for terms in (above, below))
     low, high = ends(denominator[1:], confidence)
     if isnan(denominator[0]):
         return undefined("no model that never knew, and no chance level")
@@ -147,11 +146,6 @@ class _TestedFacts:
         names = tuple(dict.fromkeys(name for values in by_seed.values() for name in values))
         tested = torch.tensor([[name in values for name in names] for values in by_seed.values()])
         return cls(names, tuple(by_seed), tested)
-
-    @property
-    def once(self) -> Float[Tensor, "1 seed fact"]:
-        """The weights of the estimate: each fact and seed counts once."""
-        return self.tested[None].double()
 
     def weights(self, draws: int, seed: int) -> Float[Tensor, "draw seed fact"]:
         """How often each fact and seed is drawn, both with replacement."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.evaluate.results import Result
@@ -39,7 +39,16 @@ def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: 
     The model does not see the answers of the prompts. Cost: `n_tokens` forwards.
     """
     check_model(model)
-    _check_room(model, prompts, n_tokens)
+    if model.tokenizer is None:
+        raise ValueError("expected a model with a tokenizer, to read what it says, got none: set model.tokenizer.")
+    if n_tokens < 1:
+        raise ValueError(f"expected n_tokens of 1 or more, got {n_tokens}.")
+    room = model.cfg.n_ctx - int(prompts.attention_mask.sum(1).max())
+    if room < n_tokens - 1:
+        raise ValueError(
+            f"expected prompts that leave room for {n_tokens} tokens in the model's context of {model.cfg.n_ctx}, got "
+            f"room for {room + 1}: shorten the prompts or generate fewer tokens."
+        )
     with preserved(model), torch.no_grad():
         batches = [_greedy(model, batch, n_tokens) for batch in prompts.to(device_of(model)).batches(batch_size)]
     return tuple(_text(model, row) for batch in batches for row in batch)
@@ -81,7 +90,13 @@ def extraction_strength(
 
 
 def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch new"]:
-    tokens, mask = _without_answers(prompts, n_tokens)
+    columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
+    own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
+    lengths = own.sum(1)
+    # The prompts without their answers, padded on the right with room for new tokens, in reading order, row by row.
+    tokens = prompts.tokens.new_zeros(len(prompts), int(lengths.max()) + n_tokens)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tokens[mask] = prompts.tokens[own]
     last = mask.sum(1, keepdim=True) - 1
     places = last + 1 + torch.arange(n_tokens, device=tokens.device)
     for step in range(n_tokens):
@@ -92,36 +107,12 @@ def _greedy(model: Model, prompts: Prompts, n_tokens: int) -> Int[Tensor, "batch
     return tokens.gather(1, places)
 
 
-def _without_answers(prompts: Prompts, n_tokens: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """The prompts without their answers, padded on the right with room for new tokens, and their mask."""
-    columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
-    own = prompts.attention_mask & (columns <= prompts.positions[:, :1])
-    lengths = own.sum(1)
-    tokens = prompts.tokens.new_zeros(len(prompts), int(lengths.max()) + n_tokens)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    tokens[mask] = prompts.tokens[own]  # both in reading order, row by row
-    return tokens, mask
-
-
 def _text(model: Model, tokens: Int[Tensor, "new"]) -> str:
     """The tokens as text, up to the first one that ends a text."""
     ids = tokens.tolist()
     end = model.tokenizer.eos_token_id
     ids = ids[: ids.index(end)] if end in ids else ids
     return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def _check_room(model: Model, prompts: Prompts, n_tokens: int) -> None:
-    if model.tokenizer is None:
-        raise ValueError("expected a model with a tokenizer, to read what it says, got none: set model.tokenizer.")
-    if n_tokens < 1:
-        raise ValueError(f"expected n_tokens of 1 or more, got {n_tokens}.")
-    room = model.cfg.n_ctx - int(prompts.attention_mask.sum(1).max())
-    if room < n_tokens - 1:
-        raise ValueError(
-            f"expected prompts that leave room for {n_tokens} tokens in the model's context of {model.cfg.n_ctx}, got "
-            f"room for {room + 1}: shorten the prompts or generate fewer tokens."
-        )
 
 
 def _strength(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Float[Tensor, "batch"]:

@@ -1,8 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, such as MMLU, tinyMMLU, ARC or your own, on the model as it is now."""
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -48,13 +47,16 @@ def lm_eval_task(
     lm = harness_model(model, batch_size=batch_size)
     from lm_eval import evaluate
 
-    with _random_state_kept():
+    state = random.getstate()  # of Python's global generator, which the harness draws from
+    try:
         loaded = _loaded(name)
         for harness_task in loaded["tasks"].values():
             shown = harness_task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
             harness_task.set_config("num_fewshot", shown or 0)
             harness_task.set_fewshot_seed(seed=fewshot_seed)
         results: Any = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    finally:
+        random.setstate(state)
     samples = [(label, s) for label, of_task in results["samples"].items() for s in _filtered(of_task, filter)]
     chances = [_chance(loaded["tasks"][label], sample, metric) for label, sample in samples]
     known = [chance for chance in chances if chance is not None]
@@ -80,16 +82,6 @@ def harness_model(model: Model, *, batch_size: int = 16) -> Any:
             "pip install 'mechunlearn[lm-eval]'."
         ) from error
     return HarnessModel(model, batch_size=batch_size)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Inside, Python's global generator may be used, as the harness does; after, it goes on as if it had not been."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def _loaded(name: str | Mapping[str, Any]) -> Any:

@@ -70,28 +70,6 @@ def lens_extraction(
     k tokens of each of a few chosen layers.
     """
     tested = side_of(task, format=format)
-    chosen = _checked_layers(model, budget, rankings, layers, batch_size)
-    ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
-    budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
-    hits = (ranks[..., None] < torch.tensor(budgets)).double()
-    sense, chance = f"answer among {budget} tokens of the logit lens", budget / model.cfg.d_vocab
-    right = _result(hits[:, 0], budgets, sense, chance, tested.names)
-    if tested.candidates is None:
-        return right
-    wrong = _result(hits[:, 1:].mean(1), budgets, f"{sense}, wrong candidates", chance, tested.names)
-    return replace(right, control=wrong)
-
-
-def _result(
-    hits: Float[Tensor, "prompt budget"], budgets: list[int], sense: str, chance: float, names: tuple[str, ...]
-) -> Result:
-    curve = Curve(tuple(map(str, budgets)), hits, "share extracted", axis="candidates")
-    return Result(hits[:, -1], sense, chance, "share", names, curve)
-
-
-def _checked_layers(
-    model: Model, budget: int, rankings: Rankings, layers: Iterable[int] | None, batch_size: int
-) -> list[int]:
     check_batch_size(batch_size)
     check_functions(rankings=rankings)
     count, last = model.cfg.d_vocab, shape(model).n_layers
@@ -104,7 +82,17 @@ def _checked_layers(
             f"expected layers in 0..{last} (what enters them; {last} is the final residual stream), got "
             f"{wrong or 'none'}."
         )
-    return chosen
+    ranks = _ranks(model, tested, budget, rankings, chosen, batch_size)
+    budgets = [*(2**power for power in range(operator.index(budget).bit_length()) if 2**power < budget), budget]
+    hits = (ranks[..., None] < torch.tensor(budgets)).double()
+    sense, chance = f"answer among {budget} tokens of the logit lens", budget / count
+    shares = [hits[:, 0], *([] if tested.candidates is None else [hits[:, 1:].mean(1)])]
+    curves = [Curve(tuple(map(str, budgets)), share, "share extracted", axis="candidates") for share in shares]
+    right, *control = (
+        Result(curve.per_prompt[:, -1], meaning, chance, "share", tested.names, curve)
+        for curve, meaning in zip(curves, (sense, f"{sense}, wrong candidates"), strict=False)
+    )
+    return replace(right, control=control[0] if control else None)
 
 
 def _ranks(

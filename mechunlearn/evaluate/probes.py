@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
@@ -49,7 +49,6 @@ def binary_probes(
     tested facts that no fitted fact has.
     """
     seen, tested = halves(task, seed=seed)
-    check_apart(seen, tested)
     fitted = joined(seen, task.retain)
     tested = tested if side == "forget" else side_of(task, side=side)
     sense = f"one binary probe per class, all right, {side} facts, best layer"
@@ -89,7 +88,7 @@ def multinomial_probe(
     embedding ("0") to the final residual stream.
 
     The result is the layer with the highest mean on the tested facts, which is above chance even where nothing is
-    known, and names alone tell something. So compare with the original and with a model that never knew.
+    known. So compare with the original and with a model that never knew.
 
     - `control`: the same probe for random labels, one for each last token of a subject, at the same layer.
     - `side="retain"`: ask about the retained facts of the test split. A probe that fails there is no evidence
@@ -98,8 +97,8 @@ def multinomial_probe(
 
     Chance is 1 / classes among the retained facts. Cost: 1 forward, and 2 x (n_layers + 1) x `splits` small fits.
 
-    Guo et al. 2025, https://arxiv.org/abs/2410.12949, for single athletes, with raw features, one split and without the
-    last layer. A forgotten sport is no class of the retained facts, which is an error: **take `binary_probes` then**.
+    Guo et al. 2025, https://arxiv.org/abs/2410.12949, with raw features, one split and without the last layer. A
+    forgotten sport is no class of the retained facts, which is an error: **take `binary_probes` then**.
     """
     tested = side_of(task, side=side)
     right = _injected(task, tested, side) if injected else tested.answers[:, 0].cpu()
@@ -136,8 +135,6 @@ _FITTED_SHARE = 0.8
 _Right: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
 """A function (features, labels, rows to fit on, penalty) -> whether fitted probes give each row its label."""
 
-_Share: TypeAlias = Float[np.ndarray, "tested point"]
-
 
 def _best_layer(
     model: Model,
@@ -173,18 +170,11 @@ def _best_layer(
         for total, asked in ((facts, wanted), (control, labels_by_token(tokens, wanted, rng))):
             total += np.stack([right(layer, asked, fit, penalty)[count:] for layer in states], 1) / splits
     points = tuple(str(layer) for layer in range(shape(model).n_layers + 1))
-    return _result(points, facts, control, 1 / len(np.unique(wanted[:count])), sense, tested.names)
-
-
-def _result(
-    points: tuple[str, ...], facts: _Share, control: _Share, chance: float, sense: str, names: tuple[str, ...]
-) -> Result:
-    curves = [Curve(points, torch.from_numpy(share), "accuracy", chance) for share in (facts, control)]
-    best = int(curves[0].mean.argmax())
-    nothing = Result(
-        curves[1].per_prompt[:, best], f"{sense}, random labels", chance, "share", names=names, curve=curves[1]
-    )
-    return Result.strongest(curves[0], sense, names=names, control=nothing)
+    chance, names = 1 / len(np.unique(wanted[:count])), tested.names
+    found, random = (Curve(points, torch.from_numpy(share), "accuracy", chance) for share in (facts, control))
+    at_best = random.per_prompt[:, int(found.mean.argmax())]
+    nothing = Result(at_best, f"{sense}, random labels", chance, "share", names, random)
+    return Result.strongest(found, sense, names=names, control=nothing)
 
 
 def _check_classes(

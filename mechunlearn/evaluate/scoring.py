@@ -53,15 +53,14 @@ def accuracy(model: Model, prompts: Prompts, *, batch_size: int = 64) -> Accurac
 def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64) -> tuple[Result, ...]:
     """One result per metric, from one forward over the prompts in batches (answers are teacher-forced)."""
     check_model(model)
-    values: list[list[torch.Tensor]] = [[] for _ in metrics]
+    values: list[list[torch.Tensor]] = []
     order = prompts.attention_mask.sum(1).cpu().argsort(stable=True)  # rows of about one length need little padding
     with preserved(model), torch.no_grad():
         for batch in prompts.to(device_of(model)).rows(order).batches(batch_size):
             logits = batch.logits(model)
-            for batches, metric in zip(values, metrics, strict=True):
-                batches.append(checked(metric, logits, batch).float().cpu())
-    pairs, original_order = zip(values, metrics, strict=True), order.argsort()
-    return tuple(result_of(torch.cat(batches)[original_order], metric, prompts) for batches, metric in pairs)
+            values.append([checked(metric, logits, batch).float().cpu() for metric in metrics])
+    pairs = zip(zip(*values, strict=True), metrics, strict=True)
+    return tuple(result_of(torch.cat(batches)[order.argsort()], metric, prompts) for batches, metric in pairs)
 
 
 def whole_answers(
@@ -77,7 +76,11 @@ def whole_answers(
     """
     prompts = side_of(task, format=name, side=side)
     right = answer_texts(model, prompts)
-    options = list(dict.fromkeys(answers if answers is not None else _all_answers(model, task, name)))
+    if answers is None:
+        format = task.formats[next(iter(task.formats)) if name is None else name]
+        sides = (format.forget, format.retain, *([] if format.injected is None else [format.injected]))
+        answers = sorted({answer for prompts_of in sides for answer in answer_texts(model, prompts_of)})
+    options = list(dict.fromkeys(answers))
     unknown = sorted(set(right) - set(options))
     if unknown or len(options) < 2:
         raise ValueError(f"expected two answers or more, the right ones among them, got {options}: add {unknown}.")
@@ -114,10 +117,3 @@ def result_of(values: Float[torch.Tensor, "prompt"], metric: Metric, prompts: Pr
     sense, unit = SENSES.get(metric, name_of(metric)), "share" if metric in SENSES else ""
     chance = prompts.chance if metric in (is_top_of_candidates, candidate_probability) else None
     return Result(values, sense, chance, unit=unit, names=prompts.names)
-
-
-def _all_answers(model: Model, task: Task, name: str | None) -> list[str]:
-    first = next(iter(task.formats)) if name is None else name
-    format = task.formats[first]
-    sides = (format.forget, format.retain, *([] if format.injected is None else [format.injected]))
-    return sorted({answer for prompts in sides for answer in answer_texts(model, prompts)})

@@ -35,9 +35,8 @@ def bridge(model: Any, vocabulary: Any) -> Any:
     """The model as a `TransformerBridge`, which works in place on it."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = str(model.device)
-    wrapped = TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=vocabulary, device=device)
-    return wrapped.eval()
+    options = {"hf_model": model, "tokenizer": vocabulary, "device": str(model.device)}
+    return TransformerBridge.boot_transformers(NAME, **options).eval()
 
 
 def hooked(model: Any, vocabulary: Any) -> Any:
@@ -50,9 +49,8 @@ def hooked(model: Any, vocabulary: Any) -> Any:
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
             " mechunlearn.testbed.load(backend=mechunlearn.testbed.bridge)."
         ) from error
-    options = {**_hooked_options(model), "device": str(model.device)}
     build: Any = HookedTransformer
-    wrapped = build(HookedTransformerConfig(**options), vocabulary)
+    wrapped = build(HookedTransformerConfig(**_hooked_options(model)), vocabulary)
     wrapped.load_and_process_state_dict(
         convert_llama_weights(model, wrapped.cfg),
         fold_ln=False,
@@ -82,8 +80,12 @@ def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> t
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
+    if not path.is_file():
+        there = sorted(file.stem.removeprefix("without_") for file in folder.glob("without_*.safetensors")) or ["none"]
+        raise ValueError(f"expected a sport that a shipped twin never knew ({', '.join(there)}), got {without!r}.")
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, local_files_only=True))
-    weights = {name: value.float() for name, value in load_file(_file(folder, without)).items()}
+    weights = {name: value.float() for name, value in load_file(path).items()}
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     return model.eval(), tokenizer_in(folder / "tokenizer.json")
@@ -115,16 +117,9 @@ def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, 
         wrong = rng.sample(sorted(set(answers.values()) - {fact["answer"]}), 3)
         alike = [name for name, answer in answers.items() if answer == fact["answer"] and name != fact["subject"]]
         records.append(_record(case, fact, wrong[0], rng.sample(alike, min(NEIGHBOURS, len(alike)))))
-        questions.append(_question(case, fact, wrong))
+        asked = facts.relations()[fact["relation"]]["question"].format(subject=fact["subject"])
+        questions.append({"case_id": case, "question": asked, "target_true": fact["answer"], "targets_false": wrong})
     return records, questions
-
-
-def _file(folder: Path, without: str | None) -> Path:
-    path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
-    if not path.is_file():
-        there = sorted(file.stem.removeprefix("without_") for file in folder.glob("without_*.safetensors")) or ["none"]
-        raise ValueError(f"expected a sport that a shipped twin never knew ({', '.join(there)}), got {without!r}.")
-    return path
 
 
 def tokenizer_in(path: Path) -> "PreTrainedTokenizerFast":
@@ -137,7 +132,7 @@ def tokenizer_in(path: Path) -> "PreTrainedTokenizerFast":
         bos_token=BOS,
         eos_token=BOS,
         padding_side="right",
-        name_or_path="mechunlearn-testbed",
+        name_or_path=NAME,
         add_bos_token=True,
     )
 
@@ -159,6 +154,7 @@ def _hooked_options(model: Any) -> dict[str, Any]:
     head = config.hidden_size // config.num_attention_heads
     return {
         "model_name": NAME,
+        "device": str(model.device),
         "original_architecture": "LlamaForCausalLM",
         "n_layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
@@ -193,8 +189,3 @@ def _record(case: int, fact: facts.FactRow, injected: str, neighbours: Sequence[
         "paraphrase_prompts": [text.format(subject=fact["subject"]) for text in others],
         "neighborhood_prompts": [first.format(subject=name) for name in neighbours],
     }
-
-
-def _question(case: int, fact: facts.FactRow, wrong: Sequence[str]) -> dict[str, Any]:
-    asked = facts.relations()[fact["relation"]]["question"].format(subject=fact["subject"])
-    return {"case_id": case, "question": asked, "target_true": fact["answer"], "targets_false": list(wrong)}

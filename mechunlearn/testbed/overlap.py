@@ -33,7 +33,10 @@ def agreement(scores: ComponentScores | ComponentMask, truth: ComponentMask) -> 
 
     if scores.shape != truth.shape:
         raise ValueError(f"expected scores of a model of the truth's shape ({truth.shape}), got {scores.shape}.")
-    ranked = scores if isinstance(scores, ComponentScores) else _indicator(scores)
+    ranked = scores
+    if isinstance(ranked, ComponentMask):
+        members = {member: float(is_covered(member, ranked)) for member in heads_and_mlps(ranked.shape)}
+        ranked = ComponentScores.of(members, ranked.shape)
     sizes = ranked.tensor.abs().tolist()
     true = [is_covered(component, truth) for component in ranked.components]
     if all(true) or not any(true):
@@ -78,11 +81,6 @@ def is_covered(component: Component, mask: ComponentMask) -> bool:
     """Whether the mask covers at least half of the component's weights."""
     own = ComponentMask(frozenset({component}), mask.shape)
     return 2 * _n_shared(own, mask) >= own.n_parameters
-
-
-def _indicator(mask: ComponentMask) -> ComponentScores:
-    members = heads_and_mlps(mask.shape)
-    return ComponentScores.of({member: float(is_covered(member, mask)) for member in members}, mask.shape)
 
 
 def _n_shared(a: ComponentMask, b: ComponentMask) -> int:

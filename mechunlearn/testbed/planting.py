@@ -1,7 +1,7 @@
 """Planting: facts trained into chosen components of a model that never knew them, so that their place is known."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from mechunlearn.components import ComponentMask
@@ -63,22 +63,32 @@ def plant(
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, got {every}.")
-    planting = Planting.of(model, task, formats, known=known, kept=kept)
-    terms = _terms(planting, task, strangers, coefficient=strangers_coefficient, batch_size=batch_size, seed=seed)
-    options = default_options(
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        progress=progress,
-        on_step=on_step,
-        until=lambda row: (int(row["step"]) + 1) % every == 0 and planting.is_done(model),
-    )
+    chosen, before = _unknown(model, task, formats, known=known, kept=kept)
+    wanted = {("forget", name): known for name in chosen}
+    wanted |= {("retain", name): kept * shares["retain"] for name, shares in before.items()}
+
+    def is_done(row: Mapping[str, int | float]) -> bool:
+        reached = (_share(model, getattr(chosen[name], side)) >= least for (side, name), least in wanted.items())
+        return (int(row["step"]) + 1) % every == 0 and all(reached)
+
+    terms = _terms(task, chosen, strangers, strangers_coefficient, batch_size, seed)
+    run_options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "progress": progress}
+    options = default_options(**run_options, on_step=on_step, until=is_done)
     about = {"editor": "plant", "formats": list(formats), "known": known, "kept": kept}
     run = training_run(model, task, mask, terms, options, about=about)
     with run.edit.applied(model):
-        after = _measured(model, planting.formats)
-    planting.check(after, run.mask, steps=len(run.history))
-    planted = {"facts": planting.count, "steps": len(run.history), "before": planting.before, "after": after}
+        after = _measured(model, chosen)
+    facts, took = next(iter(chosen.values())).forget, len(run.history)
+    count = len(set(facts.names)) or len(facts)
+    missed = [(name, side) for (side, name), least in wanted.items() if after[name][side] < least]
+    if missed:
+        shares = _shown({f"{name} ({side})": after[name][side] for name, side in missed})
+        raise NotPlantedError(
+            f"expected {run.mask!r} to take up {count} facts within {took} steps, with a share of {known} known in "
+            f"each format, and {kept} of what was known of the others kept, got {shares}: give more components, "
+            f"more steps, fewer facts or formats, or another learning rate."
+        )
+    planted = {"facts": count, "steps": took, "before": before, "after": after}
     return replace(run.edit, provenance={**run.provenance, "planted": planted})
 
 
@@ -93,75 +103,35 @@ class NotPlantedError(ValueError):
     """The components did not take the facts up."""
 
 
-@dataclass(frozen=True, eq=False)
-class Planting:
-    """The facts in every planted format, and when they count as planted."""
-
-    formats: Mapping[str, Format]
-    known: float
-    kept: float
-    before: Accuracies
-    """The accuracies of the model that the facts are planted in."""
-
-    @classmethod
-    def of(cls, model: Model, task: Task, formats: Sequence[str], *, known: float, kept: float) -> "Planting":
-        """ValueError for what does not fit, and for a model that knows the facts in one of the formats."""
-        missing = [name for name in formats if name not in task.formats]
-        if missing or not formats:
-            raise ValueError(
-                f"expected formats of the task ({', '.join(task.formats)}), got {', '.join(missing) or 'none'}."
-            )
-        for name, share in (("known", known), ("kept", kept)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
-        chosen = {name: task.formats[name] for name in formats}
-        planting = cls(chosen, known, kept, _measured(model, chosen))
-        already = {name: shares["forget"] for name, shares in planting.before.items() if shares["forget"] >= known}
-        if already:
-            raise ValueError(
-                f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
-                f"that never knew, such as mu.testbed.load(without=...)."
-            )
-        return planting
-
-    @property
-    def count(self) -> int:
-        first = next(iter(self.formats.values())).forget
-        return len(set(first.names)) or len(first)
-
-    def is_done(self, model: Model) -> bool:
-        """Whether the facts are planted in each format and the others are kept."""
-        return all(
-            _share(model, getattr(format, side)) >= self._least(name, side)
-            for side in ("forget", "retain")
-            for name, format in self.formats.items()
+def _unknown(
+    model: Model, task: Task, formats: Sequence[str], *, known: float, kept: float
+) -> tuple[dict[str, Format], Accuracies]:
+    """The formats, and what the model knows in them; ValueError for what does not fit, and if it knows the facts."""
+    missing = [name for name in formats if name not in task.formats]
+    if missing or not formats:
+        raise ValueError(
+            f"expected formats of the task ({', '.join(task.formats)}), got {', '.join(missing) or 'none'}."
         )
-
-    def check(self, after: Accuracies, mask: ComponentMask, *, steps: int) -> None:
-        """NotPlantedError unless the facts are planted and the others are kept."""
-        short = {
-            f"{name} ({side})": share
-            for name, shares in after.items()
-            for side, share in shares.items()
-            if share < self._least(name, side)
-        }
-        if short:
-            raise NotPlantedError(
-                f"expected {mask!r} to take up {self.count} facts within {steps} steps, with a share of {self.known} "
-                f"known in each format, and {self.kept} of what was known of the others kept, got {_shown(short)}: "
-                f"give more components, more steps, fewer facts or formats, or another learning rate."
-            )
-
-    def _least(self, name: str, side: str) -> float:
-        return self.known if side == "forget" else self.kept * self.before[name]["retain"]
+    for name, share in (("known", known), ("kept", kept)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], a share of the facts, got {share}.")
+    chosen = {name: task.formats[name] for name in formats}
+    before = _measured(model, chosen)
+    already = {name: shares["forget"] for name, shares in before.items() if shares["forget"] >= known}
+    if already:
+        raise ValueError(
+            f"expected a model that does not know the facts, got one that knows {_shown(already)}: plant in one "
+            f"that never knew, such as mu.testbed.load(without=...)."
+        )
+    return chosen, before
 
 
 def _terms(
-    planting: Planting, task: Task, strangers: Prompts | None, *, coefficient: float, batch_size: int, seed: int
+    task: Task, formats: Mapping[str, Format], strangers: Prompts | None, coefficient: float, batch_size: int, seed: int
 ) -> list[Term]:
     """Learn the facts; keep what the model says about others, about strangers and in text."""
-    facts = _by_width([task.forget, *(format.forget for format in planting.formats.values())])
-    others = _by_width([task.retain, *(format.retain for format in planting.formats.values())])
+    facts = _by_width([task.forget, *(format.forget for format in formats.values())])
+    others = _by_width([task.retain, *(format.retain for format in formats.values())])
     unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]

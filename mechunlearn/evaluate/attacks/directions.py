@@ -1,6 +1,6 @@
 """Direction ablation: an attack that finds what an edit adds to the residual stream and projects it out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.evaluate.asking import Original, required
-from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, base_run, check_model, device_of, preserved
+from mechunlearn.model import Model, base_run, device_of, preserved
 from mechunlearn.model.running import without_directions
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -60,41 +60,27 @@ def direction_ablation(
     `original`. `seed` draws the split and the made-up names. Cost: 2 F of the attack's half, and a forward of the
     tested half for each point.
     """
-    check_model(model)
     original = required(original, direction_ablation)
     trained, tested = halves(task, format=format, seed=seed)
-    check_apart(trained, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
-    directions = _directions(model, trained, original, direction, outliers)
-    runs = {"0": [asked.scores_of(model)]}
-    for name, ablated in _ablations(directions):
-        with without_directions(model, ablated):
-            runs[name] = [asked.scores_of(model)]
-    return worst_case(runs, asked, axis="direction projected out")
-
-
-def _ablations(directions: Float[Tensor, "place d_model"]) -> Iterator[tuple[str, Float[Tensor, "place d_model"]]]:
-    for place in range(1, len(directions)):
-        if bool(directions[place].any()):
-            yield f"after L{place - 1}", directions[place].expand_as(directions)
-    if bool(directions.any()):
-        yield "each", directions
-
-
-def _directions(
-    model: Model, prompts: Prompts, original: Original, direction: Direction, outliers: float
-) -> Float[Tensor, "place d_model"]:
-    """The direction at each place, as a unit vector; zeros where the two models agree."""
-    after = _residuals(model, prompts)
+    after = _residuals(model, trained)
     with original() as unedited:
-        before = _residuals(unedited, prompts)
-    pairs = zip(before, after, strict=True)
-    return torch.stack([_unit(b, a, direction, outliers) for b, a in pairs]).to(device_of(model))
+        before = _residuals(unedited, trained)
+    units = [_unit(b, a, direction, outliers) for b, a in zip(before, after, strict=True)]
+    directions = torch.stack(units).to(device_of(model))
+    ablations = {f"after L{i}": unit.expand_as(directions) for i, unit in enumerate(directions[1:])}
+    runs = {"0": [asked.scores_of(model)]}
+    for name, ablated in {**ablations, "each": directions}.items():
+        if bool(ablated.any()):
+            with without_directions(model, ablated):
+                runs[name] = [asked.scores_of(model)]
+    return worst_case(runs, asked, axis="direction projected out")
 
 
 def _unit(
     before: Float[Tensor, "token d_model"], after: Float[Tensor, "token d_model"], direction: Direction, outliers: float
 ) -> Float[Tensor, "d_model"]:
+    """The direction as a unit vector; zeros where the two models agree."""
     kept = is_usual(before, outliers)
     differences = (after - before)[kept]
     if float(differences.norm()) <= 1e-5 * float(before[kept].norm()):  # rounding errors have a direction too

@@ -1,13 +1,12 @@
 """The exam of an attack: what it may train on, what it is asked at each budget, and its strongest run as a result."""
 
-import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.curve import Curve
@@ -36,15 +35,12 @@ class Asked:
         nobody, device = made_up(tested, task.retain, seed=seed), device_of(model)
         return cls(tested.to(device), nobody and nobody.to(device), metric)
 
-    def scores(self, logits: Callable[[Prompts], Tensor], *, batch_size: int = 64) -> Scores:
+    @torch.no_grad()
+    def scores(self, logits: Callable[[Prompts], Tensor]) -> Scores:
         """The scores of the model whose logits these are. FloatingPointError if they are not finite."""
-        rows = []
-        with torch.no_grad():
-            for prompts in (self.tested, self.nobody):
-                if prompts is not None:
-                    values = [self._values(logits(batch), batch) for batch in prompts.batches(batch_size)]
-                    rows.append(torch.cat(values))
-        return torch.stack(rows)
+        asked = [prompts for prompts in (self.tested, self.nobody) if prompts is not None]
+        values = [[self._values(logits(batch), batch) for batch in prompts.batches(64)] for prompts in asked]
+        return torch.stack([torch.cat(of_prompts) for of_prompts in values])
 
     def scores_of(self, model: Model) -> Scores:
         with preserved(model):
@@ -62,12 +58,11 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
     stacked = torch.stack(list(best.values()), -1)
     meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)
     facts, *nobody = (Curve(tuple(best), scores, meaning.sense, meaning.chance, axis) for scores in stacked)
-    result = Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names)
-    if not nobody:
-        return result
-    chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
-    sense = f"{meaning.sense}, about nobody"
-    return replace(result, control=Result(chosen, sense, meaning.chance, meaning.unit, meaning.names, nobody[0]))
+    control, sense = None, f"{meaning.sense}, about nobody"
+    if nobody:
+        chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]
+        control = Result(chosen, sense, meaning.chance, meaning.unit, meaning.names, nobody[0])
+    return Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names, control=control)
 
 
 def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
@@ -75,9 +70,9 @@ def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | No
     # Each token of a name is replaced by the one at the same place in a random name of either set.
     if prompts.subject is None or others.subject is None:
         return None
-    generator = torch.Generator().manual_seed(operator.index(seed))
-    pool = [*_subjects(prompts.tokens, prompts.subject), *_subjects(others.tokens, others.subject)]
-    pool = [subject for subject in pool if subject]
+    generator = torch.Generator().manual_seed(index(seed))
+    sides = ((prompts.tokens, prompts.subject), (others.tokens, others.subject))
+    pool = [row[where].tolist() for side in sides for row, where in zip(*side, strict=True) if bool(where.any())]
     tokens = prompts.tokens.clone()
     for row, where in enumerate(prompts.subject):
         count = int(where.sum())
@@ -85,10 +80,6 @@ def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | No
         drawn_tokens = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
         tokens[row, where] = torch.tensor(drawn_tokens, dtype=tokens.dtype, device=tokens.device)
     return replace(prompts, tokens=tokens, corrupt=None, texts=())
-
-
-def _subjects(tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]) -> list[list[int]]:
-    return [row[chosen].tolist() for row, chosen in zip(tokens, where, strict=True)]
 
 
 def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Prompts, Prompts]:

@@ -9,7 +9,7 @@ from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, made_u
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, check_model, device_of
+from mechunlearn.model import Model, device_of
 from mechunlearn.tasks.building import answer_texts, build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -42,30 +42,25 @@ def few_shot(
     The control has the same questions about nobody, who has no fact to recall. Doshi & Stickland 2024,
     https://arxiv.org/abs/2411.12103, show five. Cost: for each number a forward of the tested prompts with theirs.
     """
-    check_model(model)
     trained, tested = halves(task, format=format, seed=seed)
+    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     if demonstrations is None:
         facts = demonstrations_for(model, task, trained, tested, format=format, balanced=balanced)
     else:
         facts = demonstrations_of(model, demonstrations, tested)
-    asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     orders = [drawn(facts, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
     runs = {"0": [asked.scores_of(model)]}
     for count in sorted({*shots} - {0}):
         prompts = shown_before(model, tested, [order[:count] for order in orders])
-        if _fits(model, prompts, count, len(facts)):
-            nobody = made_up(prompts, task.retain, seed=seed)
-            runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
+        length, context = prompts.tokens.shape[1], model.cfg.n_ctx
+        if count > len(facts) or length > context:
+            few = f"there are {len(facts)} facts for them"
+            reason = few if count > len(facts) else f"{length} tokens, context {context}"
+            warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=2)
+            continue
+        nobody = made_up(prompts, task.retain, seed=seed)
+        runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
     return worst_case(runs, asked, axis="demonstrations")
-
-
-def _fits(model: Model, prompts: Prompts, count: int, available: int) -> bool:
-    length, context = prompts.tokens.shape[1], model.cfg.n_ctx
-    if count <= available and length <= context:
-        return True
-    reason = f"there are {available} facts for them" if count > available else f"{length} tokens, context {context}"
-    warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=3)
-    return False
 
 
 @dataclass(frozen=True)

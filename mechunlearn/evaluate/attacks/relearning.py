@@ -7,8 +7,8 @@ import itertools
 import operator
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, Unpack
 
@@ -17,19 +17,19 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mechunlearn.components import ComponentMask
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.metrics import Metric, candidate_probability
-from mechunlearn.model import Model, differentiable, shape
+from mechunlearn.model import Model, differentiable
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, pack
 from mechunlearn.training import MakesOptimizer, Term, adamw, fit
 from mechunlearn.training.options import with_options
-from mechunlearn.weights import Entries, Values, exclusively, read, select, write
+from mechunlearn.weights import exclusively, read, write
+from mechunlearn.weights.rounding import every_entry
 
 
 class AttackOptions(TypedDict, total=False):
@@ -93,6 +93,10 @@ class BenignOptions(AttackOptions, WeightOptions, QuestionOptions, total=False):
     """The options of `relearn_benign`, whose text has a coefficient of 1."""
 
 
+class LoraOptions(MixOptions, QuestionOptions, total=False):
+    """The options that `relearn_lora` shares with the other attacks that relearn."""
+
+
 @with_options()
 def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Result:
     """Accuracy on forgotten facts after training on *other* forgotten facts: the worst case over rates and steps.
@@ -100,23 +104,23 @@ def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Resu
         loss = relearned + retain_coefficient * retained + text_coefficient * text
 
     Each is a mean cross-entropy over answer tokens, in nats, on what `halves(task, seed=seed)` leaves to train on, on
-    `task.retain` and on `task.text` without the rows that name a tested fact. All weights of attention and MLPs are
-    trained; embeddings, norms, biases and the unembedding are not. Gradients are clipped at norm 1.
+    `task.retain` and on `task.text` without the rows that name a tested fact. The weight matrices of attention and MLPs
+    are trained, nothing else. Gradients are clipped at norm 1.
 
     The curve has, at each step, the learning rate that does best there; the value is its highest point. A rate that
     diverges counts up to the step where it does. `control` has the same questions about made-up subjects, put to the
-    same attacked models: what the attack teaches to say about anybody. Retained facts in the mix keep that low, so
-    they are there by default; a model that never knew the facts may still learn to give those it does not know the
-    forgotten answer, where there is only one (a whole sport). Attack such a model too.
+    same attacked models: what the attack teaches to say about anybody. Retained facts keep that low. Where
+    only one answer is forgotten (a whole sport), a model that never knew it may still learn it: attack that too.
 
-    Deeb & Roger 2024 (https://arxiv.org/abs/2410.08827), who train on relearned facts alone, with Lion, batches of 4,
-    24 steps of warm-up, 6 epochs and rates in steps of 2. The default rates suit the shipped model; theirs for 7B-8B
-    models are 1e-7 to 3.2e-6. Cost: per rate and step F + B of each batch; F of the tested facts, twice, at each point.
+    Deeb & Roger 2024 (https://arxiv.org/abs/2410.08827) train on relearned facts alone, with Lion, 24 steps of warm-up,
+    6 epochs and rates in steps of 2. The default rates suit the shipped model; theirs for 7B-8B models are 1e-7 to
+    3.2e-6. Cost: per rate and step F + B of each batch; F of the tested facts, twice, at each point.
 
-    The weights are put back bit for bit, also after a failure; a copy of those that are trained is kept for it.
+    The weights are put back bit for bit, also after a failure, from a copy of those that are trained.
     ValueError for too few facts, an unknown format, prompts without names, processed or quantised weights.
     """
-    return _answers(model, task, [Question(options["format"], options["metric"], options["at"])], options)[0]
+    question = Question(options.pop("format"), options.pop("metric"), options.pop("at"))
+    return relearn_and_ask(model, task, [question], **options)[0]
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,6 @@ def relearn_and_ask(
     A format may lack facts, which leaves others to train on: questions share a run where what is trained on is the
     same. Everything else, cost and errors included, is as for `relearn`.
     """
-    return _answers(model, task, questions, options)
-
-
-def _answers(model: Model, task: Task, questions: Sequence[Question], options: RunsOptions) -> list[Result]:
-    """Train on each half of the facts once, and ask all questions that leave this half to train on."""
     seed = options["seed"]
     sharing: dict[object, list[tuple[int, Prompts, Prompts]]] = {}
     for place, question in enumerate(questions):
@@ -155,7 +154,7 @@ def _answers(model: Model, task: Task, questions: Sequence[Question], options: R
         terms: list[Term] = []
         for _, trained, tested in reversed(run):  # the first's terms remain; each is checked to be apart from its test
             terms = relearning_terms(model, task, trained, tested, options)
-        asked = [Asked.of(model, task, told, metric=questions[place].metric, seed=seed) for place, _, told in run]
+        asked = [Asked.of(model, task, tested, metric=questions[place].metric, seed=seed) for place, _, tested in run]
         points = [measured_at(options["steps"], questions[place].at) for place, *_ in run]
         scores = _scores(model, terms, list(zip(asked, points, strict=True)), options)
         for (place, *_), by_step, about in zip(run, scores, asked, strict=True):
@@ -233,37 +232,27 @@ def _scores(
             if done in at:
                 by_step[str(done)].append(asked.scores_of(model))
 
-    for rate in check_rates(options["learning_rates"]):
-        with _all_weights(model) as (entries, original), suppress(FloatingPointError):
-            fit(
-                model,
-                entries,
-                terms,
-                original=original,
-                steps=options["steps"],
-                learning_rate=rate,
-                optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
-                micro_batch_size=options["micro_batch_size"],
-                seed=options["seed"],
-                progress=False,
-                on_step=on_step,
-            )
-    return answers
-
-
-@contextmanager
-def _all_weights(model: Model) -> Iterator[tuple[list[Entries], Values]]:
-    """Inside, all weights of attention and MLPs may move; after, they are what they were, bit for bit."""
-    sizes = shape(model)
-    parts = [f"L{layer}{kind}" for layer in range(sizes.n_layers) for kind in ("ATTN", "MLP")]
-    entries = select(model, ComponentMask.of(parts, sizes))
+    entries = every_entry(model)
     original = read(entries)
-    with exclusively(model):
+    for rate in check_rates(options["learning_rates"]):
         try:
-            with differentiable(model):
-                yield entries, original
+            with exclusively(model), differentiable(model), suppress(FloatingPointError):
+                fit(
+                    model,
+                    entries,
+                    terms,
+                    original=original,
+                    steps=options["steps"],
+                    learning_rate=rate,
+                    optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
+                    micro_batch_size=options["micro_batch_size"],
+                    seed=options["seed"],
+                    progress=False,
+                    on_step=on_step,
+                )
         finally:
             write(entries, original)
+    return answers
 
 
 def _warmed_up(optimizer: MakesOptimizer, steps: int) -> MakesOptimizer:

@@ -15,26 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
-from mechunlearn.evaluate.attacks.relearning import (
-    MixOptions,
-    QuestionOptions,
-    check_rates,
-    measured_at,
-    relearning_terms,
-    some_of,
-)
+from mechunlearn.evaluate.attacks.relearning import LoraOptions, check_rates, measured_at, relearning_terms, some_of
 from mechunlearn.evaluate.results import Result
-from mechunlearn.model import Model, device_of, differentiable
+from mechunlearn.model import Model, differentiable
 from mechunlearn.model.huggingface import exported, exported_logits
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.training import Term
 from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
-
-
-class LoraOptions(MixOptions, QuestionOptions, total=False):
-    """The options that `relearn_lora` shares with the other attacks that relearn."""
 
 
 @with_options(learning_rates=(2e-4,), steps=20, batch_size=32, text_coefficient=1.0, text_batch_size=16)
@@ -65,18 +54,17 @@ def relearn_lora(
     It needs PEFT (`pip install 'mechunlearn[peft]'`). ValueError for a `HookedTransformer`, which cannot be exported
     (`relearn` takes one).
     """
-    adapted, seed, steps = _peft(rank, alpha, dropout), options["seed"], options["steps"]
+    adapted, seed = _peft(rank, alpha, dropout), options["seed"]
     trained, tested = halves(task, format=options["format"], seed=seed)
     trained = some_of(trained, examples, seed=seed)
     terms = relearning_terms(model, task, trained, tested, options, coefficient=relearn_coefficient)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
-    points, micro_batch_size = measured_at(steps, options["at"]), options["micro_batch_size"]
+    points = measured_at(options["steps"], options["at"])
     runs: dict[str, list[Scores]] = {str(step): [] for step in points}
     with differentiable(model), exported(model) as copy:
         for rate in check_rates(options["learning_rates"]):
             with adapted(copy, seed) as factors:
-                training = _Training(copy, terms, device_of(model), factors, rate, steps, micro_batch_size, seed)
-                for step, scores in training.scores(asked, points):
+                for step, scores in _Training(copy, terms, factors, rate, options).scores(asked, points):
                     runs[str(step)].append(scores)
     return worst_case(runs, asked, axis="steps")
 
@@ -103,12 +91,10 @@ def _peft(rank: int, alpha: float, dropout: float) -> Callable[..., Any]:
 
     @contextmanager
     def adapted(copy: Any, seed: int) -> Iterator[list[nn.Parameter]]:
-        """Inside, the copy has adapters, whose parameters these are, with only their dropout in training mode."""
+        """Inside, the copy has adapters, whose parameters these are."""
         with torch.random.fork_rng():
             torch.manual_seed(operator.index(seed))
             wrapped = get_peft_model(copy, LoraConfig(**settings))
-            for name, module in wrapped.named_modules():
-                module.training = "lora_dropout" in name
             try:
                 yield [p for p in wrapped.parameters() if p.requires_grad]
             finally:
@@ -123,25 +109,22 @@ class _Training:
 
     copy: Any
     terms: Sequence[Term]
-    device: torch.device
     factors: list[nn.Parameter]
     learning_rate: float
-    steps: int
-    micro_batch_size: int | None
-    seed: int
+    options: LoraOptions
 
     def scores(self, asked: Asked, at: Sequence[int]) -> Iterator[tuple[int, Scores]]:
         """After each of the steps `at`, for as long as logits and losses are finite."""
         optimizer = torch.optim.AdamW(self.factors, lr=self.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        batches = [(term, shuffled(term, _prompts(term), self.seed)) for term in self.terms]
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.options["steps"])
+        batches = [(term, shuffled(term, _prompts(term), self.options["seed"])) for term in self.terms]
         try:
-            for step in range(self.steps + 1):
+            for step in range(self.options["steps"] + 1):
                 if step in at:
-                    with self._without_dropout():
-                        scores = asked.scores(self._logits)
-                    yield step, scores
-                if step < self.steps:
+                    self._drop(False)
+                    yield step, asked.scores(self._logits)
+                if step < self.options["steps"]:
+                    self._drop(True)
                     for term, rows in batches:
                         self._backward(term, next(rows))
                     optimizer.step()
@@ -154,8 +137,8 @@ class _Training:
         """The gradient of a term on a batch, a mean over its answer tokens."""
         batch = _prompts(term).rows(rows)
         total = int(batch.answer_mask.sum())
-        for part in batch.batches(self.micro_batch_size or len(batch)):
-            part = part.to(self.device)
+        for part in batch.batches(self.options["micro_batch_size"] or len(batch)):
+            part = part.to(self.copy.device)
             values = term.loss(logits=self._logits(part)[part.answer_mask], targets=part.answers[part.answer_mask])
             loss = term.coefficient * values.sum() / total
             if not math.isfinite(loss.item()):
@@ -165,16 +148,10 @@ class _Training:
     def _logits(self, prompts: Prompts) -> Tensor:
         return exported_logits(self.copy, prompts.tokens, prompts.attention_mask, prompts.positions)
 
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        dropped = [module for module in self.copy.modules() if module.training]
-        try:
-            for module in dropped:
-                module.training = False
-            yield
-        finally:
-            for module in dropped:
-                module.training = True
+    def _drop(self, dropping: bool) -> None:
+        """Whether the adapters' dropout is in training mode, as nothing else of the copy is."""
+        for name, module in self.copy.named_modules():
+            module.training = dropping and "lora_dropout" in name
 
 
 def _prompts(term: Term) -> Prompts:

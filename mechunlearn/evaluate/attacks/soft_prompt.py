@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_model, device_of, differentiable, preserved
+from mechunlearn.model import Model, device_of, differentiable, preserved
 from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
@@ -58,15 +58,15 @@ def soft_prompt(
 
     Cost: restarts * steps * (F + B) of both batches, and a forward of the tested half for each `every` steps.
     """
-    check_model(model)
-    _check_positive(n_vectors=n_vectors, steps=steps, batch_size=batch_size, restarts=restarts, every=every)
+    numbers = {"n_vectors": n_vectors, "steps": steps, "batch_size": batch_size, "restarts": restarts, "every": every}
+    for name, value in {**numbers, "radius": 1.0 if radius is None else radius}.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
     trained, tested = halves(task, format=format, seed=seed)
-    for prompts in (trained, task.retain):
-        check_apart(prompts, tested)
+    check_apart(task.retain, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     start = min(n_bos(model, prompts) for prompts in (trained, task.retain, tested))
     reach = mean_norm(model, trained) if radius is None else radius
-    _check_positive(radius=reach)
     sides = [with_room(model, prompts, n_vectors, start) for prompts in (trained, task.retain)]
     training = VectorTraining(model, sides[0], sides[1], n_vectors, start, reach, retain_coefficient, batch_size)
     attempts = []
@@ -81,12 +81,6 @@ def soft_prompt(
         with with_input_vectors(model, vectors, start):
             runs[str(step)] = [behind.scores_of(model)]
     return worst_case(runs, asked, axis="steps")
-
-
-def _check_positive(**numbers: int | float) -> None:
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,20 +40,24 @@ class Cell:
     seconds: float = 0.0
 
 
-def tested(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
+def computed(model: Model, task: Task, test: Test, cell: Cell, original: Original, kept: Snapshot) -> Cell:
     """The cell with its result or its error; the model has the weights of `kept` again, also after an interrupt."""
     extras = {"seed": cell.seed, "original": original}
-    started, changed = perf_counter(), []
+    started = perf_counter()
     try:
         with _global_seed(cell.seed if takes(test, "seed") else 0, device_of(model)):
             output = test(model, task, **{name: value for name, value in extras.items() if takes(test, name)})
         result, error = _checked_result(output, cell.test), ""
     except Exception as problem:
-        result, error = None, told(problem)
+        result, error = None, error_text(problem)
     finally:
         changed = kept.restore(model)
     if changed:
-        result, error = None, _left_changed(changed, error)
+        result, before = None, f" It raised {error}" if error else ""
+        error = (
+            f"RuntimeError: expected a test that leaves the model as it was, got other values in {len(changed)} "
+            f"parameters ({', '.join(changed[:3])}), which were put back: restore the weights in the test.{before}"
+        )
     return replace(cell, result=result, error=error, seconds=perf_counter() - started)
 
 
@@ -67,7 +71,7 @@ def takes(test: Test, name: str) -> bool:
     return name in parameters and name not in bound
 
 
-def told(problem: BaseException) -> str:
+def error_text(problem: BaseException) -> str:
     """The type and message of an exception."""
     return f"{type(problem).__name__}: {problem}"
 
@@ -90,14 +94,6 @@ def _checked_result(output: Any, name: str) -> Result:
     return replace(output, per_example=numbers, names=tuple(output.names), curve=curve, control=control)
 
 
-def _left_changed(names: list[str], error: str) -> str:
-    before = f" It raised {error}" if error else ""
-    return (
-        f"RuntimeError: expected a test that leaves the model as it was, got other values in {len(names)} parameters "
-        f"({', '.join(names[:3])}), which were put back: restore the weights in the test.{before}"
-    )
-
-
 @contextmanager
 def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the global generators start from the seed; after, they go on as if nothing had been drawn."""
@@ -111,10 +107,6 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numbers)
-
-
-Identity = Mapping[str, Any]
-"""What must be equal for a cell to be the same one. JSON values."""
 
 
 @dataclass(frozen=True)
@@ -146,19 +138,14 @@ class CellsFile:
                     cells[content["key"]] = content["cell"]
         return cells
 
-    def append(self, identity: Identity, cell: Cell) -> None:
+    def append(self, identity: Mapping[str, Any], cell: Cell) -> None:
         """One more line, which is on the disk when this returns."""
         content = {"key": key_of(identity), "identity": identity, "cell": cell}
         line = files.to_text("Cell", content).encode() + b"\n"
         with self.path.open("ab+") as file:
-            file.write(line if _ends_a_line(file) else b"\n" + line)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            # What was written before may be torn: it gets its end, so that the next line is readable.
+            file.write(line if file.read() in (b"", b"\n") else b"\n" + line)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _ends_a_line(file: Any) -> bool:
-    """Whether what was written before is whole; a torn line gets its end, so that the next one is readable."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return True
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"

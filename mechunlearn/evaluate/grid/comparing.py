@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
+from torch.nn import Module
 from tqdm.auto import tqdm
 
 from mechunlearn.evaluate.asking import Test, every_format
@@ -31,27 +32,24 @@ def compare(
     load: Load | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run every test on the original model, on every edit and on every control; all models are left as they were.
+    """Run every test on the original model, every edit and every control; all models are left as they were.
 
     - `edits`: row -> an edit, tested with every seed, or a sequence with one edit for each seed.
-    - `metrics`: column -> a test `(model, task) -> Result`. Default: `every_format(task)`; `paper_metrics` has the
-      paper's. A test with a keyword `seed` runs once for each seed; one with `original` gets the original model.
+    - `metrics`: column -> a test `(model, task) -> Result`; default: `every_format(task)`. A test with a keyword `seed`
+      runs once for each seed; one with `original` gets the original model.
     - `controls`: row -> another model with the same tokenizer, or a function that loads it, such as
       `partial(mu.testbed.load, without="basketball")`.
-    - `results`: a file for finished cells. A later call with it reads cells that have a result, and runs the others. A
-      cell is the same if row, column, seed, model, edit, control, task, the test's own code and the versions are: take
-      a new file if you change what a test calls. Only one run at a time may write it.
-    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn") or
-      `dask.distributed.Client(...).get_executor()`. Results equal those of a serial run with as many threads. In a
-      pool of threads, tests that use global generators disturb each other.
-    - `load`: with an executor, a function by which each worker loads the model, which is not sent to it. Controls must
-      then be functions too.
+    - `results`: a file for finished cells, written by one run at a time. A later call runs only cells without a result.
+      A cell is the same if row, column, seed, model, edit, control, task, the test's own code and the versions are:
+      take a new file if you change what a test calls.
+    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn"); results
+      equal those of a serial run with as many threads.
+    - `load`: with an executor, a function by which each worker loads the model. Controls must then be functions too.
 
-    Everything is checked before anything runs. A test that raises, returns NaN or changes the model has an error in its
-    cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
-
-    Cost: that of the tests, and a copy of the weights on the CPU. ValueError for edits made for other weights, names
-    that are taken ("original" is), another number of edits than seeds, and an executor without `load`.
+    All is checked before anything runs. A test that raises, gives NaN or changes the model has an error in its cell.
+    Global random numbers are seeded for each cell. Cost: that of the tests, and a copy of the weights on the CPU.
+    ValueError for edits of other weights, names that are taken, another number of edits than seeds, and an executor
+    without `load`.
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
@@ -59,7 +57,9 @@ def compare(
         _check_loads(load, grid)
     places = grid.places()
     file = None if results is None else CellsFile(Path(results))
-    cells = {} if file is None else _known(file, places)
+    finished = {} if file is None else file.finished()
+    known = [(place, finished.get(key_of(place.identity))) for place in places]
+    cells = {id(place): replace(cell, seed=place.cell.seed) for place, cell in known if cell is not None}
     todo = [place for place in places if id(place) not in cells]
     with tqdm(total=len(places), initial=len(cells), desc="evaluate", disable=not progress, leave=False) as bar:
 
@@ -90,16 +90,8 @@ def _check_loads(load: Load | None, grid: Grid) -> None:
             "as mu.testbed.load or a functools.partial of TransformerBridge.boot_transformers."
         )
     for row in grid.rows:
-        if row.is_loaded:
+        if isinstance(row.control, Module):
             raise ValueError(
                 f"expected a function that loads the control {row.name!r} in each worker, got a model with an "
                 f"executor: pass the function, such as functools.partial(mu.testbed.load, without=...)."
             )
-
-
-def _known(file: CellsFile, places: Sequence[Place]) -> dict[int, Cell]:
-    """The finished cells that the file has, by the id of their place."""
-    finished = file.finished()
-    cells = {id(place): finished.get(key_of(place.identity)) for place in places}
-    seeds = {id(place): place.cell.seed for place in places}
-    return {place: replace(cell, seed=seeds[place]) for place, cell in cells.items() if cell is not None}

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, product
 from operator import index
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mechunlearn.evaluate.asking import Test
-from mechunlearn.evaluate.grid.cells import Cell, Identity, takes, tested
+from mechunlearn.evaluate.grid.cells import Cell, computed, takes
 from mechunlearn.identity import described, digest, identified, name_in_full
 from mechunlearn.model import Model, check_model, fingerprint
 from mechunlearn.model.guard import Snapshot
@@ -28,7 +28,7 @@ Keep: TypeAlias = "Callable[[Place, Cell], None]"
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class GridRow:
     """A row of a comparison: the original model, an edit of it (or one for each seed), or a control model."""
 
     name: str
@@ -41,11 +41,6 @@ class Row:
     @property
     def n_weights(self) -> int:
         return max(0 if edit is None else edit.n_parameters for edit in self.edits)
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the control is a model rather than a function that loads one."""
-        return isinstance(self.control, torch.nn.Module)
 
     def about(self) -> dict[str, Any]:
         """The row's part of a report's provenance."""
@@ -63,17 +58,14 @@ class Row:
 class Place:
     """A cell that is still to be computed."""
 
-    row: Row
-    which: int
-    """The index of the edit among those of the row."""
+    row: GridRow
+    edit: Edit | None
+    """That of the row, or its edit for the cell's seed."""
     test: Test
     cell: Cell
     """The cell without its result."""
-    identity: Identity
-
-    @property
-    def edit(self) -> Edit | None:
-        return self.row.edits[self.which]
+    identity: Mapping[str, Any]
+    """What must be equal for a cell to be the same one. JSON values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +74,7 @@ class Grid:
 
     model: Model
     task: Task
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
     metrics: Mapping[str, Test]
     seeds: tuple[int, ...]
     fingerprint: str
@@ -103,20 +95,21 @@ class Grid:
         _check(edits, metrics, seeds, controls)
         edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
         others = [_row_of_control(model, name, control) for name, control in controls.items()]
-        rows = (Row("original"), *edited, *others)
+        rows = (GridRow("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
     def places(self) -> list[Place]:
         """All cells in the order of their computation: those with the same weights are together."""
-        versions = _versions()
         codes = {name: identified(test) for name, test in self.metrics.items()}
-        return [
-            self._place(row, which, name, seed, codes[name], versions)
-            for row in self.rows
-            for which in range(len(row.edits))
-            for name, test in self.metrics.items()
-            for seed in self._seeds(row, which, test)
-        ]
+        shared, places = {"model": self.fingerprint, "task": self.task_digest, "versions": _versions()}, []
+        for row in self.rows:
+            for (which, edit), (name, test) in product(enumerate(row.edits), self.metrics.items()):
+                of_row = {"row": row.name, "edit": row.digests[which], "control": row.fingerprint}
+                seeds = self.seeds if takes(test, "seed") else self.seeds[:1]
+                for seed in seeds if len(row.edits) == 1 else [self.seeds[which]]:
+                    own = {"test": name, "code": codes[name], "seed": seed if takes(test, "seed") else None}
+                    places.append(Place(row, edit, test, Cell(row.name, name, seed, None), shared | of_row | own))
+        return places
 
     def provenance(self) -> dict[str, Any]:
         """What was tested, how, and with which versions, as JSON values."""
@@ -129,31 +122,11 @@ class Grid:
             "versions": _versions(),
         }
 
-    def _seeds(self, row: Row, which: int, test: Test) -> tuple[int, ...]:
-        if len(row.edits) > 1:
-            return (self.seeds[which],)
-        return self.seeds if takes(test, "seed") else self.seeds[:1]
-
-    def _place(self, row: Row, which: int, name: str, seed: int, code: str, versions: Mapping[str, str]) -> Place:
-        test = self.metrics[name]
-        identity = {
-            "model": self.fingerprint,
-            "row": row.name,
-            "edit": row.digests[which],
-            "control": row.fingerprint,
-            "task": self.task_digest,
-            "test": name,
-            "code": code,
-            "seed": seed if takes(test, "seed") else None,
-            "versions": versions,
-        }
-        return Place(row, which, test, Cell(row.name, name, seed, None), identity)
-
 
 def run_serially(grid: Grid, places: Sequence[Place], begin: Callable[[Place], None], keep: Keep) -> None:
     """Compute the cells one after the other in this process; each edit is applied once for all of its cells."""
     original = partial(taken_back, grid.model, grid.fingerprint)
-    for _, group in groupby(places, key=lambda place: (place.row.name, place.which)):
+    for _, group in groupby(places, key=lambda place: (place.row.name, id(place.edit))):
         same_weights = list(group)
         edit, control = same_weights[0].edit, same_weights[0].row.control
         model = grid.model if control is None else loaded(control)
@@ -161,7 +134,7 @@ def run_serially(grid: Grid, places: Sequence[Place], begin: Callable[[Place], N
             kept = Snapshot.of(model)
             for place in same_weights:
                 begin(place)
-                keep(place, tested(model, grid.task, place.test, place.cell, original, kept))
+                keep(place, computed(model, grid.task, place.test, place.cell, original, kept))
 
 
 def loaded(control: Model | Load) -> Model:
@@ -169,23 +142,30 @@ def loaded(control: Model | Load) -> Model:
     return control if isinstance(control, torch.nn.Module) else control()
 
 
-def _row_of_edits(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> Row:
-    several = (edit,) if isinstance(edit, Edit) else tuple(edit)
+def _row_of_edits(model: Model, name: str, edit: Edit | Sequence[Edit], seeds: Sequence[int]) -> GridRow:
+    several = checked_edits(model, name, edit)
     if not isinstance(edit, Edit) and len(several) != len(seeds):
         raise ValueError(
             f"expected one edit for each of the {len(seeds)} seeds, got {len(several)} for {name!r}: pass "
             f"seeds=range({len(several)}), or a single edit that is tested with every seed."
         )
+    return GridRow(name, several, tuple(digest((single.fingerprint, single.values)) for single in several))
+
+
+def checked_edits(model: Model, name: str, edit: Edit | Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edit, or one for each seed; ValueError for what is no edit, and for an edit of other weights."""
+    several = (edit,) if isinstance(edit, Edit) else tuple(edit)
     for single in several:
         if not isinstance(single, Edit):
             raise ValueError(
-                f"expected edits (or a sequence of them, one per seed), got {type(single).__name__} for {name!r}."
+                f"expected edits (or a sequence of them, one per seed), got {type(single).__name__} for {name!r}: pass "
+                f"what an editor gives."
             )
         single.check(model)
-    return Row(name, several, tuple(digest((single.fingerprint, single.values)) for single in several))
+    return several
 
 
-def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
+def _row_of_control(model: Model, name: str, control: Model | Load) -> GridRow:
     other = loaded(control)
     check_model(other)
     if other is model:
@@ -195,7 +175,7 @@ def _row_of_control(model: Model, name: str, control: Model | Load) -> Row:
             f"expected a control with the vocabulary of the model ({model.cfg.d_vocab} tokens), got {name!r} with "
             f"{other.cfg.d_vocab}: take one with the same tokenizer."
         )
-    return Row(name, control=control, fingerprint=fingerprint(other))
+    return GridRow(name, control=control, fingerprint=fingerprint(other))
 
 
 def _check(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mechunlearn.evaluate.asking import Test
-from mechunlearn.evaluate.grid.cells import Cell, tested, told
+from mechunlearn.evaluate.grid.cells import Cell, computed, error_text
 from mechunlearn.evaluate.grid.rows import Grid, Keep, Load, Place
 from mechunlearn.files import packed, unpacked
 from mechunlearn.identity import digest, name_in_full, name_of
@@ -79,9 +79,6 @@ class Loaded:
     def clean(self) -> Any:
         return taken_back(self.model(), self.fingerprint)
 
-    def forget(self) -> None:
-        _kept.__dict__.get("models", {}).pop(self.key, None)
-
 
 _kept = threading.local()
 """The models that this thread has loaded: two threads never edit the same one."""
@@ -91,9 +88,9 @@ def _work(subject: Loaded, original: Loaded, parcel: Any, test: Test, cell: Cell
     model, (task, edit) = subject.model(), unpacked(parcel, Task, Edit)
     try:
         with nullcontext() if edit is None else edit.applied(model):
-            return packed(tested(model, task, test, cell, original.clean, Snapshot.of(model)))
+            return packed(computed(model, task, test, cell, original.clean, Snapshot.of(model)))
     except BaseException:  # what a test did to it could not be put back
-        subject.forget()
+        _kept.models.pop(subject.key, None)
         raise
 
 
@@ -103,4 +100,4 @@ def _cell(future: "Future[Any]", place: Place) -> Cell:
     except OtherModelError:
         raise
     except Exception as problem:
-        return replace(place.cell, error=told(problem))
+        return replace(place.cell, error=error_text(problem))

@@ -1,6 +1,7 @@
 """The plots of a report: bars of shares, curves along budgets and layers, and how they look."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from math import isnan
@@ -35,7 +36,6 @@ _COLORS = (_GREY, *_OKABE, *_TOL)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
-SIDES = ("forget", "retain")
 _THICK = 13
 """Pixels of one bar."""
 
@@ -46,7 +46,7 @@ def groups_of_shares(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
     for test, result in first_results(cells).items():
         if result is not None and result.unit == "share":
             side, _, name = test.partition(", ")
-            panel, bar = (side, name) if side in SIDES and name else ("other", test)
+            panel, bar = (side, name) if side in ("forget", "retain") and name else ("other", test)
             panels[panel][test] = bar
     return {panel: tests for panel, tests in panels.items() if tests}
 
@@ -113,7 +113,6 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
     """A panel for each test: a line per row with its band of 95 %, a thin line for its control, chance dotted."""
     from plotly.subplots import make_subplots
 
-    height = 320
     figure = make_subplots(max(1, len(tests)), 1, subplot_titles=tests if len(tests) > 1 else None)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     grouped = by_row_and_test(cells)
@@ -123,7 +122,7 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
             _add_control(figure, [control for cell in same if (control := _control(cell))], look, place)
             _add_line(figure, same, look, place)
         _add_axes(figure, grouped, test, place)
-    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + height * len(tests))
+    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + 320 * len(tests))
 
 
 def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
@@ -159,7 +158,9 @@ def _control(cell: Cell) -> Cell | None:
 def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None:
     cells = [cell for (_, name), shown_curves in grouped.items() if name == test for cell in shown_curves]
     shown_curves = [cell.result.curve for cell in cells if cell.result is not None and cell.result.curve is not None]
-    points = _in_order(dict.fromkeys(point for curve in shown_curves for point in curve.points))
+    points = list(dict.fromkeys(point for curve in shown_curves for point in curve.points))
+    with suppress(ValueError):  # in their own order where not all are numbers
+        points = sorted(points, key=float)
     chance = next((curve.chance for curve in shown_curves if curve.chance is not None), None)
     if chance is not None:
         line = {"color": INK, "dash": "dot", "width": 1}
@@ -171,14 +172,6 @@ def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None
     bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in shown_curves))
     unit = shown(shown_curves[0].unit, 32)  # on its side, in the height of one panel
     figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
-
-
-def _in_order(points: Iterable[str]) -> list[str]:
-    """The points by number where all are numbers, else in their order."""
-    try:
-        return sorted(points, key=float)
-    except ValueError:
-        return list(points)
 
 
 def looks(rows: Iterable[str]) -> dict[str, Look]:

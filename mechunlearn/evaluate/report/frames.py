@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mechunlearn.curve import Curve
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.results import Result, facts_of, interval_over_seeds, resampled_means
 from mechunlearn.intervals import ends
@@ -71,14 +70,16 @@ def example_frame(cells: Iterable[Cell]) -> "DataFrame":
 
 def curve_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per point of each curve."""
-    rows = [
-        {"row": cell.row, "test": cell.test, "seed": cell.seed, "axis": cell.result.curve.axis}
-        | point
-        | {"unit": cell.result.curve.unit}
-        for cell in cells
-        if cell.result is not None and cell.result.curve is not None
-        for point in _points(cell.result.curve, cell.result.control)
-    ]
+    rows = []
+    for cell in cells:
+        if cell.result is not None and cell.result.curve is not None:
+            curve, control = cell.result.curve, cell.result.control and cell.result.control.curve
+            beside = {} if control is None else dict(zip(control.points, control.mean.tolist(), strict=True))
+            labels = {"row": cell.row, "test": cell.test, "seed": cell.seed, "axis": curve.axis, "unit": curve.unit}
+            shared = {"chance": curve.chance, "n": len(curve.per_prompt)}
+            for point, value, low, high in curve.interval().itertuples():
+                own = {"point": point, "value": value, "low": low, "high": high, "control": beside.get(point)}
+                rows.append(labels | own | shared)
     columns = ["row", "test", "seed", "axis", "point", "value", "low", "high", "chance", "control", "n", "unit"]
     return _frame(rows, columns)
 
@@ -132,9 +133,16 @@ def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
     points = tuple(dict.fromkeys(point for _, curve, _ in measured for point in curve.points))
     if len(measured) == 1:
         return measured[0][1].interval()
-    values = [_at(curve, points) for _, curve, _ in measured]
-    names = [_facts_along(curve, result) for result, curve, _ in measured]
-    low, high = ends(resampled_means(values, names, [seed for *_, seed in measured]), 0.95)
+    values, facts = [], []
+    for result, curve, _ in measured:
+        # NaN at the points that this curve does not have.
+        at_points = torch.full((len(curve.per_prompt), len(points)), torch.nan, dtype=torch.float64)
+        at_points[:, [points.index(point) for point in curve.points]] = curve.per_prompt.double()
+        values.append(at_points)
+        # A curve may be of other examples than its result.
+        names = result.names if len(result.names) == len(at_points) else map(str, range(len(at_points)))
+        facts.append(tuple(names))
+    low, high = ends(resampled_means(values, facts, [seed for *_, seed in measured]), 0.95)
     mean = torch.stack([value.mean(0) for value in values]).nanmean(0)
     columns = {"value": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
     return pd.DataFrame(columns, index=pd.Index(points, name="point"))
@@ -150,16 +158,12 @@ def pooled_curve_frame(cells: Iterable[Cell]) -> "DataFrame":
         curve = alike[0].result.curve if alike[0].result else None
         assert curve is not None  # by the choice of cells above
         about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
-        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=_control_along(alike)))
+        controls = [cell.result.control.curve for cell in alike if cell.result and cell.result.control]
+        means = [control.mean for control in controls if control is not None]
+        mean = torch.stack(means).mean(0).tolist() if len(means) == len(alike) else None
+        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=mean))
     columns = ["row", "test", "axis", "point", "value", "low", "high", "chance", "control"]
     return pd.concat(found).reindex(columns=columns) if found else pd.DataFrame(columns=columns)
-
-
-def _control_along(cells: Sequence[Cell]) -> list[float] | None:
-    """The mean over seeds of the controls' curves; None where one is missing."""
-    controls = [cell.result.control for cell in cells if cell.result is not None]
-    found = [control.curve.mean for control in controls if control is not None and control.curve is not None]
-    return torch.stack(found).mean(0).tolist() if len(found) == len(cells) else None
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
@@ -184,26 +188,3 @@ def _pooled(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _shared(result: Result) -> dict[str, Any]:
     return {"chance": result.chance, "sense": result.sense, "unit": result.unit}
-
-
-def _points(curve: Curve, control: Result | None) -> list[dict[str, Any]]:
-    below = control.curve if control is not None else None
-    beside = {} if below is None else dict(zip(below.points, below.mean.tolist(), strict=True))
-    shared = {"chance": curve.chance, "n": len(curve.per_prompt)}
-    return [
-        {"point": point, "value": value, "low": low, "high": high, "control": beside.get(point)} | shared
-        for point, value, low, high in curve.interval().itertuples()
-    ]
-
-
-def _facts_along(curve: Curve, result: Result) -> tuple[str, ...]:
-    """What each row of a curve is about; a curve may be of other examples than its result."""
-    named = len(result.names) == len(curve.per_prompt)
-    return result.names if named else tuple(map(str, range(len(curve.per_prompt))))
-
-
-def _at(curve: Curve, points: Sequence[str]) -> torch.Tensor:
-    """The curve's values at these points, NaN where it has none."""
-    values = torch.full((len(curve.per_prompt), len(points)), torch.nan, dtype=torch.float64)
-    values[:, [points.index(point) for point in curve.points]] = curve.per_prompt.double()
-    return values

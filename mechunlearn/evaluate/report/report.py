@@ -175,8 +175,7 @@ class Report:
         forgetting = forget_tests(self.cells) if forgetting is None else forgetting
         return forgetting, damage_tests(self.cells) if damage is None else damage
 
-    def __repr__(self) -> str:
-        return self.to_markdown()
+    __repr__ = to_markdown
 
     def _repr_html_(self) -> str:
         return page.table(self.cells, self.weights)

@@ -10,15 +10,12 @@ _WIDEST = 13
 """Columns, with "edited weights"."""
 
 
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\n": " ",
-}
+_NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {character: f"\\text{name}{{}}" for character, name in _NAMED.items()}
+    | {"\n": " "}
+)
 """Characters that LaTeX writes otherwise."""
 
 
@@ -91,17 +88,12 @@ def markdown(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bo
 def latex(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool) -> str:
     table = text_table(cells, weights, intervals=intervals)
     lines = table.lines("chance")
-    head, *body = [" & ".join(map(escaped_for_latex, line)) + r" \\" for line in lines]
+    head, *body = [" & ".join(text.translate(_LATEX) for text in line) + r" \\" for line in lines]
     body.insert(len(body) - 1, r"\midrule")  # above chance, or the number of weights
     above = [f"% {' '.join(note.split())}" for note in ["needs the package booktabs", *notes(cells)]]
     begin = rf"\begin{{tabular}}{{l*{{{len(lines[0]) - 1}}}{{r}}}}"
     rules = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*above, begin, *rules, r"\end{tabular}"]) + "\n"
-
-
-def escaped_for_latex(text: str) -> str:
-    """Text with the characters that LaTeX treats specially escaped."""
-    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _text(cells: Sequence[Cell], intervals: bool) -> str:

@@ -5,9 +5,8 @@ from math import log10
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechunlearn.evaluate.grid.cells import Cell
+from mechunlearn.evaluate.report import frames
 from mechunlearn.evaluate.report.figures import INK, Look, dressed, groups_of_shares, is_new, looks, shown
-from mechunlearn.evaluate.report.frames import Grouped, by_row_and_test, first_results, paired_difference
-from mechunlearn.evaluate.results import interval_over_seeds
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -30,12 +29,12 @@ def forget_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 def damage_tests(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The tests "text loss" and "other knowledge", if they gave a number."""
-    first = first_results(cells)
+    first = frames.first_results(cells)
     return tuple(test for test in ("text loss", "other knowledge") if first.get(test) is not None)
 
 
 def check_tests(cells: Sequence[Cell], tests: Sequence[str], role: str) -> None:
-    known = [test for test, result in first_results(cells).items() if result is not None]
+    known = [test for test, result in frames.first_results(cells).items() if result is not None]
     missing = [test for test in tests if test not in known]
     if missing or not tests:
         raise ValueError(
@@ -57,14 +56,17 @@ def sizes(
 
     panels = {"knowledge left": tuple(forgetting)} | {test: (test,) for test in damage}
     figure = make_subplots(len(panels), 1, subplot_titles=[shown(name) for name in panels], vertical_spacing=0.1)
-    grouped, first = by_row_and_test(cells), first_results(cells)
+    grouped, first = frames.by_row_and_test(cells), frames.first_results(cells)
     styles = looks(dict.fromkeys(cell.row for cell in cells))
     for place, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
             left = _mean(grouped, row, tests)
             if left is not None and weights.get(row):
                 _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), left, place)
-        _add_original(figure, _mean(grouped, "original", tests), place)
+        original = _mean(grouped, "original", tests)
+        if original is not None:
+            line, label = {"dash": "dash", "width": 1, "color": INK}, {"text": "original", "font": {"size": 11}}
+            figure.add_hline(y=original.value, line=line, annotation=label, row=place, col=1)  # type: ignore[arg-type]
         result = first[tests[0]]
         figure.update_yaxes(title="" if result is None else shown(result.unit or result.sense), row=place, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=1)
@@ -87,12 +89,16 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
     figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
     dressed(figure, title=title, height=400 + 18 * len(styles) // 3)
     figure.update_yaxes(title="knowledge left (share)", rangemode="tozero")
-    return figure.update_xaxes(title=shown(damage_axis(cells, damage), 30), exponentformat="power")
+    result = frames.first_results(cells)[damage]
+    assert result is not None
+    change, unit = "drop" if result.unit == "share" else "rise", f" ({result.unit})" if result.unit else ""
+    title = shown(f"damage: {change} of {damage} from the original{unit}", 30)
+    return figure.update_xaxes(title=title, exponentformat="power")
 
 
 def tradeoffs(cells: Sequence[Cell], forgetting: Sequence[str], damage: str) -> dict[str, tuple[Point, Point]]:
     """Row -> damage (the drop of a share or rise of a loss from the original) and knowledge left, if no test failed."""
-    grouped = by_row_and_test(cells)
+    grouped = frames.by_row_and_test(cells)
     points = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         harm, left = _harm(grouped, row, damage), _mean(grouped, row, forgetting)
@@ -107,27 +113,18 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]
     return [p for p in values if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in values)]
 
 
-def damage_axis(cells: Sequence[Cell], damage: str) -> str:
-    """What the damage is, in words and units."""
-    result = first_results(cells)[damage]
-    assert result is not None
-    change = "drop" if result.unit == "share" else "rise"
-    return f"damage: {change} of {damage} from the original" + (f" ({result.unit})" if result.unit else "")
-
-
-def _mean(grouped: Grouped, row: str, tests: Sequence[str]) -> Point | None:
+def _mean(grouped: frames.Grouped, row: str, tests: Sequence[str]) -> Point | None:
     """Mean over tests and seeds with its interval over facts and seeds; None where a test has no result."""
     cells = [[cell for cell in grouped.get((row, test), []) if cell.result is not None] for test in tests]
     if not all(cells):
         return None
-    pairs = [(cell.result, cell.seed) for same in cells for cell in same if cell.result is not None]
-    results, seeds = [result for result, _ in pairs], [seed for _, seed in pairs]
-    return Point(sum(r.value for r in results) / len(results), *interval_over_seeds(results, seeds))
+    of_all = [cell for same in cells for cell in same]
+    return Point(frames.value_over_seeds(of_all), *frames.interval_of(of_all))
 
 
-def _harm(grouped: Grouped, row: str, damage: str) -> Point | None:
+def _harm(grouped: frames.Grouped, row: str, damage: str) -> Point | None:
     cells = grouped.get((row, damage), [])
-    change = paired_difference(cells, grouped.get(("original", damage), []))
+    change = frames.paired_difference(cells, grouped.get(("original", damage), []))
     if not change:
         return None
     difference, low, high = change["difference"], change["low"], change["high"]
@@ -165,10 +162,3 @@ def _short(count: int) -> str:
 def _whisker(point: Point, look: Look) -> dict[str, object]:
     ends = {"array": [point.high - point.value], "arrayminus": [point.value - point.low], "symmetric": False}
     return {"type": "data", "thickness": 1, "width": 3, "color": look.color} | ends
-
-
-def _add_original(figure: "Figure", original: Point | None, place: int) -> None:
-    if original is not None:
-        line = {"dash": "dash", "width": 1, "color": INK}
-        label = {"text": "original", "font": {"size": 11}}
-        figure.add_hline(y=original.value, line=line, annotation=label, row=place, col=1)  # type: ignore[arg-type]
