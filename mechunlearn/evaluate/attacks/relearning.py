@@ -1,8 +1,5 @@
 """Relearning by full fine-tuning: on some forgotten facts, on a few of them, or on harmless text."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 import itertools
 import operator
 import random

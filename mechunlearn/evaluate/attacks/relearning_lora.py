@@ -1,8 +1,5 @@
 """Relearning by LoRA on an exported copy: train on some forgotten facts, ask about the others."""
 
-# pyright: reportTypedDictNotRequiredAccess=false
-# (`with_options` has filled in every option that the caller left out.)
-
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
