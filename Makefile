@@ -61,6 +61,7 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/tracing.py
 	$(VENV)/bin/python benchmarks/edge_memory.py
 	$(VENV)/bin/python benchmarks/evaluate.py
+	$(VENV)/bin/python benchmarks/intervals.py
 	$(VENV)/bin/python benchmarks/attacks.py
 
 clean:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.intervals import bootstrap
+from mechunlearn.intervals import bootstrap, bounded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,6 +31,8 @@ class Curve:
     """The value that guessing would give."""
     axis: str = LAYERS
     """The axis that the points lie on, such as "steps"."""
+    limits: tuple[float, float] | None = None
+    """Between what the values lie, such as 0 and 1 for shares; None where there are no limits."""
 
     @property
     def mean(self) -> Float[Tensor, "point"]:
@@ -38,13 +40,14 @@ class Curve:
         return self.per_prompt.mean(0)
 
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
-        """Percentile bootstrap over prompts: columns value, low, high.
-
-        Where every prompt has the same value, as at an accuracy of 1, the interval has no width.
+        """Intervals over prompts: columns value, low, high. Between limits they cover near these too (`bounded` of
+        `mechunlearn.intervals`); without, a percentile bootstrap, which has no width where all values are equal.
         """
         import pandas as pd
 
-        low, high = bootstrap(self.per_prompt, confidence=confidence, draws=draws, seed=seed)
+        options = {"confidence": confidence, "draws": draws, "seed": seed}
+        values, limits = self.per_prompt, self.limits
+        low, high = bootstrap(values, **options) if limits is None else bounded(values, limits, **options)
         columns = {"value": self.mean.tolist(), "low": low.tolist(), "high": high.tolist()}
         return pd.DataFrame(columns, index=pd.Index(self.points, name="point"))
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means over examples."""
+"""Intervals of means over examples: of values within limits, such as shares, and of any others (bootstrap)."""
 
 import operator
 from statistics import NormalDist
@@ -7,7 +7,44 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["bootstrap", "bootstrap_of_others"]
+__all__ = ["bootstrap", "bootstrap_of_others", "bounded"]
+
+
+def bounded(
+    values: Float[Tensor, "example *number"],
+    limits: tuple[float, float] = (0.0, 1.0),
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[Float[Tensor, "*number"], Float[Tensor, "*number"]]:
+    r"""Low and high end of the interval of the mean of values that lie within limits, for each number by itself.
+
+        low  = percentile of  w_1 x_1 + ... + w_n x_n + w_0 * lower limit
+        high = percentile of  w_1 x_1 + ... + w_n x_n + w_0 * upper limit
+
+    over weights drawn uniformly among those that are positive and sum to 1. The example 0 stands for all that n
+    examples may not have shown: 33 values of 1 say [0.894, 1], and not [1, 1]. Of yes/no values this is the interval of
+    Clopper & Pearson (1934). It covers in 0.95 of draws or more, for skewed values too (`benchmarks/intervals.py`
+    measures it); for values far from the limits that differ little it is wider than need be.
+
+    NaN where an example has no value. ValueError for a value beyond the limits.
+
+    Gaffke 2005; Learned-Miller & Thomas 2019, https://arxiv.org/abs/1905.06208.
+    """
+    flat = values.double().reshape(len(values), -1)
+    lower, upper = limits
+    beyond = flat[(flat < lower - _ROUNDING) | (flat > upper + _ROUNDING)]
+    if len(beyond):
+        raise ValueError(f"expected values from {lower} to {upper}, got {float(beyond[0])}: use `bootstrap`.")
+    weights = uniform_weights(len(values) + 1, draws, seed)
+    pieces = []
+    for numbers in flat.split(_AT_ONCE, dim=1):
+        unseen = torch.tensor(limits).double()[:, None, None].expand(2, 1, numbers.shape[1])
+        least, most = (_means(torch.cat([numbers, limit]), weights) for limit in unseen)
+        pieces.append([ends(least, confidence)[0], ends(most, confidence)[1]])
+    low, high = (torch.cat(end).reshape(values.shape[1:]) for end in zip(*pieces, strict=True))
+    return low, high
 
 
 def bootstrap(
@@ -68,6 +105,14 @@ def resampled(n: int, draws: int, seed: int) -> Float[Tensor, "draw example"]:
     return _counts(_random_indices(n, n, draws, seed), n)
 
 
+def uniform_weights(n: int, draws: int, seed: int) -> Float[Tensor, "draw example"]:
+    """For each draw, n positive weights that sum to n, uniform among all such (Rubin's Bayesian bootstrap, 1981)."""
+    _check_draws(draws)
+    uniform = torch.rand(draws, n, generator=torch.Generator().manual_seed(operator.index(seed)), dtype=torch.float64)
+    spread = -(1 - uniform).log()
+    return n * spread / spread.sum(1, keepdim=True)
+
+
 def ends(
     values: Float[Tensor, "draw *number"], confidence: float
 ) -> tuple[Float[Tensor, "*number"], Float[Tensor, "*number"]]:
@@ -77,14 +122,20 @@ def ends(
     return low, high
 
 
+_ROUNDING = 1e-4
+"""By how much a value in low precision may be beyond its limits."""
 _AT_ONCE = 1000
 """Numbers whose draws are in memory together: 16 MB for 2,000 draws."""
 
 
 def _random_indices(n: int, size: int, draws: int, seed: int) -> Int[Tensor, "draw size"]:
+    _check_draws(draws)
+    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(operator.index(seed)))
+
+
+def _check_draws(draws: int) -> None:
     if draws < 1:
         raise ValueError(f"expected at least one draw for an interval, got {draws}: use a thousand or more.")
-    return torch.randint(n, (draws, size), generator=torch.Generator().manual_seed(operator.index(seed)))
 
 
 def _counts(indices: Int[Tensor, "draw size"], n: int) -> Float[Tensor, "draw example"]:

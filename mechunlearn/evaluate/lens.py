@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -87,7 +88,8 @@ def lens_extraction(
     hits = (ranks[..., None] < torch.tensor(budgets)).double()
     sense, chance = f"answer among {budget} tokens of the logit lens", budget / count
     shares = [hits[:, 0], *([] if tested.candidates is None else [hits[:, 1:].mean(1)])]
-    curves = [Curve(tuple(map(str, budgets)), share, "share extracted", axis="candidates") for share in shares]
+    curve_of = partial(Curve, tuple(map(str, budgets)), unit="share extracted", axis="candidates", limits=(0.0, 1.0))
+    curves = [curve_of(share) for share in shares]
     right, *control = (
         Result(curve.per_prompt[:, -1], meaning, chance, "share", tested.names, curve)
         for curve, meaning in zip(curves, (sense, f"{sense}, wrong candidates"), strict=False)

@@ -171,7 +171,9 @@ def _best_layer(
             total += np.stack([right(layer, asked, fit, penalty)[count:] for layer in states], 1) / splits
     points = tuple(str(layer) for layer in range(shape(model).n_layers + 1))
     chance, names = 1 / len(np.unique(wanted[:count])), tested.names
-    found, random = (Curve(points, torch.from_numpy(share), "accuracy", chance) for share in (facts, control))
+    found, random = (
+        Curve(points, torch.from_numpy(share), "accuracy", chance, limits=(0.0, 1.0)) for share in (facts, control)
+    )
     at_best = random.per_prompt[:, int(found.mean.argmax())]
     nothing = Result(at_best, f"{sense}, random labels", chance, "share", names, random)
     return Result.strongest(found, sense, names=names, control=nothing)

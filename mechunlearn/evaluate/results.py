@@ -1,15 +1,17 @@
 """`Result`, which every test returns: a number with its examples, chance level and meaning; and results over seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.curve import Curve
-from mechunlearn.intervals import bootstrap, ends, resampled
+from mechunlearn.intervals import bootstrap, bounded, ends, resampled, uniform_weights
+
+LIMITS = {"share": (0.0, 1.0), "difference of shares": (-1.0, 1.0)}
+"""Unit -> between what its numbers lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Result:
     chance: float | None = None
     """What guessing would give, in the same unit; for a loss, a uniform guess."""
     unit: str = ""
-    """"share" for numbers in [0, 1], which the report plots as bars, or another unit such as "nats per token"."""
+    """A key of `LIMITS`, such as "share", which the report plots as bars, or another unit such as "nats per token"."""
     names: tuple[str, ...] = ()
     """The fact that each example is about."""
     curve: Curve | None = None
@@ -50,25 +52,31 @@ class Result:
         """The mean over examples."""
         return float(self.per_example.mean())
 
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Between what the values lie: limits of the unit, 0 and 1 for yes/no values; None where there are none."""
+        values = self.per_example
+        limits = LIMITS.get(self.unit, (0.0, 1.0) if bool(((values == 0) | (values == 1)).all()) else None)
+        inside = limits is not None and bool(((values >= limits[0] - 1e-4) & (values <= limits[1] + 1e-4)).all())
+        return limits if inside else None
+
     def interval(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
         """The interval of the mean over examples.
 
-        Wilson's interval for yes/no values, which has a width at 0 % and 100 % too; a percentile bootstrap for others.
+        For shares and yes/no values one that covers near 0 and 1 too, and has a width there
+        (`mechunlearn.intervals.bounded`); a percentile bootstrap for others.
         """
-        n = len(self.per_example)
-        if bool(((self.per_example == 0) | (self.per_example == 1)).all()):
-            return wilson(self.value, n, confidence)
-        low, high = bootstrap(self.per_example, confidence=confidence, draws=draws, seed=seed)
+        low, high = _interval(self.per_example, self.limits, confidence, draws, seed)
         return float(low), float(high)
 
     def difference(
         self, other: "Result", *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float, float]:
-        """This result minus the other on the same examples: the mean and its interval, by paired bootstrap."""
+        """This result minus the other on the same examples: the mean and its interval, paired."""
         if len(self.per_example) != len(other.per_example) or self.names != other.names:
             raise ValueError("expected results on the same examples, got different ones: use the same task for both.")
         values = self.per_example.double() - other.per_example.double()
-        low, high = bootstrap(values, confidence=confidence, draws=draws, seed=seed)
+        low, high = _interval(values, between(self, other), confidence, draws, seed)
         return float(values.mean()), float(low), float(high)
 
     def __format__(self, spec: str) -> str:
@@ -83,12 +91,19 @@ class Result:
         return f"Result({self.value:.3f}{unit} [{low:.3f}, {high:.3f}] over {n} examples; {self.sense}{chance})"
 
 
-def wilson(share: float, n: int, confidence: float) -> tuple[float, float]:
-    """Wilson's interval (1927): the true shares for which the observed one is not surprising."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
+def _interval(
+    values: Float[Tensor, "example"], limits: tuple[float, float] | None, confidence: float, draws: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    if limits is None:
+        return bootstrap(values, confidence=confidence, draws=draws, seed=seed)
+    return bounded(values, limits, confidence=confidence, draws=draws, seed=seed)
+
+
+def between(one: Result, other: Result) -> tuple[float, float] | None:
+    """Between what their difference lies."""
+    if one.limits is None or other.limits is None:
+        return None
+    return one.limits[0] - other.limits[1], one.limits[1] - other.limits[0]
 
 
 def pooled(results: Sequence[Result]) -> Result:
@@ -123,7 +138,8 @@ def _merged_curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | No
         return None
     first = curves[0]
     averaged = same and len({curve.per_prompt.shape for curve in curves}) == 1
-    return Curve(first.points, _merged([c.per_prompt for c in curves], averaged), first.unit, first.chance, first.axis)
+    merged = _merged([curve.per_prompt for curve in curves], averaged)
+    return replace(first, per_prompt=merged)
 
 
 def interval_over_seeds(
@@ -131,37 +147,38 @@ def interval_over_seeds(
 ) -> tuple[float, float]:
     """The interval of the mean over seeds, with facts and seeds drawn anew. One result has its own interval.
 
-    Each draw takes as many facts and as many seeds with replacement, a fact with all of its examples and a seed with
-    all of its results (Owen 2007, https://arxiv.org/abs/0712.1111; such intervals are a little too wide rather than too
-    narrow). Facts are told apart by name, or by place where there are no names. Yes/no values get at least Wilson's
-    interval over the facts. Two or three seeds say little about how much seeds differ, and no interval can mend that.
+    Each draw takes a fact with all of its examples and a seed with all of its results (Owen 2007,
+    https://arxiv.org/abs/0712.1111; such intervals are a little too wide rather than too narrow). Facts are told apart
+    by name, or by place where there are no names; of shares and yes/no values, one fact more counts that was not seen.
+    Two or three seeds say little about how much seeds differ, and no interval can mend that.
     """
     if len(results) == 1:
         return results[0].interval(confidence=confidence, draws=draws, seed=seed)
     values, facts = [r.per_example[:, None] for r in results], [facts_of(r) for r in results]
-    means = resampled_means(values, facts, seeds, draws=draws, seed=seed)
-    low, high = (float(end[0]) for end in ends(means, confidence))
-    if not all(bool(((r.per_example == 0) | (r.per_example == 1)).all()) for r in results):
-        return low, high
-    # Where every draw is equal, as at an accuracy of 1, the bootstrap has no width.
-    n_facts = len({fact for of_result in facts for fact in of_result})
-    least = wilson(sum(r.value for r in results) / len(results), n_facts, confidence)
-    return min(low, least[0]), max(high, least[1])
+    limits = results[0].limits if len({r.limits for r in results}) == 1 else LIMITS.get(results[0].unit)
+    low, high = ends_over_seeds(values, facts, seeds, limits, confidence=confidence, draws=draws, seed=seed)
+    return float(low[0]), float(high[0])
 
 
-def resampled_means(
+def ends_over_seeds(
     values: Sequence[Float[Tensor, "_ number"]],
     facts: Sequence[Sequence[str]],
     seeds: Sequence[int],
+    limits: tuple[float, float] | None,
     *,
+    confidence: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
-) -> Float[Tensor, "draw number"]:
-    """The mean over results of their means over examples (`values`, by fact), for each draw of facts and seeds."""
+) -> tuple[Float[Tensor, "number"], Float[Tensor, "number"]]:
+    """The interval of the mean over results of their means over examples (`values`), with facts and seeds drawn anew.
+
+    Between limits, facts are weighed as in `mechunlearn.intervals.bounded`, with one that was not seen; without them,
+    they are drawn with replacement.
+    """
     place = {name: i for i, name in enumerate(dict.fromkeys(name for names in facts for name in names))}
     order = {number: i for i, number in enumerate(dict.fromkeys(seeds))}
     # Facts and seeds are drawn once for all results: a fact that two of them share comes equally often in both.
-    of_facts = resampled(len(place), draws, seed)
+    of_facts = resampled(len(place), draws, seed) if limits is None else uniform_weights(len(place) + 1, draws, seed)
     of_seeds = resampled(len(order), draws, seed + 1)
     total = torch.zeros(draws, values[0].shape[1], dtype=torch.float64)
     weight = torch.zeros_like(total)
@@ -172,7 +189,12 @@ def resampled_means(
         times = of_seeds[:, order[number], None] * (~means.isnan())
         total += times * means.nan_to_num(0.0)
         weight += times
-    return total / weight
+    means = total / weight
+    if limits is None:
+        return ends(means, confidence)
+    unseen = of_facts[:, -1:] / of_facts.shape[1]
+    least, most = (means + unseen * (limit - means) for limit in limits)
+    return ends(least, confidence)[0], ends(most, confidence)[1]
 
 
 def facts_of(result: Result) -> tuple[str, ...]:

@@ -49,13 +49,22 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
 
 
 @pytest.mark.parametrize(("right", "n"), [(33, 33), (0, 33), (1, 1), (7, 20)])
-def test_shares_of_right_answers_have_wilsons_interval(right: int, n: int) -> None:
-    """Against scipy; 33 of 33 is no proof of 100 %."""
+def test_shares_of_right_answers_have_clopper_and_pearsons_interval(right: int, n: int) -> None:
+    """Against scipy, but for the noise of draws; 33 of 33 is no proof of 100 %."""
     from scipy.stats import binomtest
 
     result = Result(torch.tensor([1.0] * right + [0.0] * (n - right)), "share")
-    expected = binomtest(right, n).proportion_ci(method="wilson")
-    assert result.interval() == pytest.approx((expected.low, expected.high), abs=1e-6)
+    expected = binomtest(right, n).proportion_ci(method="exact")
+    assert result.interval(draws=20_000) == pytest.approx((expected.low, expected.high), abs=0.004)
+
+
+def test_shares_near_one_have_an_interval_as_wide_as_counts() -> None:
+    """33 facts near 1 are not [1.000, 1.000], nor are 33 of 0.000 [0.000, 0.000]."""
+    low, high = Result(torch.full((33,), 0.9996), "probability", unit="share").interval()
+    assert low == pytest.approx(0.894, abs=0.01)
+    assert 0.9996 < high <= 1
+    assert Result(torch.zeros(33), "probability", unit="share").interval()[1] == pytest.approx(0.106, abs=0.01)
+    assert Result(torch.full((33,), 1.2), "no share", unit="share").limits is None
 
 
 def test_a_difference_is_paired() -> None:
@@ -69,7 +78,7 @@ def test_a_difference_is_paired() -> None:
 
 def test_repr_shows_value_interval_count_sense_and_chance() -> None:
     result = Result(torch.ones(3), "argmax over the candidates", chance=0.25)
-    assert repr(result) == "Result(1.000 [0.439, 1.000] over 3 examples; argmax over the candidates, chance 0.250)"
+    assert repr(result) == "Result(1.000 [0.303, 1.000] over 3 examples; argmax over the candidates, chance 0.250)"
     assert "chance" not in repr(Result(torch.ones(3), "share"))
     assert "chance 0.000" in repr(Result(torch.ones(3), "share", chance=0.0))
 

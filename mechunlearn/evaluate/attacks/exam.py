@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.curve import Curve
-from mechunlearn.evaluate.results import Result
+from mechunlearn.evaluate.results import LIMITS, Result
 from mechunlearn.evaluate.scoring import result_of, side_of
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, check_model, device_of, preserved
@@ -57,7 +57,8 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
     best = {point: max(tries, key=lambda scores: float(scores[0].mean())) for point, tries in runs.items() if tries}
     stacked = torch.stack(list(best.values()), -1)
     meaning = result_of(stacked[0, :, 0], asked.metric, asked.tested)
-    facts, *nobody = (Curve(tuple(best), scores, meaning.sense, meaning.chance, axis) for scores in stacked)
+    about = (meaning.sense, meaning.chance, axis, LIMITS.get(meaning.unit))
+    facts, *nobody = (Curve(tuple(best), scores, *about) for scores in stacked)
     control, sense = None, f"{meaning.sense}, about nobody"
     if nobody:
         chosen = nobody[0].per_prompt[:, int(facts.mean.argmax())]

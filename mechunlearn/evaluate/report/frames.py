@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechunlearn.evaluate.grid.cells import Cell
-from mechunlearn.evaluate.results import Result, facts_of, interval_over_seeds, resampled_means
-from mechunlearn.intervals import ends
+from mechunlearn.evaluate.results import Result, between, ends_over_seeds, facts_of, interval_over_seeds
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,7 +111,7 @@ def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[
         return dict(zip(("difference", "low", "high"), differences[0], strict=True))
     values = [(one.per_example.double() - other.per_example.double())[:, None] for one, other, _ in paired]
     facts, seeds = [facts_of(one) for one, *_ in paired], [seed for *_, seed in paired]
-    low, high = ends(resampled_means(values, facts, seeds), 0.95)
+    low, high = ends_over_seeds(values, facts, seeds, between(*paired[0][:2]))
     mean = sum(difference for difference, *_ in differences) / len(differences)
     return {"difference": mean, "low": float(low), "high": float(high)}
 
@@ -142,7 +141,7 @@ def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
         # A curve may be of other examples than its result.
         names = result.names if len(result.names) == len(at_points) else map(str, range(len(at_points)))
         facts.append(tuple(names))
-    low, high = ends(resampled_means(values, facts, [seed for *_, seed in measured]), 0.95)
+    low, high = ends_over_seeds(values, facts, [seed for *_, seed in measured], measured[0][1].limits)
     mean = torch.stack([value.mean(0) for value in values]).nanmean(0)
     columns = {"value": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
     return pd.DataFrame(columns, index=pd.Index(points, name="point"))

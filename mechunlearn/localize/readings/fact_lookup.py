@@ -75,7 +75,7 @@ def fact_lookup_by_probes(
     by_thresholds, near = layers_by_thresholds(result, rise, selectivity, saturation)
     from_curves = by_thresholds.pop("layers")
     chosen = from_curves if overruling is None else overruling
-    selectivities = Curve(result.points, result.correct - result.control, "accuracy minus control")
+    selectivities = Curve(result.points, result.correct - result.control, "accuracy minus control", limits=(-1.0, 1.0))
     curves = result.curves() | {"selectivity": selectivities}
     thresholds = {"rise": rise, "selectivity": selectivity, "saturation": saturation, "tolerance": tolerance}
     findings: dict[str, Any] = {"layers": chosen, "chance": result.chance, **by_thresholds, **thresholds}

@@ -144,7 +144,7 @@ class LogitLens:
         """Each quantity, with intervals over prompts."""
         curves = {
             "log_probability": Curve(self.points, self.log_probability, "log-probability of the answer, nats"),
-            "probability": Curve(self.points, self.probability, "probability of the answer"),
+            "probability": Curve(self.points, self.probability, "probability of the answer", limits=(0.0, 1.0)),
             "rank": Curve(self.points, self.rank, "rank of the answer (0 is the top)"),
         }
         if self.logit_difference is not None:

@@ -1,7 +1,7 @@
 """Linear probes: in which layers can a property be read off the residual stream, on facts never seen?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,8 +106,8 @@ class ProbeResult:
 
     def curves(self) -> dict[str, Curve]:
         """Accuracy and control by layer, with intervals over prompts."""
-        accuracy = Curve(self.points, self.correct, "accuracy on held-out facts", self.chance)
-        return {"accuracy": accuracy, "control": Curve(self.points, self.control, accuracy.unit, self.chance)}
+        accuracy = Curve(self.points, self.correct, "accuracy on held-out facts", self.chance, limits=(0.0, 1.0))
+        return {"accuracy": accuracy, "control": replace(accuracy, per_prompt=self.control)}
 
     def to_frame(self) -> "DataFrame":
         """One row per point: accuracy, its 95 % interval over prompts, control, selectivity, control_fitted, chance."""
