@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from mechunlearn.auditing.plans import CLEAN
-from mechunlearn.evaluate.fractions import Fraction, Recovery, left_fraction, recovery, undefined
+from mechunlearn.evaluate.fractions import Fraction, Recovery, avoidance_fraction, left_fraction, recovery, undefined
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
 from mechunlearn.evaluate.results import Result
@@ -40,7 +40,11 @@ class Finding:
     chance: float | None
     sense: str
     left: Fraction
-    """(this model - never knew) / (original - never knew), by this test."""
+    """(this model - floor) / (original - floor), by this test; the floor is what a model without the knowledge does."""
+    of_many: Fraction
+    """The same, with an interval that allows for the number of tests of this kind (Bonferroni)."""
+    avoids: Fraction
+    """How far its answers are below those of models without the knowledge; undefined where nothing is asked."""
     recovery: Recovery | None
     """Of an attack, if something says what the model knew before it."""
 
@@ -55,27 +59,43 @@ def findings(cells: Sequence[Cell], kinds: Mapping[str, str]) -> tuple[Finding, 
     results = {key: {c.seed: c.result for c in some if c.result is not None} for key, some in grouped.items()}
     never = NEVER_KNEW if any(row == NEVER_KNEW for row, _ in results) else None
     first, found = first_results(cells), []
+    count = {kind: sum(way_of(kinds[test]) == way_of(kind) for test in first) for kind in kinds.values()}
     for (row, test), some in grouped.items():
         own, is_attack, meaning = results[row, test], kinds[test] == "attack", first[test]
         value = Fraction(value_over_seeds(some), *interval_of(some)) if own else undefined(f"failed: {some[0].error}")
         controls = [result.control.value for result in own.values() if is_attack and result.control is not None]
         nobody = sum(controls) / len(controls) if controls else None
         chance, sense = (None, "") if meaning is None else (meaning.chance, meaning.sense)
-        left = _left(results, row, test, never, is_attack=is_attack)
+        left, of_many, avoids = _left(results, row, test, never, kinds[test], count[kinds[test]])
         recovered = _recovery(results, row, test, never) if is_attack else None
-        found.append(Finding(row, test, kinds[test], value, nobody, chance, sense, left, recovered))
+        fractions = (left, of_many, avoids, recovered)
+        found.append(Finding(row, test, kinds[test], value, nobody, chance, sense, *fractions))
     return tuple(found)
 
 
-def _left(results: Results, row: str, test: str, never_knew: str | None, *, is_attack: bool) -> Fraction:
+def way_of(kind: str) -> str:
+    """asked (the clean test too), latent or attack."""
+    return "asked" if kind == "clean" else kind
+
+
+def _left(
+    results: Results, row: str, test: str, never_knew: str | None, kind: str, among: int
+) -> tuple[Fraction, Fraction, Fraction]:
+    """What is left, the same as one of so many numbers, and by how much the answer is avoided."""
     rows = [row, ORIGINAL, *([] if never_knew is None else [never_knew])]
     failed = [name for name in dict.fromkeys(rows) if not results[name, test]]
     if failed:
-        return undefined(f"failed on {', '.join(failed)}")
-    own, original, *never = (results[name, test] for name in rows)
-    if is_attack and _have_controls(own, original, *never):
-        own, original, *never = (_less_control(some) for some in (own, original, *never))
-    return left_fraction(own, original, never_knew=never[0] if never else None)
+        missing = undefined(f"failed on {', '.join(failed)}")
+        return missing, missing, missing
+    by_row = {name: results[name, test] for name in rows}
+    if kind == "attack" and _have_controls(*by_row.values()):
+        by_row = {name: _less_control(some) for name, some in by_row.items()}
+    of = (by_row[row], by_row[ORIGINAL])
+    never = None if never_knew is None else by_row[never_knew]
+    left = left_fraction(*of, never_knew=never)
+    of_many = left_fraction(*of, never_knew=never, confidence=1 - 0.05 / among)
+    asked = way_of(kind) == "asked"
+    return left, of_many, avoidance_fraction(*of, never_knew=never) if asked else undefined("nothing is asked")
 
 
 def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> Recovery | None:
@@ -115,7 +135,8 @@ def _less_control(results: BySeed, *, before: bool = False) -> BySeed:
         assert difference is not None
         found = difference[:, 0 if before else int(difference.mean(0).argmax())]
         # Guessing finds as much in the control: chance is 0.
-        less[seed] = Result(found, f"{result.sense}, less the control", 0.0, names=result.names)
+        unit = "difference of shares" if result.unit == "share" else result.unit
+        less[seed] = Result(found, f"{result.sense}, less the control", 0.0, unit, result.names)
     return less
 
 
@@ -148,7 +169,7 @@ def tidy(findings: Iterable[Finding]) -> "DataFrame":
 
     rows = []
     for finding in findings:
-        fractions = {"value": finding.value, "left": finding.left}
+        fractions = {"value": finding.value, "left": finding.left, "of many": finding.of_many, "avoids": finding.avoids}
         fractions |= {} if finding.recovery is None else vars(finding.recovery)
         start = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
         for name, one in fractions.items():
@@ -157,7 +178,8 @@ def tidy(findings: Iterable[Finding]) -> "DataFrame":
     return pd.DataFrame(rows)
 
 
-def worst_case(findings: Iterable[Finding], row: str) -> Finding | None:
-    """The test or attack that leaves the largest fraction; None if no fraction is defined."""
-    defined = [finding for finding in findings if finding.row == row and not isnan(finding.left.value)]
+def worst_case(findings: Iterable[Finding], row: str, way: str = "") -> Finding | None:
+    """The test or attack (of this way) that leaves the largest fraction; None if no fraction is defined."""
+    of_row = [finding for finding in findings if finding.row == row and way in ("", way_of(finding.kind))]
+    defined = [finding for finding in of_row if not isnan(finding.left.value)]
     return max(defined, key=lambda finding: finding.left.value, default=None)

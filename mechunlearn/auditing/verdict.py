@@ -9,12 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechunlearn.auditing import words
+from mechunlearn.auditing import page, words
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, table, tidy
 from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.grid.rows import checked_edits
+from mechunlearn.evaluate.report.page import write_page
 from mechunlearn.evaluate.report.report import Report
+from mechunlearn.evaluate.report.tradeoffs import damage_tests, forget_tests
 from mechunlearn.identity import name_of
 from mechunlearn.localize.controls import random_like
 from mechunlearn.model import Model
@@ -23,6 +25,7 @@ from mechunlearn.weights import Edit, Editor, checked_edit
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from plotly.graph_objects import Figure
 
 
 def audit(
@@ -121,8 +124,21 @@ class Audit:
         """Why there is no edit at random places, or in what it differs from the audited edit; empty if all is well."""
         return str(self.report.provenance.get(RANDOM, ""))
 
+    def plot(self) -> "Figure":
+        """The fraction left by each test in each model, with intervals."""
+        return page.picture(self.findings, list(self.report.weights), title="Fraction of the knowledge left")
+
+    def to_html(self, path: str | Path, *, title: str = "Is it gone?") -> None:
+        """Write one page that needs nothing else: the verdict, the worst case by each way to look next to that of the
+        same edit at random places, a picture, and then all that the report's page has."""
+        cells, weights = self.report.cells, self.report.weights
+        opening = page.opening(self.verdict, self.findings, list(weights))
+        about = (weights, self.report.provenance, forget_tests(cells), damage_tests(cells))
+        write_page(path, cells, *about, title=title, opening=opening, first=page.views(self.findings, list(weights)))
+
     def to_markdown(self) -> str:
-        """The verdict, the table, what each attack recovered, side effects, and what the numbers mean."""
+        """The verdict, the worst cases, what each test found, what attacks recovered, side effects, and what the
+        numbers mean."""
         return words.markdown(self.report, self.findings, self.kinds, self.random_note)
 
     __repr__ = _repr_markdown_ = to_markdown

@@ -3,22 +3,26 @@
 from collections.abc import Mapping, Sequence
 from math import isnan
 
-from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, WORST, Finding, worst_case
+from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, ORIGINAL, Finding, way_of, worst_case
 from mechunlearn.auditing.plans import CLEAN
 from mechunlearn.evaluate.report.report import Report
 
+WAYS = {"asked": "way(s) to ask", "latent": "reading(s) of hidden states", "attack": "attack(s)"}
+
 
 def verdict(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str]) -> str:
-    """What was found in the edited model, and what it lost besides, in some sentences."""
+    """Whether it is found, at worst by what, whether the place matters, and what else was lost, in some sentences."""
     own = [finding for finding in findings if finding.row == EDIT]
-    defined = [finding for finding in own if not isnan(finding.left.value)]
-    unclear = [finding for finding in own if isnan(finding.left.value)]
-    floor = "a model that never knew" if any(finding.row == NEVER_KNEW for finding in findings) else "chance"
     clean = next(finding.left for finding in own if finding.test == CLEAN)
-    silent = "; ".join(f"{finding.test} ({finding.left.reason})" for finding in unclear)
+    silent = "; ".join(f"{finding.test} ({finding.left.reason})" for finding in own if isnan(finding.left.value))
     sentences = [
-        f"Asked as trained, {clean} of the knowledge is left (0: as in {floor}; 1: as in the original).",
-        _what_finds_it(defined, floor),
+        _whether(findings),
+        f"Asked as trained, {clean} of the knowledge is left (0: as in a model without it; 1: as in the original)."
+        if not clean.value <= 0
+        else f"Asked as trained, nothing is left: {clean} (0: as in a model without the knowledge; 1: the original).",
+        *(_worst(findings, EDIT, way) for way in WAYS),
+        _avoided(own),
+        _place(findings, list(report.weights)),
         f"No answer from {silent}." if silent else "",
         _largest_drop(report, [name for name, kind in kinds.items() if kind == "damage"]),
     ]
@@ -26,24 +30,77 @@ def verdict(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str
 
 
 def markdown(report: Report, findings: Sequence[Finding], kinds: Mapping[str, str], random_note: str = "") -> str:
-    """Verdict, what each test found in each model, what is left and recovered, side effects, and what it all means."""
+    """Verdict, worst cases, what each test found in each model, what is left, side effects, and what it all means."""
     rows = list(report.weights)
     damage = [name for name, kind in kinds.items() if kind == "damage"]
-    parts = [verdict(report, findings, kinds), _values(findings, rows)]
+    parts = [verdict(report, findings, kinds), grid(worst_cases(findings, rows)), _values(findings, rows)]
     parts += [_fractions(findings, row) for row in rows if row not in ("original", NEVER_KNEW)]
     parts += [_damage(report, damage)] if damage else []
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in _notes(report, findings, random_note))])
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(report, findings, random_note))])
 
 
-def _what_finds_it(defined: Sequence[Finding], floor: str) -> str:
-    # Clearly more than is there to find; of an attack also more than before it.
-    more = [f for f in defined if f.left.low > 0 and (f.recovery is None or f.recovery.recovered.low > 0)]
-    more.sort(key=lambda finding: -finding.left.value)
-    if not more:
-        return f"None of {len(defined)} tests and attacks finds more than in {floor}. Others might."
-    shown = "; ".join(f"{finding.test}, {finding.left}" for finding in more[:5])
-    rest = f"; and {len(more) - 5} more" if len(more) > 5 else ""
-    return f"{len(more)} of {len(defined)} tests and attacks find more than in {floor}: {shown}{rest}."
+def worst_cases(findings: Sequence[Finding], rows: Sequence[str]) -> list[list[str]]:
+    """Lines of a table: by each way to look, what is left at worst in each model but the original, and by what."""
+    shown = [row for row in rows if row != ORIGINAL]
+    lines = [["fraction left", *shown]]
+    clean = {finding.row: str(finding.left) for finding in findings if finding.test == CLEAN}
+    lines.append(["asked as trained", *(clean[row] for row in shown)])
+    for way, named in WAYS.items():
+        count = len({finding.test for finding in findings if way_of(finding.kind) == way})
+        if count:
+            worst = [worst_case(findings, row, way) for row in shown]
+            cells = ["undefined" if one is None else f"{one.of_many}, {one.test}" for one in worst]
+            lines.append([f"worst of {_counted(count, named)}", *cells])
+    return lines
+
+
+def _whether(findings: Sequence[Finding]) -> str:
+    worst = {way: worst_case(findings, EDIT, way) for way in WAYS}
+    ways = {"asked": "when asked", "latent": "in hidden states", "attack": "under attack"}
+    where = [ways[way] for way, one in worst.items() if one is not None and _is_found(one)]
+    count = sum(finding.row == EDIT and not isnan(finding.left.value) for finding in findings)
+    if where:
+        return f"Not gone: it is found {', '.join(where)}."
+    return f"None of {count} tests and attacks finds more than in a model without the knowledge. Others might."
+
+
+def _is_found(finding: Finding) -> bool:
+    """Clearly more than in a model without the knowledge, the number of tests allowed for."""
+    return finding.of_many.low > 0
+
+
+def _worst(findings: Sequence[Finding], row: str, way: str) -> str:
+    count = sum(f.row == row and way_of(f.kind) == way and not isnan(f.left.value) for f in findings)
+    worst = worst_case(findings, row, way)
+    if worst is None or (way == "asked" and count == 1):
+        return ""
+    return f"The worst of {_counted(count, WAYS[way])}: {worst.of_many}, {worst.test}."
+
+
+def _counted(count: int, named: str) -> str:
+    return f"{count} {named.replace('(s)', '' if count == 1 else 's')}"
+
+
+def _avoided(own: Sequence[Finding]) -> str:
+    avoided = [finding for finding in own if finding.avoids.low > 0]
+    if not avoided:
+        return ""
+    most = max(avoided, key=lambda finding: finding.avoids.value)
+    return (
+        f"In {len(avoided)} tests it avoids the answer, and so still tells it apart: at most by {most.avoids} of what "
+        f"the original knows, {most.test}."
+    )
+
+
+def _place(findings: Sequence[Finding], rows: Sequence[str]) -> str:
+    """The same edit at random places: without it, the notes say that it is missing."""
+    said = []
+    for row in (row for row in rows if row == "random" or row.startswith("random ")):
+        clean = next(finding.left for finding in findings if (finding.row, finding.test) == (row, CLEAN))
+        worst = {way: worst_case(findings, row, way) for way in WAYS}
+        named = "; ".join(f"{way} {one.left:.2f}" for way, one in worst.items() if one is not None)
+        said.append(f"{clean} asked as trained (at worst: {named})")
+    return f"At a random place of as many weights, the same edit leaves {'; '.join(said)}." if said else ""
 
 
 def _largest_drop(report: Report, damage: Sequence[str]) -> str:
@@ -69,9 +126,7 @@ def _values(findings: Sequence[Finding], rows: Sequence[str]) -> str:
             numbers = [_value(by_place[row, finding.test]) for row in rows]
             chance = "" if finding.chance is None else f"{finding.chance:.3f}"
             lines.append([finding.test, finding.kind, *numbers, chance])
-    worst = [worst_case(findings, row) for row in rows]
-    largest = ["undefined" if finding is None else f"{finding.left.value:.2f}, {finding.test}" for finding in worst]
-    return _grid([*lines, [f"**{WORST}** (fraction left)", "", *largest, ""]])
+    return grid(lines)
 
 
 def _fractions(findings: Sequence[Finding], row: str) -> str:
@@ -81,19 +136,19 @@ def _fractions(findings: Sequence[Finding], row: str) -> str:
             own = finding.recovery
             rest = ["", "", ""] if own is None else [str(own.recovered), str(own.taught), str(own.net)]
             lines.append([finding.test, str(finding.left), *rest])
-    return _grid(lines)
+    return grid(lines)
 
 
 def _damage(report: Report, names: Sequence[str]) -> str:
     table = report.table
     lines = [["side effects", *table.index]]
     lines += [[name, *(_number(value) for value in table[name])] for name in names]
-    return _grid([*lines, ["edited weights", *(f"{count:,}" for count in report.weights.values())]])
+    return grid([*lines, ["edited weights", *(f"{count:,}" for count in report.weights.values())]])
 
 
-def _notes(report: Report, findings: Sequence[Finding], random_note: str) -> list[str]:
+def notes(report: Report, findings: Sequence[Finding], random_note: str) -> list[str]:
     rows = list(report.weights)
-    never = "never knew" if NEVER_KNEW in rows else "chance"
+    never = "the larger of chance and never knew" if NEVER_KNEW in rows else "chance"
     senses: dict[str, list[str]] = {}
     for finding in findings:
         if finding.row == "original" and finding.sense:
@@ -102,11 +157,13 @@ def _notes(report: Report, findings: Sequence[Finding], random_note: str) -> lis
         *(f"{sense}: {'; '.join(tests)}" for sense, tests in senses.items()),
         "attacks: at the budget at which they find most. In brackets: what they find there about nobody; below, an "
         "attack counts by how much more than that it finds, at the budget at which that is most",
-        f"left = (this model - {never}) / (original - {never}), each under the same test or after the same attack",
-        f"recovered = (after the attack - before) / (original - {never}), these two before it; taught: what the attack "
-        "adds to a model that never knew; net = recovered - taught. None is clipped to 0..1",
-        f"{WORST}: the largest fraction left, and so somewhat above 0 even where nothing is left: numbers are noisy",
-        "intervals: 95 %, bootstrap over facts and, with several seeds, over seeds. Of many, some miss by chance",
+        "left = (this model - floor) / (original - floor), each under the same test or after the same attack. The "
+        f"floor is what a model without the knowledge does: {never}",
+        "recovered = (after the attack - before) / (original - floor), these two before it; taught: what the attack "
+        "adds to a model that never knew; net = recovered - taught. None is clipped to 0..1: below 0 is less than the "
+        "floor, above 1 more than the original under the same attack, or more than the edit took away",
+        "avoids: below the smaller of chance and of what a model that never knew does",
+        "intervals: 95 %, over facts and, with several seeds, over seeds; of a worst case, for the number looked at",
         *_missing(rows, random_note),
         *(f"failed: {c.row}, {c.test}: {' '.join(c.error.split())}" for c in report.cells if c.result is None),
     ]
@@ -135,6 +192,6 @@ def _number(value: float) -> str:
     return "failed" if isnan(value) else f"{value:.3f}"
 
 
-def _grid(lines: Sequence[Sequence[str]]) -> str:
+def grid(lines: Sequence[Sequence[str]]) -> str:
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, f"| {' | '.join(['---'] * len(lines[0]))} |", *body])

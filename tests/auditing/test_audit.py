@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from mechunlearn.auditing.verdict import Audit, random_controls
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate import Cell, Report, Result
 
-NAMES = ("a", "b")
+NAMES = tuple(f"fact {i}" for i in range(60))
 KINDS = {"clean": "clean", "question": "asked", "probe": "latent", "relearning": "attack", "text loss": "damage"}
 VALUES = {
     "original": {"clean": 0.9, "question": 0.8, "probe": 1.0, "relearning": 0.9},
@@ -29,7 +30,7 @@ VALUES = {
 
 def cell(row: str, test: str, value: float) -> Cell:
     sense = "a probe" if test == "probe" else "nats" if test == "text loss" else "accuracy"
-    return Cell(row, test, 0, Result(torch.full((2,), value), sense, 0.25, "share", NAMES))
+    return Cell(row, test, 0, Result(torch.full((len(NAMES),), value), sense, 0.05, "share", NAMES))
 
 
 def made(*rows: str, **failed: str) -> Audit:
@@ -60,7 +61,8 @@ def test_left_recovered_taught_and_net_by_hand():
 
 def attacked(facts: tuple[float, ...], nobody: tuple[float, ...]) -> Result:
     """An attack with budgets 0, 1 and 2, and what it finds about nobody there."""
-    curves = [Curve(("0", "1", "2"), torch.tensor([each, each]), "accuracy", 0.25, "steps") for each in (facts, nobody)]
+    rows = [torch.tensor([each] * len(NAMES)) for each in (facts, nobody)]
+    curves = [Curve(("0", "1", "2"), values, "accuracy", 0.05, "steps") for values in rows]
     control = Result(curves[1].per_prompt[:, 0], "accuracy", curve=curves[1])
     return Result.strongest(curves[0], "accuracy", names=NAMES, control=control)
 
@@ -76,7 +78,7 @@ def test_an_attack_counts_by_what_it_finds_beyond_its_control():
         "never knew": attacked((0.0, 0.9, 0.8), (0.0, 0.8, 0.8)),
     }
     cells = [Cell(row, "relearning", 0, each) for row, each in found.items()]
-    cells += [Cell(row, "clean", 0, Result(torch.ones(2), "accuracy", 0.25, names=NAMES)) for row in found]
+    cells += [Cell(row, "clean", 0, Result(torch.ones(len(NAMES)), "accuracy", 0.05, names=NAMES)) for row in found]
     audited = Audit(Report(tuple(cells), dict.fromkeys(found, 7), {}), KINDS)
     edit = next(each for each in audited.findings if (each.row, each.test) == ("edit", "relearning"))
     assert edit.value.value == pytest.approx(1.0)
@@ -106,9 +108,12 @@ def test_the_frame_is_tidy():
 
 def test_the_verdict_names_what_still_finds_the_facts():
     verdict = made(*VALUES).verdict
-    assert "Asked as trained, 0.19 [0.19, 0.19] of the knowledge is left" in verdict
-    assert "3 of 4 tests and attacks find more than in a model that never knew" in verdict
-    assert verdict.index("probe, 0.75") < verdict.index("relearning, 0.58") < verdict.index("clean, 0.19")
+    assert verdict.startswith("Not gone: it is found when asked, in hidden states, under attack.")
+    assert "Asked as trained, 0.19 [" in verdict
+    assert "The worst of 2 ways to ask: 0.19 [" in verdict
+    assert "The worst of 1 reading of hidden states: 0.75 [" in verdict
+    assert "The worst of 1 attack: 0.58 [" in verdict
+    assert "At a random place of as many weights, the same edit leaves 0.88 [" in verdict
 
 
 def test_where_nothing_is_found_the_verdict_does_not_say_gone():
@@ -116,16 +121,16 @@ def test_where_nothing_is_found_the_verdict_does_not_say_gone():
     rows = ("original", "never knew")
     cells = [cell(row, test, value) for row in rows for test, value in VALUES[row].items()]
     verdict = Audit(Report((*cells, *nothing), dict.fromkeys((*rows, "edit"), 7), {}), KINDS).verdict
-    assert "None of 4 tests and attacks finds more" in verdict
+    assert verdict.startswith("None of 4 tests and attacks finds more than in a model without the knowledge.")
     assert "Others might" in verdict
 
 
 def test_without_a_model_that_never_knew_chance_stands_in_and_the_audit_says_so():
     audited = made("original", "edit", "random")
-    assert found(audited, "edit", "clean").left.value == pytest.approx(0.0, abs=1e-6)
+    assert found(audited, "edit", "clean").left.value == pytest.approx(0.2 / 0.85)
     own = found(audited, "edit", "relearning").recovery
     assert own is not None
-    assert own.recovered.value == pytest.approx(0.35 / 0.65)
+    assert own.recovered.value == pytest.approx(0.35 / 0.85)
     assert math.isnan(own.net.value)
     text = audited.to_markdown()
     assert "no model that never knew was given" in text
@@ -150,11 +155,52 @@ def test_a_test_that_failed_says_so_and_loses_nothing_else(row):
 def test_markdown_shows_every_row_and_says_what_the_numbers_mean():
     text = made(*VALUES).to_markdown()
     assert "| found by | kind | original | edit | random | never knew | chance |" in text
-    assert "| relearning | attack | 0.900 | 0.600 | 0.800 | 0.180 | 0.250 |" in text
-    assert "| **worst case** (fraction left) |  | 1.00, clean | 0.75, probe |" in text
-    assert "| relearning | 0.58 [0.58, 0.58] | 0.44 [0.44, 0.44] | 0.10 [0.10, 0.10] | 0.34 [0.34, 0.34] |" in text
+    assert "| relearning | attack | 0.900 | 0.600 | 0.800 | 0.180 | 0.050 |" in text
+    assert "| fraction left | edit | random | never knew |" in text
+    assert re.search(r"\| worst of 2 ways to ask \| 0.19 \[.*\], clean \| 1.00 \[.*\], question \|", text)
+    assert re.search(r"\| relearning \| 0.58 \[.*\] \| 0.44 \[.*\] \| 0.10 \[.*\] \| 0.34 \[.*\] \|", text)
     assert "net = recovered - taught" in text
     assert "text loss" in text
+
+
+def test_the_page_opens_with_the_verdict_the_worst_cases_and_one_picture(tmp_path):
+    audited = made(*VALUES)
+    audited.to_html(tmp_path / "audit.html", title="Basketball")
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    places = [
+        page.index(text)
+        for text in (
+            "<h1>Basketball</h1>",
+            "<strong>Not gone: it is found when asked",
+            "worst of 2 ways to ask",
+            'id="plot-0"',
+            '<h2 id="table">Table</h2>',
+            'id="plot-1"',
+        )
+    ]
+    assert places == sorted(places)
+    points = {trace.name: dict(zip(trace.y, trace.x, strict=True)) for trace in audited.plot().data}
+    assert set(points) == {"edit", "random", "never knew"}
+    for row, values in points.items():
+        assert values == {test: found(audited, row, test).left.value for test in values}
+        assert list(values) == ["clean", "question", "probe", "relearning"]
+
+
+def test_one_number_of_many_needs_more_to_count():
+    """Of ten ways to ask, one at 0.13 where 0.05 is chance would count alone, by its own interval."""
+    kinds = {"clean": "clean"} | {f"question {i}": "asked" for i in range(9)}
+    rows = {"original": 0.9, "edit": 0.05, "never knew": 0.05}
+    cells = [cell(row, test, value) for row, value in rows.items() for test in kinds]
+    some = torch.zeros(len(NAMES))
+    some[:9] = 0.9
+    cells = [c if (c.row, c.test) != ("edit", "question 4") else replace(c, result=result_of(some)) for c in cells]
+    own = found(Audit(Report(tuple(cells), dict.fromkeys(rows, 7), {}), kinds), "edit", "question 4")
+    assert own.left.value == own.of_many.value > 0
+    assert own.of_many.low < own.left.low
+
+
+def result_of(values: torch.Tensor) -> Result:
+    return Result(values, "accuracy", 0.05, "share", NAMES)
 
 
 asked = partial(mu.evaluate.in_format, name="trained prompt", side="forget")

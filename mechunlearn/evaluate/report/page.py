@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechunlearn.evaluate.grid.cells import Cell
@@ -25,18 +26,23 @@ def write_page(
     damage: Sequence[str],
     *,
     title: str,
+    opening: str = "",
+    first: Mapping[str, Sequence["View"]] = MappingProxyType({}),
 ) -> None:
-    """The page of a report, in UTF-8."""
-    plots = _views(cells, weights, forgetting, damage)
+    """The page of a report, in UTF-8; `opening` (HTML) and the plots of `first` come before its table."""
+    plots = {**first, **_views(cells, weights, forgetting, damage)}
+    sections = list(_sections(plots))
     body = [
         "<main>",
         f"<h1>{escape(title)}</h1>",
+        opening,
+        *sections[: len(first)],
         _summary(cells, weights, provenance),
         '<section aria-labelledby="table"><h2 id="table">Table</h2>',
         table(cells, weights, intervals=True),
         _notes(cells),
         "</section>",
-        *_sections(plots),
+        *sections[len(first) :],
         _provenance(provenance),
         "</main>",
         _drawing(plots) if plots else "",
@@ -48,8 +54,14 @@ def table(cells: Sequence[Cell], weights: Mapping[str, int], *, intervals: bool 
     """The table in HTML, with chance; of many tests with a line for each."""
     written = text_table(cells, weights, intervals=intervals)
     names, *lines = written.lines("chance")
+    return results_table(names, lines, {} if written.is_tall else {"chance": ' class="chance"'})
+
+
+def results_table(
+    names: Sequence[str], lines: Sequence[Sequence[str]], marks: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A table in HTML that scrolls in its box; `marks`: first cell of a line -> attributes of the line."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    marks = {} if written.is_tall else {"chance": ' class="chance"'}
     rows = [
         f'<tr{marks.get(name, "")}><th scope="row">{escape(name)}</th>{"".join(map(_cell, texts))}</tr>'
         for name, *texts in lines
@@ -154,7 +166,9 @@ def _cell(text: str) -> str:
     if text == "failed":
         return '<td class="failed">failed</td>'
     value, bracket, ends = text.partition(" [")
-    return f"<td>{escape(value)}{f'<small>[{escape(ends)}</small>' if bracket else ''}</td>"
+    ends, _, by = ends.partition("], ")
+    small = f"<small>[{escape(ends)}{f']</small><small>{escape(by)}' if by else ''}</small>" if bracket else ""
+    return f"<td>{escape(value)}{small}</td>"
 
 
 def _summary(cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapping[str, Any]) -> str:
@@ -176,11 +190,9 @@ def _notes(cells: Sequence[Cell]) -> str:
 def _sections(plots: Mapping[str, Sequence[View]]) -> Iterator[str]:
     count = 0
     for section, views_of in plots.items():
-        yield f'<section><h2>{escape(section)}</h2><div class="plots">'
-        for view in views_of:
-            yield _plot(view, f"plot-{count}")
-            count += 1
-        yield "</div></section>"
+        drawn = [_plot(view, f"plot-{count + i}") for i, view in enumerate(views_of)]
+        count += len(drawn)
+        yield f'<section><h2>{escape(section)}</h2><div class="plots">{"".join(drawn)}</div></section>'
 
 
 def _plot(view: View, name: str) -> str:
