@@ -24,8 +24,8 @@ from mechunlearn.edit.inject.targets import (
     target_move,
 )
 from mechunlearn.model import Model
+from mechunlearn.options import with_options
 from mechunlearn.tasks.task import Task
-from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries, select
 
 
