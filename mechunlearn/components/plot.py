@@ -89,14 +89,8 @@ def edge_graph(values: Mapping[Edge, float], shape: ModelShape) -> "DiGraph":
     graph = nx.DiGraph()
     for edge, score in values.items():
         graph.add_edge(str(edge.source), str(edge.destination), score=score)
-        for head in _heads_behind(edge.destination, shape):
-            graph.add_edge(str(edge.destination), head)
+        end = edge.destination
+        if isinstance(end, Component) and end.index is not None:
+            group = 1 if end.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads
+            graph.add_edges_from((str(end), f"L{end.layer}H{end.index + i}") for i in range(group))
     return graph
-
-
-def _heads_behind(destination: Component | str, shape: ModelShape) -> list[str]:
-    """Labels of the heads that use what a query, key or value destination reads."""
-    if not isinstance(destination, Component) or destination.index is None:
-        return []
-    group = 1 if destination.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads
-    return [f"L{destination.layer}H{destination.index + i}" for i in range(group)]

@@ -2,40 +2,27 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.arguments import chosen_components
-from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
-from mechunlearn.localize.sites import (
-    Direction,
-    Places,
-    activations_at,
-    component_effects,
-    effect_columns,
-    effects_at,
-    gradients,
-    graph_start,
-    metric_and_activations,
-    scores_of,
-)
-from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.components import ComponentScores
+from mechunlearn.localize import sites
+from mechunlearn.localize.options import ComponentOptions
+from mechunlearn.localize.replacement import activations_at
+from mechunlearn.localize.sites import Places
+from mechunlearn.metrics import Metric
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.admission import check_unforked
 from mechunlearn.model.relevance import relevance_rules
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 
-def attribution_patching(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
-    batch_size: int = 64,
-) -> ComponentScores:
+@with_options()
+def attribution_patching(model: Model, prompts: Prompts, **options: Unpack[ComponentOptions]) -> ComponentScores:
     r"""A first-order estimate of activation patching, for every component at once.
 
     With a(x) a component's output, x the run that is patched and x' the run that the patch is from,
@@ -45,10 +32,7 @@ def attribution_patching(
 
     which approximates metric(x with a replaced by a(x')) - metric(x), in the metric's unit.
 
-    - `"noising"`: x is clean, x' corrupt. A component that the answer needs scores *negative*.
-    - `"denoising"`: x is corrupt, x' clean. A component that carries the answer scores *positive*.
-
-    `components`: `heads_and_mlps` (default), `layers`, `matrices`, `neurons`, or any components. Their outputs are:
+    The outputs of components are:
 
     - of a head and its W_O, what the head adds to the residual stream; of an MLP and its W_out likewise;
     - of W_Q, W_K, W_V the query, key or value (a KV head that several query heads share has one score);
@@ -60,10 +44,8 @@ def attribution_patching(
     Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
     """
-    effects = partial(first_order_effects, model, metric)
-    chosen, per_prompt = component_effects(effects, model, prompts, metric, direction, components, batch_size)
-    settings = {"direction": direction, "batch_size": batch_size}
-    return scores_of(attribution_patching, chosen, per_prompt, model, metric, settings)
+    effects = partial(first_order_effects, model, options["metric"])
+    return sites.component_scores(attribution_patching, effects, model, prompts, options)
 
 
 def first_order_effects(
@@ -74,30 +56,22 @@ def first_order_effects(
     `hooks` act on the patched run alone, after its values are recorded.
     """
     source = activations_at(model, other, places)
-    values, base = metric_and_activations(model, patched, metric, places, [graph_start(), *hooks])
-    slopes = gradients(values, base, metric)
+    values, base = sites.metric_and_activations(model, patched, metric, places, [sites.graph_start(), *hooks])
+    slopes = sites.gradients(values, base, metric)
     real = patched.attention_mask
-    effects = {name: effects_at(source[name] - base[name].detach(), slopes[name], real) for name in places}
-    return effect_columns(effects, places)
+    effects = {name: sites.effects_at(source[name] - base[name].detach(), slopes[name], real) for name in places}
+    return sites.effect_columns(effects, places)
 
 
-def relp(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
-    batch_size: int = 64,
-) -> ComponentScores:
+@with_options()
+def relp(model: Model, prompts: Prompts, **options: Unpack[ComponentOptions]) -> ComponentScores:
     r"""Relevance patching: `attribution_patching` with steadier slopes.
 
     With a(x) a component's output, x the run that is patched and x' the run that the patch is from,
 
         score = mean over prompts of the sum over positions and d of (a(x') - a(x)) * r(x)
 
-    in the metric's unit and with `attribution_patching`'s sign ("noising": a component that the answer needs scores
-    negative). r is d metric / d a in a network that agrees with the model on x and is linear around it:
+    in the metric's unit. r is d metric / d a in a network that agrees with the model on x and is linear around it:
 
     - LN rule: norms divide by the scale that they have on x;
     - AH rule: attention patterns are those of x;
@@ -110,21 +84,14 @@ def relp(
 
     Rezaei Jafari et al. 2025, https://arxiv.org/abs/2508.21258. Norms have to be LayerNorms or RMSNorms.
     """
-    sizes = shape(model)
     check_unforked(model)
-    chosen = chosen_components(components, sizes)
-    _check_have_relevance(chosen)
-    with differentiable(model), relevance_rules(model) as rules:
-        effects = partial(first_order_effects, model, metric, hooks=rules)
-        _, per_prompt = component_effects(effects, model, prompts, metric, direction, chosen, batch_size)
-    settings = {"direction": direction, "batch_size": batch_size}
-    return scores_of(relp, chosen, per_prompt, model, metric, settings)
-
-
-def _check_have_relevance(components: tuple[Component, ...]) -> None:
-    without = [str(component) for component in components if component.matrix in ("W_Q", "W_K")]
+    options["components"] = chosen = chosen_components(options["components"], shape(model))
+    without = [str(component) for component in chosen if component.matrix in ("W_Q", "W_K")]
     if without:
         raise ValueError(
             f"expected components with relevance, got {', '.join(without[:3])}: attention patterns are held fixed, so "
             f"queries and keys have none; leave them out, or use atp_star or attribution_patching."
         )
+    with differentiable(model), relevance_rules(model) as rules:
+        effects = partial(first_order_effects, model, options["metric"], hooks=rules)
+        return sites.component_scores(relp, effects, model, prompts, options)

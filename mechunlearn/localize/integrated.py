@@ -1,33 +1,32 @@
 """Integrated gradients: attribution patching with the gradient averaged on the way from one run to the other."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import Components, ComponentScores, heads_and_mlps
+from mechunlearn.components import ComponentScores
 from mechunlearn.localize import sites
-from mechunlearn.localize.sites import Direction, Places
-from mechunlearn.metrics import Metric, checked, logit_difference
+from mechunlearn.localize.options import ComponentOptions
+from mechunlearn.localize.replacement import activations_at
+from mechunlearn.localize.sites import Places
+from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, recording
 from mechunlearn.model.hooks import layer_of
 from mechunlearn.model.running import running_from
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 _EMBEDDING = "blocks.0.hook_resid_pre"
 """The input of the first layer, which all other activations follow from."""
 
 
+@with_options()
 def integrated_gradients(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    steps: int = 5,
-    components: Components = heads_and_mlps,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, *, steps: int = 5, **options: Unpack[ComponentOptions]
 ) -> ComponentScores:
     r"""Differences of activations times gradients averaged over inputs between the two runs.
 
@@ -37,8 +36,8 @@ def integrated_gradients(
         score = mean over prompts of the sum over positions and d of
                 (a(x') - a(x)) * mean over k of d metric / d a at the input e(x) + (k + 1/2) / steps * (e(x') - e(x)),
 
-    k = 0 ... steps - 1, in the metric's unit; everything after the first layer's input runs freely. A component that
-    the answer needs scores negative for "noising", positive for "denoising": the two differ in sign alone.
+    k = 0 ... steps - 1, in the metric's unit; everything after the first layer's input runs freely. "noising" and
+    "denoising" differ in sign alone.
 
     Points are midpoints, not the left end points of EAP-IG: the error falls with steps^2, and neither run counts more.
     `settings["explained"]` is the same sum for e itself. It tends to `settings["difference"]`, the mean of
@@ -49,13 +48,14 @@ def integrated_gradients(
 
     Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
-    points = sites.midpoints(steps)
+    points, metric = sites.midpoints(steps), options["metric"]
     explained, differences = [], []
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
         before, base = _measured(model, patched, metric, [*places, _EMBEDDING])
         after, source = _measured(model, other, metric, [*places, _EMBEDDING])
-        slopes = _slopes_between(model, patched, metric, places, base[_EMBEDDING], source[_EMBEDDING], points)
+        between = [torch.lerp(base[_EMBEDDING], source[_EMBEDDING], point) for point in points]
+        slopes = _slopes_between(model, patched, metric, places, between)
         real = patched.attention_mask
         by_name = {name: sites.effects_at(source[name] - base[name], slopes[name], real) for name in base}
         # The embedding is all that differs at first: its own score, complete, is the whole change of the metric.
@@ -63,21 +63,15 @@ def integrated_gradients(
         differences.append(after - before)
         return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
-    settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
-    settings |= {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
-    return sites.scores_of(integrated_gradients, chosen, per_prompt, model, metric, settings)
+    own = {"steps": steps, "rule": "midpoint"}
+    scores = sites.component_scores(integrated_gradients, effects, model, prompts, options, **own)
+    check = {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
+    return replace(scores, settings={**scores.settings, **check})
 
 
+@with_options()
 def integrated_gradients_of_activations(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    steps: int = 5,
-    components: Components = heads_and_mlps,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, *, steps: int = 5, **options: Unpack[ComponentOptions]
 ) -> ComponentScores:
     r"""Differences of activations times gradients averaged while that activation, and nothing else, is moved.
 
@@ -96,20 +90,19 @@ def integrated_gradients_of_activations(
 
     The average over activations in Hanna et al. 2024, https://arxiv.org/abs/2403.17806, for nodes.
     """
-    points = sites.midpoints(steps)
+    points, metric = sites.midpoints(steps), options["metric"]
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
-        base = sites.activations_at(model, patched, [*places, *(_entering(name) for name in places)])
-        source = sites.activations_at(model, other, places)
+        base = activations_at(model, patched, [*places, *(_entering(name) for name in places)])
+        source = activations_at(model, other, places)
         by_name = {}
         for name in places:
             slope = _slope_at(model, patched, metric, name, base, source[name], points)
             by_name[name] = sites.effects_at(source[name] - base[name], slope, patched.attention_mask)
         return sites.effect_columns(by_name, places)
 
-    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
-    settings = {"direction": direction, "steps": steps, "rule": "midpoint", "batch_size": batch_size}
-    return sites.scores_of(integrated_gradients_of_activations, chosen, per_prompt, model, metric, settings)
+    own = {"steps": steps, "rule": "midpoint"}
+    return sites.component_scores(integrated_gradients_of_activations, effects, model, prompts, options, **own)
 
 
 @torch.no_grad()
@@ -122,24 +115,17 @@ def _measured(
 
 
 def _slopes_between(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    names: Iterable[str],
-    start: Float[Tensor, "batch pos d_model"],
-    end: Float[Tensor, "batch pos d_model"],
-    points: list[float],
+    model: Model, prompts: Prompts, metric: Metric, names: Iterable[str], inputs: list[Tensor]
 ) -> dict[str, Tensor]:
-    """The mean gradient at each hook point, and at the first layer's input, over inputs between the two."""
+    """The mean gradient at each hook point, and at the first layer's input, over these inputs of the first layer."""
     means: dict[str, Tensor] = {}
-    for point in points:
-        entering = torch.lerp(start, end, point).requires_grad_(True)
-        values, base = sites.metric_and_activations(
-            model, prompts, metric, names, [sites.value_hook(_EMBEDDING, entering)]
-        )
+    for entering in inputs:
+        entering.requires_grad_(True)
+        hook = sites.value_hook(_EMBEDDING, entering)
+        values, base = sites.metric_and_activations(model, prompts, metric, names, [hook])
         for name, slope in sites.gradients(values, base | {_EMBEDDING: entering}, metric).items():
             # Summed up one point at a time, in float32 at least: no more than two sets of gradients are in memory.
-            share = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(points)
+            share = slope.to(torch.promote_types(slope.dtype, torch.float32)) / len(inputs)
             means[name] = means[name] + share if name in means else share
     return means
 
