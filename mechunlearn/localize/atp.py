@@ -26,8 +26,8 @@ def atp_star(
 ) -> ComponentScores:
     r"""Attribution patching that does not linearise the softmax and does not let paths cancel.
 
-    With x the run that is patched and x' the run that the patch is from (see `attribution_patching`), the
-    effect of a component is estimated as I = sum over positions of (a(x') - a(x)) * d metric / d a(x), but
+    The effect of a component is I = sum over positions of (a(x') - a(x)) * d metric / d a(x), as in
+    `attribution_patching`, but
 
     - `qk_fix`, for `W_Q` and `W_K` (`components=matrices`): the model's own attention gives the exact change of the
       pattern A,
@@ -40,8 +40,7 @@ def atp_star(
 
           score = mean over prompts of 1 / (n_layers - 1) * sum over l of |I_l|
 
-      which is **never negative**. A component's own layer contributes nothing to the sum. Without `grad_drop` the
-      score is the mean of I, with its sign.
+      which is **never negative**. A component's own layer adds nothing. Without `grad_drop`: the signed mean of I.
 
     Unit: the metric's. Cost: 2F + 1B; the QK fix adds each layer's attention alone twice (in the layers with `W_Q` or
     `W_K`), GradDrop about n_layers / 2 backwards, since each starts at the dropped layer. (The paper counts

@@ -87,7 +87,7 @@ def edge_integrated_gradients(
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
-        between = _between(_EMBEDDING, here.embed, there.embed, points)
+        between = _between(sites.EMBEDDING, here.embed, there.embed, points)
         return [(there.minus(here, patched.attention_mask), _gradients_over(model, patched, metric, between))]
 
     return edge_scores(edge_integrated_gradients, factors, model, prompts, options, steps=steps, rule="midpoint")
@@ -116,7 +116,10 @@ def edge_integrated_gradients_of_activations(
     """
     points, metric = sites.midpoints(steps), options["metric"]
     layers = range(model.cfg.n_layers)
-    names = [_EMBEDDING, *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out"))]
+    names = [
+        sites.EMBEDDING,
+        *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out")),
+    ]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
         difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
@@ -152,8 +155,6 @@ def edge_clean_corrupted(model: Model, prompts: Prompts, **options: Unpack[EdgeG
 
 Factors: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[SourceOutputs, InputGradients]]]
 """(patched, other) -> pairs to multiply: the difference of the sources' outputs, and the destinations' gradients."""
-
-_EMBEDDING = "blocks.0.hook_resid_pre"
 
 _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""

@@ -8,6 +8,7 @@ from mechunlearn.components import Components, Edge, heads_and_mlps
 from mechunlearn.identity import described
 from mechunlearn.localize.replacement import Replacement, resample
 from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
 BatchSize: TypeAlias = Annotated[
@@ -55,6 +56,12 @@ class PatchingOptions(EffectOptions, total=False):
     batch_size: BatchSize
 
 
+class PathOptions(PatchingOptions, total=False):
+    """The options of path patching."""
+
+    through_mlps: Annotated[bool, False, "Whether MLPs between senders and receivers respond."]
+
+
 class ComponentOptions(PatchingOptions, total=False):
     """The options of methods that score components."""
 
@@ -65,6 +72,12 @@ class ComponentOptions(PatchingOptions, total=False):
 
 class SetOptions(PatchingOptions, ReplacingOptions, total=False):
     """The options of `set_patching`."""
+
+    where: Annotated[
+        Where,
+        everywhere,
+        "The tokens that are patched: `everywhere`, `subject`, `subject_last`, `answer`, or yours.",
+    ]
 
 
 class ActivationOptions(ComponentOptions, ReplacingOptions, total=False):

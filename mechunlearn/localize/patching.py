@@ -163,12 +163,7 @@ def _patched(
 
 @with_options()
 def set_patching(
-    model: Model,
-    prompts: Prompts,
-    sets: Mapping[str, Components],
-    *,
-    where: Where = everywhere,
-    **options: Unpack[SetOptions],
+    model: Model, prompts: Prompts, sets: Mapping[str, Components], **options: Unpack[SetOptions]
 ) -> "SetEffects":
     r"""The exact effect of patching all components of a set together, for each set.
 
@@ -176,8 +171,7 @@ def set_patching(
 
     in the metric's unit. A set of one component has the score of `activation_patching`; scores do not add up to that of
     a set. Each a' is what the replacement gives in the unpatched run, also above other members of the set. Where one
-    member is part of another (a head of an attention layer), the larger one decides. `where`: the tokens that are
-    patched.
+    member is part of another (a head of an attention layer), the larger one decides.
 
     `sets`: a mask, or components of any kinds, such as neurons of several layers, under each name:
     `{"found": scores.top(k=50), "control": random_like(...)}`. Sets may overlap.
@@ -189,6 +183,7 @@ def set_patching(
     of another model, and as for `activation_patching`.
     """
     metric, direction, replacement = options["metric"], options["direction"], options["replacement"]
+    where = options["where"]
     check(direction, options["batch_size"], metric=metric, replacement=replacement, where=where)
     masks = _masks(sets, shape(model))
     patched = patched_run(prompts.to(device_of(model)), direction, replacement)

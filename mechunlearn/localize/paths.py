@@ -12,7 +12,7 @@ from torch import Tensor
 from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
 from mechunlearn.identity import name_of
-from mechunlearn.localize.options import PatchingOptions, settings_of
+from mechunlearn.localize.options import PathOptions, settings_of
 from mechunlearn.localize.sites import Places, passes, places_of, run_pairs
 from mechunlearn.metrics import checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
@@ -46,8 +46,7 @@ def path_patching(
     *,
     receivers: Receivers = "logits",
     senders: Components = heads_and_mlps,
-    through_mlps: bool = False,
-    **options: Unpack[PatchingOptions],
+    **options: Unpack[PathOptions],
 ) -> ComponentScores:
     """The exact effect of each sender, alone, through the receivers' inputs.
 
@@ -77,35 +76,24 @@ def path_patching(
     linked, entry = _linked(model, chosen, resolved)
     per_prompt = torch.zeros(len(prompts), len(chosen), dtype=torch.float64)
     columns = [chosen.index(sender) for sender in linked]
-    per_prompt[:, columns] = _effects(model, prompts, [{s} for s in linked], entry, through_mlps, options)
+    per_prompt[:, columns] = _effects(model, prompts, [{s} for s in linked], entry, options)
     shown = resolved if isinstance(resolved, int | str) else [str(component) for component in resolved]
-    settings = settings_of(options, prompts, receivers=shown, through_mlps=through_mlps)
+    settings = settings_of(options, prompts, receivers=shown, through_mlps=options["through_mlps"])
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
 
 
 @with_options()
 def path_effect(
-    model: Model,
-    prompts: Prompts,
-    senders: Components,
-    receivers: Receivers,
-    *,
-    through_mlps: bool = False,
-    **options: Unpack[PatchingOptions],
+    model: Model, prompts: Prompts, senders: Components, receivers: Receivers, **options: Unpack[PathOptions]
 ) -> Float[Tensor, "prompt"]:
     """The effect of all senders together, through the receivers' inputs, for each prompt; as in `path_patching`."""
     sizes = shape(model)
     linked, entry = _linked(model, _senders(senders, sizes), _resolved(receivers, sizes))
-    return _effects(model, prompts, [set(linked)], entry, through_mlps, options)[:, 0]
+    return _effects(model, prompts, [set(linked)], entry, options)[:, 0]
 
 
 def _effects(
-    model: Model,
-    prompts: Prompts,
-    senders: Sequence[set[Component]],
-    entry: Entry,
-    through_mlps: bool,
-    options: PatchingOptions,
+    model: Model, prompts: Prompts, senders: Sequence[set[Component]], entry: Entry, options: PathOptions
 ) -> Float[Tensor, "prompt sender"]:
     metric, direction, batch_size = options["metric"], options["direction"], options["batch_size"]
     names = sender_sites({component.layer for members in senders for component in members})
@@ -121,7 +109,7 @@ def _effects(
             values = []
             for numbers, rows in passes([len(senders), len(batch)], batch_size, batch.tokens.device):
                 sent = sender_changes(model, base, other, [senders[i] for i in numbers.tolist()], rows)
-                logits = _patched_logits(model, base, sent, entry, through_mlps)
+                logits = _patched_logits(model, base, sent, entry, options["through_mlps"])
                 values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
             effects.append(torch.cat(values).view(len(senders), len(batch)).T)
     return torch.cat(effects).cpu()

@@ -19,6 +19,9 @@ from mechunlearn.tasks.prompts import Prompts
 Places: TypeAlias = dict[str, dict[int, int | None]]
 """Hook point -> column of the scores -> head or neuron there, None for all of the activation."""
 
+EMBEDDING = "blocks.0.hook_resid_pre"
+"""The input of the first layer, which all other activations follow from."""
+
 Effects: TypeAlias = Callable[[Prompts, Prompts, Places], Float[Tensor, "batch component"]]
 """(prompts of the run that is patched, those of the other run, places) -> each component's effect for each prompt."""
 
@@ -102,7 +105,7 @@ def gradients(
 
 def graph_start() -> Hook:
     """A hook that makes the first layer's input require a gradient: weights are frozen, so the graph starts there."""
-    return "blocks.0.hook_resid_pre", lambda residual, hook: residual.detach().clone().requires_grad_(True)
+    return EMBEDDING, lambda residual, hook: residual.detach().clone().requires_grad_(True)
 
 
 def value_hook(name: str, value: Tensor) -> Hook:

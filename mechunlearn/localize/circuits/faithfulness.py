@@ -78,8 +78,8 @@ def faithfulness(
     model *without* C (0: C is complete).
 
     - `circuits`: scores, or a circuit, or nested ones, or a dict of such; all share one corrupted run.
-    - `sizes`: the shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`, at which
-      rankings are cut to the longest start that is not larger. Sizes 0 and 1 are always there and cost nothing.
+    - `sizes`: shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`: rankings are
+      cut to the longest start that is not larger. 0 and 1 are always there and cost nothing.
     - `by` ranks scores as in `ComponentScores.top`. MIB ranks by the signed score for CPR (`torch.neg` for noising
       scores, where needed components are negative) and by its size for CMD.
     - `components`: what is replaced outside the circuit: by default the components scored, or heads and MLPs.
