@@ -15,10 +15,8 @@ MLP_MATRICES = ("W_in", "W_gate", "W_out")
 MATRICES = ATTENTION_MATRICES + MLP_MATRICES
 
 _PARTS = ("ATTN", "H", "MLP", "N")
-_NUMBER = r"(0|[1-9]\d*)"
-_LABEL = re.compile(
-    rf"L{_NUMBER}(?:(ATTN)|H{_NUMBER}(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|N{_NUMBER})", re.ASCII
-)
+_INT = r"(0|[1-9]\d*)"
+_LABEL = re.compile(rf"L{_INT}(?:(ATTN)|H{_INT}(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|N{_INT})", re.ASCII)
 
 
 @total_ordering

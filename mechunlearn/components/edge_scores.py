@@ -77,9 +77,7 @@ class EdgeScores(Mapping[Edge, float], Saved):
                 f"{tuple(self.tensor.shape)} and {int(self.scored.sum())} edges."
             )
         if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
-            raise ValueError(
-                f"expected per-prompt values of shape (prompts, *{expected}), got {tuple(self.per_prompt.shape)}."
-            )
+            raise ValueError(f"expected per-prompt values (prompts, *{expected}), got {tuple(self.per_prompt.shape)}.")
         if bool((self.scored & ~edge_mask(self.shape)).any()):
             raise ValueError("expected scores of real edges, got some that go backwards in the model: check the mask.")
         if not bool(torch.isfinite(self.tensor[self.scored]).all()):

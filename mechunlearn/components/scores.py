@@ -67,9 +67,7 @@ class ComponentScores(Mapping[Component, float], Saved):
             )
         if len(set(resolve(self.components, self.shape))) < len(self.components):
             twice = [str(c) for c in dict.fromkeys(self.components) if self.components.count(c) > 1]
-            raise ValueError(
-                f"expected each component once, got {', '.join(twice[:5])} several times: drop duplicates."
-            )
+            raise ValueError(f"expected each component once, got {', '.join(twice[:5])} twice: drop duplicates.")
         if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
             raise ValueError(
                 f"expected per-prompt values of shape (prompts, {len(self.tensor)}), "

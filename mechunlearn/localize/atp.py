@@ -88,9 +88,8 @@ def _run(
     residuals = [_residual_after(layer, n_layers) for layer in range(n_layers)]
     source = activations_at(model, other, names)
     with attention_calls(model, {layer_of(name) for name in queries + keys}) as calls:
-        values, base = sites.metric_and_activations(
-            model, patched, metric, [*linear, *inside, *residuals], [sites.graph_start()]
-        )
+        recorded = [*linear, *inside, *residuals]
+        values, base = sites.metric_and_activations(model, patched, metric, recorded, [sites.graph_start()])
     slopes = sites.gradients(values, base, metric, keep_graph=True)
     changes = {name: (name, source[name] - base[name].detach()) for name in linear}
     for name in queries:

@@ -136,9 +136,7 @@ def _combination(
     """New scores of the first operand's components, with the origin of every operand in the settings."""
     first = next(iter(operands.values()))
     metrics = list(dict.fromkeys(scores.metric for scores in operands.values()))
-    sources = {
-        name: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for name, s in operands.items()
-    }
+    sources = {n: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for n, s in operands.items()}
     label = metrics[0] if len(metrics) == 1 else ", ".join(metrics)
     values = values.double().cpu()
     return ComponentScores(first.components, values, first.shape, method, label, {**options, **sources}, per_prompt)

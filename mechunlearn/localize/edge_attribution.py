@@ -87,8 +87,9 @@ def edge_integrated_gradients(
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
-        between = _between(sites.EMBEDDING, here.embed, there.embed, points)
-        return [(there.minus(here, patched.attention_mask), _gradients_over(model, patched, metric, between))]
+        between = [torch.lerp(here.embed, there.embed, point) for point in points]
+        gradients = _gradients_over(model, patched, metric, sites.EMBEDDING, between)
+        return [(there.minus(here, patched.attention_mask), gradients)]
 
     return edge_scores(edge_integrated_gradients, factors, model, prompts, options, steps=steps, rule="midpoint")
 
@@ -115,18 +116,15 @@ def edge_integrated_gradients_of_activations(
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
     points, metric = sites.midpoints(steps), options["metric"]
-    layers = range(model.cfg.n_layers)
-    names = [
-        sites.EMBEDDING,
-        *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out")),
-    ]
+    layers, parts = range(model.cfg.n_layers), ("hook_attn_out", "hook_mlp_out")
+    names = [sites.EMBEDDING, *(f"blocks.{layer}.{part}" for layer in layers for part in parts)]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
         difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
         here, there = activations_at(model, patched, names), activations_at(model, other, names)
         for name in names:
-            between = _between(name, here[name], there[name], points)
-            yield difference, _gradients_over(model, patched, metric, between)
+            between = [torch.lerp(here[name], there[name], point) for point in points]
+            yield difference, _gradients_over(model, patched, metric, name, between)
 
     own = {"steps": steps, "rule": "midpoint"}
     return edge_scores(edge_integrated_gradients_of_activations, factors, model, prompts, options, **own)
@@ -213,17 +211,12 @@ def add_run(
     return outputs()
 
 
-def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Iterable[Hook]) -> InputGradients:
+def _gradients_over(model: Model, prompts: Prompts, metric: Metric, name: str, values: list[Tensor]) -> InputGradients:
+    """The gradients summed over runs, in each of which the hook point has one of these values."""
     gradients = InputGradients(model, prompts.attention_mask)
-    for hook in hooks:
-        add_run(gradients, model, prompts, metric, [hook])
+    for value in values:
+        add_run(gradients, model, prompts, metric, [sites.value_hook(name, value)])
     return gradients
-
-
-def _between(name: str, start: Tensor, end: Tensor, points: list[float]) -> Iterator[Hook]:
-    """For each point, a hook that puts there the value at that share of the way from start to end."""
-    for point in points:
-        yield sites.value_hook(name, torch.lerp(start, end, point))
 
 
 def _products(

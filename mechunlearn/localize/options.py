@@ -74,9 +74,7 @@ class SetOptions(PatchingOptions, ReplacingOptions, total=False):
     """The options of `set_patching`."""
 
     where: Annotated[
-        Where,
-        everywhere,
-        "The tokens that are patched: `everywhere`, `subject`, `subject_last`, `answer`, or yours.",
+        Where, everywhere, "The patched tokens: `everywhere`, `subject`, `subject_last`, `answer`, or any of each row."
     ]
 
 

@@ -74,11 +74,8 @@ def screen_then_verify(
 def _only(scores: ComponentScores, components: Iterable[Component], settings: dict[str, Any]) -> ComponentScores:
     chosen = sorted(components)
     places = [scores.components.index(component) for component in chosen]
-    per_prompt = None if scores.per_prompt is None else scores.per_prompt[:, places]
-    name = name_of(screen_then_verify)
-    return ComponentScores(
-        tuple(chosen), scores.tensor[places], scores.shape, name, scores.metric, settings, per_prompt
-    )
+    rows, name = None if scores.per_prompt is None else scores.per_prompt[:, places], name_of(screen_then_verify)
+    return ComponentScores(tuple(chosen), scores.tensor[places], scores.shape, name, scores.metric, settings, rows)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -287,9 +287,7 @@ class CausalTrace(Saved):
         values = self.by_role[:, self.kinds.index(kind), :, ROLES.index(role)].contiguous()
         without = values.isnan().any(1).nonzero()[:, 0].tolist()
         if without:
-            raise ValueError(
-                f"expected prompts with a token {role}, got none in prompts {without[:5]}: choose another role."
-            )
+            raise ValueError(f"expected prompts with a token {role}, got none in {without[:5]}: choose another role.")
         components = tuple(Component(layer, kind) for layer in range(self.shape.n_layers))
         settings = {**self.settings, "role": role}
         return ComponentScores(components, values.mean(0), self.shape, "causal_tracing", self.metric, settings, values)

@@ -181,16 +181,12 @@ def _check(record: dict[str, Any], model: Model, path: str | Path) -> None:
 def _suffix(path: str | Path) -> str:
     suffix = Path(path).suffix
     if suffix not in (".json", ".pt"):
-        raise ValueError(
-            f"expected a path that ends in .json or .pt, got {str(path)!r}: the suffix decides the format."
-        )
+        raise ValueError(f"expected a path that ends in .json or .pt, got {str(path)!r}: it decides the format.")
     return suffix
 
 
 def _of_another_model(path: str | Path, reason: str) -> ValueError:
-    return ValueError(
-        f"expected a circuit of this model, got one of another at {path}: {reason}. Load it with its model."
-    )
+    return ValueError(f"expected a circuit of this model, got one of another at {path}: {reason}. Pass its own model.")
 
 
 def _unreadable(path: str | Path, reason: str) -> ValueError:

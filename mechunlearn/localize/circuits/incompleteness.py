@@ -87,9 +87,7 @@ def _outside(
     """All components or edges that can be replaced, and the function that measures the model without some of them."""
     if isinstance(circuit, EdgeMask):
         if components is not None:
-            raise ValueError(
-                "expected components=None for a circuit of edges, got some: all edges outside are replaced."
-            )
+            raise ValueError("expected components=None for a circuit of edges, got some: all others are replaced.")
         edges = frozenset(edges_where(replaced_edges(model, named_curves(circuit)), shape(model)))
         return edges, partial(edge_circuit_values, model, prompts, options=options)
     level = replaced_components(named_curves(circuit), components, shape(model))

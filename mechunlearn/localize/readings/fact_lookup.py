@@ -388,9 +388,7 @@ def paper_fact_lookup(model: Model, name: str, *, task: str = "sports") -> Compo
     `task`: `"sports"` (default) or a slice of CounterFact facts, such as `"counterfact 0:64"`; see `PAPER_LAYERS`.
     """
     if name not in PAPER_LAYERS:
-        raise ValueError(
-            f"expected one of {', '.join(PAPER_LAYERS)}, got {name!r}: localize with fact_lookup_by_probes."
-        )
+        raise ValueError(f"expected one of {', '.join(PAPER_LAYERS)}, got {name!r}: use fact_lookup_by_probes.")
     if task not in PAPER_LAYERS[name]:
         raise ValueError(f"expected one of the tasks {', '.join(PAPER_LAYERS[name])}, got {task!r}.")
     if shape(model) != PAPER_SHAPES[name]:

@@ -162,9 +162,7 @@ def _check(
         )
     count = len(set(groups))
     if not 2 <= folds <= count:
-        raise ValueError(
-            f"expected folds in 2..{count} (the number of facts), got {folds}: use fewer folds or more facts."
-        )
+        raise ValueError(f"expected folds in 2..{count} (the number of facts), got {folds}: use fewer, or more facts.")
     if seeds < 1 or penalty <= 0:
         raise ValueError(f"expected at least one seed and a positive penalty, got seeds={seeds}, penalty={penalty}.")
 
