@@ -158,8 +158,8 @@ class EdgeScores(Mapping[Edge, float], Saved):
         """Bootstrap interval over prompts for each edge: columns score, low, high; as `ComponentScores.interval`."""
         if self.per_prompt is None:
             raise ValueError("expected scores with per-prompt values, got none: let the method keep them.")
-        options = {"others": others, "confidence": confidence, "draws": draws, "seed": seed}
-        return interval_frame(self.per_prompt[:, self.scored], self.values_in_order, self.edges, "edge", **options)
+        options = {"confidence": confidence, "draws": draws, "seed": seed}
+        return interval_frame(self, self.per_prompt[:, self.scored], "edge", others, **options)
 
     def to_frame(self) -> "DataFrame":
         """One row per edge: source, destination, score; highest size first."""

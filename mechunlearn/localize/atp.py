@@ -59,7 +59,7 @@ def atp_star(
         return sites.effect_columns(_estimates(run, run.slopes), places)
 
     own = {"qk_fix": qk_fix, "grad_drop": grad_drop}
-    return sites.component_scores(atp_star, effects, model, prompts, options, **own)
+    return sites.component_scores("atp_star", effects, model, prompts, options, **own)
 
 
 @dataclass(frozen=True, eq=False)

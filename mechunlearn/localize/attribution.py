@@ -49,7 +49,7 @@ def attribution_patching(model: Model, prompts: Prompts, **options: Unpack[Compo
     Syed et al. 2023, https://arxiv.org/abs/2310.10348. ValueError without corrupted prompts.
     """
     effects = partial(first_order_effects, model, options["metric"])
-    return sites.component_scores(attribution_patching, effects, model, prompts, options)
+    return sites.component_scores("attribution_patching", effects, model, prompts, options)
 
 
 def first_order_effects(
@@ -98,7 +98,7 @@ def relp(model: Model, prompts: Prompts, **options: Unpack[ComponentOptions]) ->
         )
     with differentiable(model), relevance_rules(model) as rules:
         effects = partial(first_order_effects, model, options["metric"], hooks=rules)
-        return sites.component_scores(relp, effects, model, prompts, options)
+        return sites.component_scores("relp", effects, model, prompts, options)
 
 
 @with_options()
@@ -141,7 +141,7 @@ def integrated_gradients(
         return sites.effect_columns(by_name, places)
 
     own = {"steps": steps, "rule": "midpoint"}
-    scores = sites.component_scores(integrated_gradients, effects, model, prompts, options, **own)
+    scores = sites.component_scores("integrated_gradients", effects, model, prompts, options, **own)
     check = {"explained": float(torch.cat(explained).mean()), "difference": float(torch.cat(differences).mean())}
     return replace(scores, settings={**scores.settings, **check})
 
@@ -179,7 +179,7 @@ def integrated_gradients_of_activations(
         return sites.effect_columns(by_name, places)
 
     own = {"steps": steps, "rule": "midpoint"}
-    return sites.component_scores(integrated_gradients_of_activations, effects, model, prompts, options, **own)
+    return sites.component_scores("integrated_gradients_of_activations", effects, model, prompts, options, **own)
 
 
 @torch.no_grad()

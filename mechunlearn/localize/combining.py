@@ -5,7 +5,6 @@ Each function takes scores over the same components (in any order; the first one
 components or of a model of another shape.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,12 +125,7 @@ def ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
 
 
 def _combination(
-    method: str,
-    values: Tensor,
-    operands: Mapping[str, ComponentScores],
-    *,
-    per_prompt: Tensor | None = None,
-    **options: Any,
+    method: str, values: Tensor, operands: dict[str, ComponentScores], per_prompt: Tensor | None = None, **options: Any
 ) -> ComponentScores:
     """New scores of the first operand's components, with the origin of every operand in the settings."""
     first = next(iter(operands.values()))

@@ -58,7 +58,7 @@ def edge_attribution_patching(model: Model, prompts: Prompts, **options: Unpack[
         here = add_run(gradients, model, patched, options["metric"])
         return [(there.minus(here, patched.attention_mask), gradients)]
 
-    return edge_scores(edge_attribution_patching, factors, model, prompts, options)
+    return edge_scores("edge_attribution_patching", factors, model, prompts, options)
 
 
 @with_options()
@@ -91,7 +91,7 @@ def edge_integrated_gradients(
         gradients = _gradients_over(model, patched, metric, sites.EMBEDDING, between)
         return [(there.minus(here, patched.attention_mask), gradients)]
 
-    return edge_scores(edge_integrated_gradients, factors, model, prompts, options, steps=steps, rule="midpoint")
+    return edge_scores("edge_integrated_gradients", factors, model, prompts, options, steps=steps, rule="midpoint")
 
 
 @with_options()
@@ -127,7 +127,7 @@ def edge_integrated_gradients_of_activations(
             yield difference, _gradients_over(model, patched, metric, name, between)
 
     own = {"steps": steps, "rule": "midpoint"}
-    return edge_scores(edge_integrated_gradients_of_activations, factors, model, prompts, options, **own)
+    return edge_scores("edge_integrated_gradients_of_activations", factors, model, prompts, options, **own)
 
 
 @with_options()
@@ -148,7 +148,7 @@ def edge_clean_corrupted(model: Model, prompts: Prompts, **options: Unpack[EdgeG
         there = add_run(gradients, model, other, options["metric"])
         return [(there.minus(here, patched.attention_mask), gradients)]
 
-    return edge_scores(edge_clean_corrupted, factors, model, prompts, options)
+    return edge_scores("edge_clean_corrupted", factors, model, prompts, options)
 
 
 Factors: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[SourceOutputs, InputGradients]]]
@@ -162,12 +162,7 @@ _ACTIVATIONS = 400_000
 
 
 def edge_scores(
-    method: Callable[..., EdgeScores],
-    factors: Factors,
-    model: Model,
-    prompts: Prompts,
-    options: EdgeGradientOptions,
-    **settings: Any,
+    method: str, factors: Factors, model: Model, prompts: Prompts, options: EdgeGradientOptions, **settings: Any
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
     sizes, chosen, metric = shape(model), edges_of(model, options["edges"]), options["metric"]
@@ -184,7 +179,7 @@ def edge_scores(
             rows += [scores] if options["per_prompt"] else []
     settings = settings_of(options, prompts, **settings, batch_size=batch_size)
     values = torch.cat(rows) if rows else None
-    return EdgeScores(total / len(prompts), chosen, sizes, name_of(method), name_of(metric), settings, values)
+    return EdgeScores(total / len(prompts), chosen, sizes, method, name_of(metric), settings, values)
 
 
 @torch.no_grad()

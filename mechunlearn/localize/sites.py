@@ -27,12 +27,7 @@ Effects: TypeAlias = Callable[[Prompts, Prompts, Places], Float[Tensor, "batch c
 
 
 def component_scores(
-    method: Callable[..., ComponentScores],
-    effects: Effects,
-    model: Model,
-    prompts: Prompts,
-    options: ComponentOptions,
-    **settings: Any,
+    method: str, effects: Effects, model: Model, prompts: Prompts, options: ComponentOptions, **settings: Any
 ) -> ComponentScores:
     """The means over prompts of what a gradient method's `effects` gives, batch after batch of both runs."""
     sizes, metric = shape(model), options["metric"]
@@ -41,9 +36,8 @@ def component_scores(
     batches = run_pairs(model, prompts, metric, options["direction"], options["batch_size"])
     with differentiable(model):
         per_prompt = torch.cat([effects(patched, other, places) for patched, other in batches]).cpu().double()
-    label, name = name_of(method), name_of(metric)
-    settings = settings_of(options, prompts, **settings)
-    return ComponentScores(chosen, per_prompt.mean(0), sizes, label, name, settings, per_prompt)
+    name, settings = name_of(metric), settings_of(options, prompts, **settings)
+    return ComponentScores(chosen, per_prompt.mean(0), sizes, method, name, settings, per_prompt)
 
 
 def run_pairs(

@@ -102,13 +102,7 @@ def _noise(
 
 
 def _batch_trace(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    noise: Float[Tensor, "draw token d_model"],
-    window: int,
-    kinds: tuple[Kind, ...],
-    batch_size: int,
+    model: Model, prompts: Prompts, metric: Metric, noise: Tensor, window: int, kinds: tuple[Kind, ...], batch_size: int
 ) -> dict[str, Tensor]:
     n_layers, draws = len(model.blocks), len(noise)
     names = [f"blocks.{layer}.hook_{part}_out" for layer in range(n_layers) for part in ("mlp", "attn")]
@@ -336,13 +330,12 @@ class CausalTrace(Saved):
         return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
 
     def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
-        limit = float(values.nan_to_num(0.0).abs().max()) or 1.0
         unit, layers = f"indirect effect, {self.metric.replace('_', ' ')}", list(range(self.shape.n_layers))
         hover = "layer %{x}, %{y}: %{z:.4g}"
         size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
         axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
         layout = {"title": title} | size | axes
-        return signed_heat_map(values.T.tolist(), layers, rows, limit=limit, unit=unit, hover=hover, layout=layout)
+        return signed_heat_map(values.T.tolist(), layers, rows, unit=unit, hover=hover, layout=layout)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

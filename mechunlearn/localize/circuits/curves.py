@@ -202,11 +202,7 @@ def ordered_circuits(circuits: Iterable[Circuit], nothing: Circuit, everything: 
 
 
 def measured_faithfulness(
-    curves: Mapping[str, Sequence[Any]],
-    size: Size,
-    values_without: ValuesWithout,
-    metric: str,
-    settings: Mapping[str, Any],
+    curves: Mapping[str, list[Any]], size: Size, values_without: ValuesWithout, metric: str, settings: Mapping[str, Any]
 ) -> Faithfulness:
     """The faithfulness of circuits."""
     names = tuple(name for name, circuits in curves.items() for _ in circuits)

@@ -77,7 +77,7 @@ def faithfulness(
     the area under the curve over size, CMD the area between it and 1 (0 is best); `left` is the faithfulness of the
     model *without* C (0: C is complete).
 
-    - `circuits`: scores, or a circuit, or nested ones, or a dict of such; all share one corrupted run.
+    - `circuits`: scores, a circuit, nested ones, or a dict of such; all share one corrupted run.
     - `sizes`: shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`: rankings are
       cut to the longest start that is not larger. 0 and 1 are always there and cost nothing.
     - `by` ranks scores as in `ComponentScores.top`. MIB ranks by the signed score for CPR (`torch.neg` for noising
@@ -86,7 +86,7 @@ def faithfulness(
     - `random_circuits`: the number of random rankings, cut at the same sizes and named "random 0", ...
 
     Cost: 2F, and for each different circuit twice the part of F from the lowest replaced layer on. ValueError for
-    circuits or scores of other components, missing corrupted prompts, and where replacing everything changes nothing.
+    circuits or scores of other components, no corrupted prompts, and where replacing everything changes nothing.
 
     Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Wang et al. 2022, https://arxiv.org/abs/2211.00593;
     that the numbers depend on what replaces: Miller et al. 2024, https://arxiv.org/abs/2407.08734.

@@ -59,7 +59,13 @@ def incompleteness(
     """
     metric = options["metric"]
     check("noising", options["batch_size"], metric=metric, replacement=options["replacement"])
-    _check(circuit, knockouts)
+    if not isinstance(circuit, ComponentMask | EdgeMask) or not circuit:
+        raise ValueError(
+            f"expected a circuit with at least one component or edge, a ComponentMask or an EdgeMask, got "
+            f"{circuit!r}: cut scores with .top(...)."
+        )
+    if knockouts < 1:
+        raise ValueError(f"expected at least one knockout, got {knockouts}: the paper draws many and shows them all.")
     everything, values_without = _outside(model, prompts, circuit, components, options)
     generator = Random(f"incompleteness {seed}")
     parts = [circuit & {member for member in circuit if generator.random() < 0.5} for _ in range(knockouts)]
@@ -69,16 +75,6 @@ def incompleteness(
     of_circuit, of_model = columns_without(values_without, from_circuit, [frozenset(part) for part in chosen])
     settings = settings_of(options, prompts, knockouts=knockouts, seed=seed)
     return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
-
-
-def _check(circuit: Circuit, knockouts: int) -> None:
-    if not isinstance(circuit, ComponentMask | EdgeMask) or not circuit:
-        raise ValueError(
-            f"expected a circuit with at least one component or edge, a ComponentMask or an EdgeMask, got "
-            f"{circuit!r}: cut scores with .top(...)."
-        )
-    if knockouts < 1:
-        raise ValueError(f"expected at least one knockout, got {knockouts}: the paper draws many and shows them all.")
 
 
 def _outside(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,14 +23,12 @@ from mechunlearn.model.edges import contributions, source_outputs, source_sites
 from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
+Removed: TypeAlias = Sequence[Set[Component]]
+"""Sets of components, each of which is replaced in a run of its own."""
+
 
 def circuit_values(
-    model: Model,
-    prompts: Prompts,
-    removed: Sequence[Set[Component]],
-    *,
-    options: ReplacingOptions,
-    where: Where = everywhere,
+    model: Model, prompts: Prompts, removed: Removed, options: ReplacingOptions, where: Where = everywhere
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """The metric of the whole model, and of the model with each of these sets of components replaced at some tokens.
 
@@ -62,7 +61,7 @@ def circuit_values(
 
 
 def edge_circuit_values(
-    model: Model, prompts: Prompts, removed: Sequence[Set[Edge]], *, options: ReplacingOptions
+    model: Model, prompts: Prompts, removed: Sequence[Set[Edge]], options: ReplacingOptions
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
     metric, replacement, batch_size = options["metric"], options["replacement"], options["batch_size"]
@@ -88,7 +87,7 @@ def edge_circuit_values(
 class _Places:
     """Where sets of components are in the model: hook points, and heads or neurons there."""
 
-    def __init__(self, removed: Sequence[Set[Component]], sizes: ModelShape, device: torch.device) -> None:
+    def __init__(self, removed: Removed, sizes: ModelShape, device: torch.device) -> None:
         components = sorted(set().union(*removed))
         self.lowest = torch.tensor([min(component.layer for component in chosen) for chosen in removed])
         self._chosen: dict[str, Tensor] = {}

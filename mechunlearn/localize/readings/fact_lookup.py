@@ -162,17 +162,10 @@ def fact_lookup_by_paths(
     chosen = crossed if overruling is None else overruling
     if overruling is None:
         near["threshold"] = _borderline(_magnitudes(scores["mlps"]), threshold)
-    findings = {
-        "layers": chosen,
-        "extraction_heads": [str(head) for head in chosen_heads],
-        "receivers": scores["mlps"].settings["receivers"],
-        "threshold": threshold,
-        "n_heads": n_heads,
-        "metric": name_of(metric),
-        "clean_minus_corrupt": gap,
-        "overruled": [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None],
-        "borderline": near,
-    }
+    overruled = [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None]
+    findings = {"layers": chosen, "extraction_heads": [str(head) for head in chosen_heads]}
+    findings |= {"receivers": scores["mlps"].settings["receivers"], "threshold": threshold, "n_heads": n_heads}
+    findings |= {"metric": name_of(metric), "clean_minus_corrupt": gap, "overruled": overruled, "borderline": near}
     mask = _mask(chosen, sizes, "fact_lookup_by_paths", findings)
     return FactLookup(mask, "fact_lookup_by_paths", findings, {}, scores)
 
