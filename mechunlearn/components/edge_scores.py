@@ -11,16 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.components.component import Component, ModelShape
-from mechunlearn.components.edge import (
-    Destination,
-    Edge,
-    destinations,
-    edge_mask,
-    edges_where,
-    mask_of,
-    place_of,
-    sources,
-)
+from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
@@ -241,9 +232,11 @@ class EdgeMask(Set[Edge], Saved):
         A KV head that several query heads share counts as its matrix alone (`L3H0.W_K`), since the edge does
         not say which of those heads it is for.
         """
-        ends = {edge.source for edge in self.edges} | {self._component(edge.destination) for edge in self.edges}
-        chosen = frozenset(end for end in ends if isinstance(end, Component))
-        return ComponentMask(chosen, self.shape, dict(self.provenance) | {"components of": f"{len(self)} edges"})
+        shared = ("W_K", "W_V") if self.shape.n_kv_heads < self.shape.n_heads else ()
+        ends = {end for edge in self.edges for end in (edge.source, edge.destination) if isinstance(end, Component)}
+        chosen = (end if end.matrix in shared else Component(end.layer, end.part, end.index) for end in ends)
+        provenance = dict(self.provenance) | {"components of": f"{len(self)} edges"}
+        return ComponentMask(frozenset(chosen), self.shape, provenance)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
@@ -278,12 +271,6 @@ class EdgeMask(Set[Edge], Saved):
         labels = [str(edge) for edge in self]
         shown = ", ".join(labels[:6]) + (f", ... ({len(labels) - 6} more)" if len(labels) > 6 else "")
         return f"EdgeMask({shown})"
-
-    def _component(self, destination: Destination) -> Destination:
-        if not isinstance(destination, Component) or destination.part == "MLP":
-            return destination
-        shared = destination.matrix != "W_Q" and self.shape.n_kv_heads < self.shape.n_heads
-        return destination if shared else Component(destination.layer, "H", destination.index)
 
     def _compatible(self, other: Set[Any]) -> frozenset[Edge]:
         if isinstance(other, EdgeMask) and other.shape != self.shape:

@@ -8,20 +8,8 @@ from random import Random
 import torch
 
 from mechunlearn.arguments import chosen_components
-from mechunlearn.components import (
-    Component,
-    ComponentMask,
-    Components,
-    ComponentScores,
-    ModelShape,
-    heads,
-    heads_and_mlps,
-    layers,
-    matrices,
-    mlps,
-    neurons,
-)
-from mechunlearn.components.component import Cover, resolve
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, ModelShape
+from mechunlearn.components.component import Cover, heads, heads_and_mlps, layers, matrices, mlps, neurons, resolve
 from mechunlearn.model import Model, shape
 
 

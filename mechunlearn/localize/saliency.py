@@ -128,12 +128,7 @@ def _covered_weights(
 
 
 def _per_prompt(
-    name: str,
-    model: Model,
-    prompts: Prompts,
-    loss: Loss,
-    components: Components,
-    score: Callable[[Slot, Tensor], Tensor],
+    name: str, model: Model, prompts: Prompts, loss: Loss, components: Components, score: Callable[..., Tensor]
 ) -> ComponentScores:
     """`score(slot, gradient of one prompt)` summed over each component's weights; the mean over prompts."""
     rows = []

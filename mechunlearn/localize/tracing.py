@@ -53,7 +53,7 @@ def causal_tracing(
         indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
         total effect    = metric of the clean run - mean over draws of metric of the corrupted run
 
-    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back. For
+    in the metric's unit (default: the answer's probability); positive = brings the answer back. For
     `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
     l - window // 2 ... l + (window - 1) // 2 that exist: one layer's output alone changes little.
 

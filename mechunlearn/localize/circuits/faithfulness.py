@@ -10,16 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.arguments import check, check_functions, chosen_components
-from mechunlearn.components import (
-    Component,
-    ComponentMask,
-    Components,
-    ComponentScores,
-    EdgeMask,
-    EdgeScores,
-    ModelShape,
-    heads_and_mlps,
-)
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, EdgeMask, EdgeScores
+from mechunlearn.components.component import ModelShape, heads_and_mlps
 from mechunlearn.components.edge import edges_where
 from mechunlearn.identity import name_of
 from mechunlearn.localize.circuits.curves import (
@@ -73,7 +65,7 @@ def faithfulness(
 
         faithfulness of C = (m(C) - m(nothing)) / (m(model) - m(nothing))
 
-    m(C) is the mean metric when every component outside C is replaced at once (not the embedding and the norms). CPR is
+    m(C) is the mean metric when all components outside C are replaced (not the embedding and the norms). CPR is
     the area under the curve over size, CMD the area between it and 1 (0 is best); `left` is the faithfulness of the
     model *without* C (0: C is complete).
 

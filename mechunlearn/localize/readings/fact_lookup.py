@@ -49,14 +49,14 @@ def fact_lookup_by_probes(
     1. `probes` give the accuracy for each layer at the subject's last token, on held-out facts.
     2. The lookup begins with the first layer whose output is read better than chance + `rise`, and better than the
        control task + `selectivity`: where subjects share last tokens, these may explain the rise above chance. It ends
-       with the first layer whose output has `saturation` of the whole rise above chance. The MLPs from the first to the
-       last are the mask.
+       with the first layer whose output has `saturation` of the whole rise. The MLPs from the first to the last
+       are the mask.
     3. Attention outputs of all layers after the last are replaced, at every token, by their mean over `text`
        (such as `task.text`), and new probes are fitted. If no later accuracy falls by more than `tolerance`, the
        representation does not depend on later heads: `findings["holds_without_later_attention"]`.
 
     - `layers` overrules step 2.
-    - The prompts need several answers: for a sport to forget, `tasks.joined(task.forget, task.retain)`.
+    - The prompts need several answers: `tasks.joined(task.forget, task.retain)`.
     - Curves: `"accuracy"`, `"control"`, `"selectivity"` (the difference of the two) and `"later attention ablated"`.
     - `findings["borderline"]` has the layers whose value lies within 20 % of a threshold (for `saturation`, of the
       share that may be missing): other prompts may put them on its other side.
