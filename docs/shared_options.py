@@ -8,7 +8,7 @@ import griffe
 
 
 class SharedOptions(griffe.Extension):
-    """Signature and docstring of the function itself, as `mechunlearn.training.options.with_options` has made them."""
+    """Signature and docstring of the function itself, as `mechunlearn.options.with_options` has made them."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         for parameter in [p for p in func.parameters if "Unpack[" in str(p.annotation)]:

@@ -1,9 +1,13 @@
 """Checks of arguments that localizations and tests share; all of them happen before anything runs."""
 
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from mechunlearn.components import Component, Components, ModelShape
 from mechunlearn.components.component import resolve
+
+Direction: TypeAlias = Literal["noising", "denoising"]
+"""Which run is patched: the clean one (with activations of the corrupt run), or the corrupt one."""
 
 _HOMES = {
     "metric": ("mechunlearn.metrics", "logit_difference"),

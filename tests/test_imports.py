@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mechunlearn"
 LAYERS = (
     {"files", "identity", "intervals"},
-    {"curve"},
+    {"curve", "options"},
     {"components"},
     {"model"},
     {"tasks"},

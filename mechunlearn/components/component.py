@@ -15,10 +15,8 @@ MLP_MATRICES = ("W_in", "W_gate", "W_out")
 MATRICES = ATTENTION_MATRICES + MLP_MATRICES
 
 _PARTS = ("ATTN", "H", "MLP", "N")
-_NUMBER = r"(0|[1-9]\d*)"
-_LABEL = re.compile(
-    rf"L{_NUMBER}(?:(ATTN)|H{_NUMBER}(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|N{_NUMBER})", re.ASCII
-)
+_INT = r"(0|[1-9]\d*)"
+_LABEL = re.compile(rf"L{_INT}(?:(ATTN)|H{_INT}(?:\.(W_[QKVO]))?|(MLP)(?:\.(W_in|W_gate|W_out))?|N{_INT})", re.ASCII)
 
 
 @total_ordering
@@ -132,12 +130,12 @@ class ModelShape:
     def units_of(self, component: Component) -> dict[str, slice]:
         """Matrix -> the units of it that the component covers."""
         self._check(component)
-        if component.part in ("ATTN", "MLP"):
-            group = ATTENTION_MATRICES if component.part == "ATTN" else MLP_MATRICES
-            return {m: slice(None) for m in self._chosen(component, group)}
-        assert component.index is not None  # checked on construction
-        group = ATTENTION_MATRICES if component.part == "H" else MLP_MATRICES
-        units = {m: self._unit(m, component.index) for m in self._chosen(component, group)}
+        group = ATTENTION_MATRICES if component.part in ("ATTN", "H") else MLP_MATRICES
+        chosen = [m for m in group if m in self.matrices and component.matrix in (None, m)]
+        if component.index is None:
+            return {m: slice(None) for m in chosen}
+        kv_head = component.index * self.n_kv_heads // self.n_heads
+        units = {m: kv_head if m in ("W_K", "W_V") else component.index for m in chosen}
         return {m: slice(unit, unit + 1) for m, unit in units.items()}
 
     def entries(self, components: Iterable[Component]) -> dict[tuple[int, str], Bool[Tensor, "unit"]]:
@@ -150,12 +148,6 @@ class ModelShape:
     def n_parameters(self, components: Iterable[Component]) -> int:
         """Number of weights that the components cover together, shared ones counted once."""
         return sum(int(units.sum()) * self.unit_parameters(m) for (_, m), units in self.entries(components).items())
-
-    def _chosen(self, component: Component, group: tuple[str, ...]) -> list[str]:
-        return [m for m in group if m in self.matrices and component.matrix in (None, m)]
-
-    def _unit(self, matrix: str, index: int) -> int:
-        return index * self.n_kv_heads // self.n_heads if matrix in ("W_K", "W_V") else index
 
     def _check(self, component: Component) -> None:
         limit = {"H": self.n_heads, "N": self.d_mlp}.get(component.part)
@@ -192,9 +184,8 @@ class Cover:
         """How many weights the component would add."""
         added = 0
         for matrix, units in self.shape.units_of(component).items():
-            covered = self.units.get((component.layer, matrix))
-            new = self._empty(matrix)[units] if covered is None else covered[units]
-            added += int((~new).sum()) * self.shape.unit_parameters(matrix)
+            covered = self.units.get((component.layer, matrix), self._empty(matrix))
+            added += int((~covered[units]).sum()) * self.shape.unit_parameters(matrix)
         return added
 
     def add(self, component: Component) -> None:

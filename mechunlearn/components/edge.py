@@ -19,6 +19,8 @@ Destination: TypeAlias = Component | Literal["logits"]
 
 _KV = ("W_K", "W_V")
 _READS = ("W_Q", *_KV)
+_SOURCES = ("embed", ("H", None), ("MLP", None))
+_DESTINATIONS = ("logits", ("MLP", None), *(("H", matrix) for matrix in _READS))
 
 
 @total_ordering
@@ -41,7 +43,8 @@ class Edge:
     destination: Destination
 
     def __post_init__(self) -> None:
-        if not (_is_source(self.source) and _is_destination(self.destination)):
+        ends = (end.kind if isinstance(end, Component) else end for end in (self.source, self.destination))
+        if not all(end in known for end, known in zip(ends, (_SOURCES, _DESTINATIONS), strict=True)):
             raise ValueError(f"{_EXPECTED}, got {self}: heads and MLPs write, W_Q, W_K, W_V, MLPs and logits read.")
         if _stage(self.source) >= _stage(self.destination):
             raise ValueError(
@@ -157,15 +160,6 @@ def _shared(destination: Destination, shape: ModelShape) -> Destination:
     group = shape.n_heads // shape.n_kv_heads
     assert destination.index is not None  # a head has one
     return Component(destination.layer, "H", destination.index // group * group, destination.matrix)
-
-
-def _is_source(end: object) -> bool:
-    return end == "embed" or (isinstance(end, Component) and end.kind in (("H", None), ("MLP", None)))
-
-
-def _is_destination(end: object) -> bool:
-    kinds = [("MLP", None), *(("H", matrix) for matrix in _READS)]
-    return end == "logits" or (isinstance(end, Component) and end.kind in kinds)
 
 
 def _stage(end: Source | Destination, *, parallel: bool = False) -> float:

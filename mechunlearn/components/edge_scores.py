@@ -11,16 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.components.component import Component, ModelShape
-from mechunlearn.components.edge import (
-    Destination,
-    Edge,
-    destinations,
-    edge_mask,
-    edges_where,
-    mask_of,
-    place_of,
-    sources,
-)
+from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import edge_graph, edge_heat_map
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
@@ -77,9 +68,7 @@ class EdgeScores(Mapping[Edge, float], Saved):
                 f"{tuple(self.tensor.shape)} and {int(self.scored.sum())} edges."
             )
         if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
-            raise ValueError(
-                f"expected per-prompt values of shape (prompts, *{expected}), got {tuple(self.per_prompt.shape)}."
-            )
+            raise ValueError(f"expected per-prompt values (prompts, *{expected}), got {tuple(self.per_prompt.shape)}.")
         if bool((self.scored & ~edge_mask(self.shape)).any()):
             raise ValueError("expected scores of real edges, got some that go backwards in the model: check the mask.")
         if not bool(torch.isfinite(self.tensor[self.scored]).all()):
@@ -160,8 +149,8 @@ class EdgeScores(Mapping[Edge, float], Saved):
         """Bootstrap interval over prompts for each edge: columns score, low, high; as `ComponentScores.interval`."""
         if self.per_prompt is None:
             raise ValueError("expected scores with per-prompt values, got none: let the method keep them.")
-        options = {"others": others, "confidence": confidence, "draws": draws, "seed": seed}
-        return interval_frame(self.per_prompt[:, self.scored], self.values_in_order, self.edges, "edge", **options)
+        options = {"confidence": confidence, "draws": draws, "seed": seed}
+        return interval_frame(self, self.per_prompt[:, self.scored], "edge", others, **options)
 
     def to_frame(self) -> "DataFrame":
         """One row per edge: source, destination, score; highest size first."""
@@ -243,9 +232,11 @@ class EdgeMask(Set[Edge], Saved):
         A KV head that several query heads share counts as its matrix alone (`L3H0.W_K`), since the edge does
         not say which of those heads it is for.
         """
-        ends = {edge.source for edge in self.edges} | {self._component(edge.destination) for edge in self.edges}
-        chosen = frozenset(end for end in ends if isinstance(end, Component))
-        return ComponentMask(chosen, self.shape, dict(self.provenance) | {"components of": f"{len(self)} edges"})
+        shared = ("W_K", "W_V") if self.shape.n_kv_heads < self.shape.n_heads else ()
+        ends = {end for edge in self.edges for end in (edge.source, edge.destination) if isinstance(end, Component)}
+        chosen = (end if end.matrix in shared else Component(end.layer, end.part, end.index) for end in ends)
+        provenance = dict(self.provenance) | {"components of": f"{len(self)} edges"}
+        return ComponentMask(frozenset(chosen), self.shape, provenance)
 
     def __contains__(self, edge: object) -> bool:
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
@@ -280,12 +271,6 @@ class EdgeMask(Set[Edge], Saved):
         labels = [str(edge) for edge in self]
         shown = ", ".join(labels[:6]) + (f", ... ({len(labels) - 6} more)" if len(labels) > 6 else "")
         return f"EdgeMask({shown})"
-
-    def _component(self, destination: Destination) -> Destination:
-        if not isinstance(destination, Component) or destination.part == "MLP":
-            return destination
-        shared = destination.matrix != "W_Q" and self.shape.n_kv_heads < self.shape.n_heads
-        return destination if shared else Component(destination.layer, "H", destination.index)
 
     def _compatible(self, other: Set[Any]) -> frozenset[Edge]:
         if isinstance(other, EdgeMask) and other.shape != self.shape:

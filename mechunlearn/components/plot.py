@@ -23,13 +23,12 @@ def heat_map(values: Mapping[Component, float], *, title: str = "", unit: str = 
     columns = sorted({_column(c) for c in values}, key=lambda name: Component.parse("L0" + name))
     rows = sorted({c.layer for c in values})
     place = {(c.layer, _column(c)): value for c, value in values.items()}
-    limit = max((abs(value) for value in values.values()), default=1.0) or 1.0
     z = [[place.get((layer, column)) for column in columns] for layer in rows]
     size = {"width": 200 + 55 * min(len(columns), 20), "height": 180 + 34 * len(rows)}
     axes = {"xaxis": {"title": "component"}, "yaxis": {"title": "layer"}}
     layout, hover = {"title": title} | size | axes, "%{y}%{x}: %{z:.4g} " + unit
     labels = [f"L{layer}" for layer in rows]
-    return signed_heat_map(z, columns, labels, limit=limit, unit=unit, hover=hover, layout=layout, xgap=1, ygap=1)
+    return signed_heat_map(z, columns, labels, unit=unit, hover=hover, layout=layout, xgap=1, ygap=1)
 
 
 def signed_heat_map(
@@ -37,15 +36,16 @@ def signed_heat_map(
     x: Sequence[Any],
     y: Sequence[Any],
     *,
-    limit: float,
     unit: str,
     hover: str,
     layout: Mapping[str, Any],
     **cells: Any,
 ) -> "Figure":
-    """Heat map of rows of values: red for negative, white for zero, blue for positive, up to the size `limit`."""
+    """Heat map of rows of values: red for negative, white for zero, blue for positive, up to the largest size."""
     import plotly.graph_objects as go
 
+    sizes = (abs(value) for row in values for value in row if value is not None and value == value)
+    limit = max(sizes, default=0.0) or 1.0
     colors = {"colorscale": "RdBu", "zmid": 0, "zmin": -limit, "zmax": limit}
     colors["colorbar"] = {"title": {"text": unit, "side": "right"}}
     heat = go.Heatmap(z=values, x=x, y=y, hovertemplate=f"{hover}<extra></extra>", **colors, **cells)
@@ -68,14 +68,12 @@ def edge_heat_map(
     """Heat map with one row per source and one column per destination that has an edge, zero at white."""
     rows, columns = scored.any(1).nonzero().flatten().tolist(), scored.any(0).nonzero().flatten().tolist()
     shown = values.double().masked_fill(~scored, torch.nan)[rows][:, columns]
-    limit = float(values[scored].abs().max()) or 1.0
     axes = {"xaxis": {"title": "destination"}, "yaxis": {"title": "source", "autorange": "reversed"}}
     size = {"width": 300 + 12 * min(len(columns), 100), "height": 200 + 12 * min(len(rows), 70)}
     return signed_heat_map(
         [[None if value != value else value for value in row] for row in shown.tolist()],
         [destinations[column] for column in columns],
         [sources[row] for row in rows],
-        limit=limit,
         unit=unit,
         hover="%{y}->%{x}: %{z:.4g} " + unit,
         layout={"title": title, "plot_bgcolor": "#eee"} | axes | size,
@@ -89,14 +87,8 @@ def edge_graph(values: Mapping[Edge, float], shape: ModelShape) -> "DiGraph":
     graph = nx.DiGraph()
     for edge, score in values.items():
         graph.add_edge(str(edge.source), str(edge.destination), score=score)
-        for head in _heads_behind(edge.destination, shape):
-            graph.add_edge(str(edge.destination), head)
+        end = edge.destination
+        if isinstance(end, Component) and end.index is not None:
+            group = 1 if end.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads
+            graph.add_edges_from((str(end), f"L{end.layer}H{end.index + i}") for i in range(group))
     return graph
-
-
-def _heads_behind(destination: Component | str, shape: ModelShape) -> list[str]:
-    """Labels of the heads that use what a query, key or value destination reads."""
-    if not isinstance(destination, Component) or destination.index is None:
-        return []
-    group = 1 if destination.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads
-    return [f"L{destination.layer}H{destination.index + i}" for i in range(group)]

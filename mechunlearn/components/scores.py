@@ -1,7 +1,7 @@
 """Scores of components, at all tokens together or by position: what localization methods return."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,7 @@ class ComponentScores(Mapping[Component, float], Saved):
             )
         if len(set(resolve(self.components, self.shape))) < len(self.components):
             twice = [str(c) for c in dict.fromkeys(self.components) if self.components.count(c) > 1]
-            raise ValueError(
-                f"expected each component once, got {', '.join(twice[:5])} several times: drop duplicates."
-            )
+            raise ValueError(f"expected each component once, got {', '.join(twice[:5])} twice: drop duplicates.")
         if self.per_prompt is not None and self.per_prompt.shape[1:] != self.tensor.shape:
             raise ValueError(
                 f"expected per-prompt values of shape (prompts, {len(self.tensor)}), "
@@ -147,8 +145,8 @@ class ComponentScores(Mapping[Component, float], Saved):
         """
         if self.per_prompt is None:
             raise ValueError(f"expected scores with per-prompt values, got none: {self.method} does not give them.")
-        options = {"others": others, "confidence": confidence, "draws": draws, "seed": seed}
-        return interval_frame(self.per_prompt, self.tensor, self.components, "component", **options)
+        options = {"confidence": confidence, "draws": draws, "seed": seed}
+        return interval_frame(self, self.per_prompt, "component", others, **options)
 
     def to_frame(self) -> "DataFrame":
         """One row per component: layer, part, index, matrix, score, weights; highest size first."""
@@ -203,23 +201,15 @@ def count_of(n: int, noun: str, k: int | None, fraction: float | None) -> int:
 
 
 def interval_frame(
-    per_prompt: Float[Tensor, "prompt score"],
-    scores: Float[Tensor, "score"],
-    labels: Iterable[object],
-    name: str,
-    *,
-    others: int | None,
-    confidence: float,
-    draws: int,
-    seed: int,
+    scores: Mapping[Any, float], values: Float[Tensor, "prompt score"], name: str, others: int | None, **options: Any
 ) -> "DataFrame":
-    """A row for each label: its score and the ends of its interval, as `ComponentScores.interval` describes."""
+    """A row for each score, with the ends of its interval, as `ComponentScores.interval` describes."""
     import pandas as pd
 
     interval = bootstrap if others is None else partial(bootstrap_of_others, others=others)
-    low, high = interval(per_prompt, confidence=confidence, draws=draws, seed=seed)
-    columns = {"score": scores.tolist(), "low": low.tolist(), "high": high.tolist()}
-    return pd.DataFrame(columns, index=pd.Index([str(label) for label in labels], name=name))
+    low, high = interval(values, **options)
+    columns = {"score": list(scores.values()), "low": low.tolist(), "high": high.tolist()}
+    return pd.DataFrame(columns, index=pd.Index([str(label) for label in scores], name=name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -273,12 +263,11 @@ class PositionScores(Saved):
 
     def plot(self) -> "Figure":
         """Component x position heat map; red is negative, blue positive."""
-        limit = float(self.tensor.abs().max()) or 1.0
         unit, labels = self.metric.replace("_", " "), [str(component) for component in self.components]
         hover = "%{y}, %{x}: %{z:.4g} " + unit
         title = f"{self.method}, {self.metric}, {len(self.per_prompt)} prompts"
         size = {"width": 320 + 70 * len(self.positions), "height": 220 + 18 * len(self.components)}
-        look = {"limit": limit, "unit": unit, "hover": hover, "layout": {"title": title} | size}
+        look = {"unit": unit, "hover": hover, "layout": {"title": title} | size}
         figure = signed_heat_map(self.tensor.tolist(), self.positions, labels, **look)
         return figure.update_yaxes(autorange="reversed")
 

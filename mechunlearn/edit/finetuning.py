@@ -14,12 +14,13 @@ from mechunlearn.edit.inject.facts import asked_and_answered, injected
 from mechunlearn.identity import described, digest
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
 from mechunlearn.model import Model, differentiable, fingerprint
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, rows_of
 from mechunlearn.training import Checkpoints, Master, Moving, Term, fit
 from mechunlearn.training.movers import collect_gradient
-from mechunlearn.training.options import Row, RunOptions, TrainingOptions, with_options
+from mechunlearn.training.options import Row, RunOptions, TrainingOptions
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.finetuning import task_run
 from mechunlearn.model import Model
+from mechunlearn.options import with_options
 from mechunlearn.tasks.task import Task
 from mechunlearn.training.movers import collect_gradient
-from mechunlearn.training.options import TrainingOptions, with_options
+from mechunlearn.training.options import TrainingOptions
 from mechunlearn.weights import Edit, Entries
 
 

@@ -15,9 +15,10 @@ from mechunlearn.edit.finetuning import task_run
 from mechunlearn.edit.learned_masks import LearnedMask, Numbers, numbered
 from mechunlearn.identity import described
 from mechunlearn.model import Model
+from mechunlearn.options import with_options
 from mechunlearn.tasks.task import Task
 from mechunlearn.training.movers import add_gradient
-from mechunlearn.training.options import TrainingOptions, with_options
+from mechunlearn.training.options import TrainingOptions
 from mechunlearn.weights import Entries
 
 sgd = partial(torch.optim.SGD, momentum=0.9)

@@ -2,7 +2,12 @@
 
 from mechunlearn.curve import Curve
 from mechunlearn.localize.atp import atp_star
-from mechunlearn.localize.attribution import attribution_patching, relp
+from mechunlearn.localize.attribution import (
+    attribution_patching,
+    integrated_gradients,
+    integrated_gradients_of_activations,
+    relp,
+)
 from mechunlearn.localize.circuits.curves import Faithfulness
 from mechunlearn.localize.circuits.faithfulness import edge_faithfulness, faithfulness, n_components, n_weights
 from mechunlearn.localize.circuits.files import load_mib, save_mib
@@ -25,7 +30,6 @@ from mechunlearn.localize.edge_attribution import (
     edge_integrated_gradients_of_activations,
 )
 from mechunlearn.localize.edges import edge_patching
-from mechunlearn.localize.integrated import integrated_gradients, integrated_gradients_of_activations
 from mechunlearn.localize.patching import SetEffects, activation_patching, activation_patching_by_position, set_patching
 from mechunlearn.localize.paths import path_effect, path_patching
 from mechunlearn.localize.readings.fact_lookup import (

@@ -2,35 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.components import Components, ComponentScores, heads_and_mlps
+from mechunlearn.components import ComponentScores
 from mechunlearn.localize import sites
-from mechunlearn.localize.sites import Direction, Places
-from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.localize.options import ComponentOptions
+from mechunlearn.localize.replacement import activations_at
+from mechunlearn.localize.sites import Places
+from mechunlearn.metrics import Metric
 from mechunlearn.model import Model, shape
 from mechunlearn.model.hooks import attended_again, attention_calls, layer_of
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 
+@with_options()
 def atp_star(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
-    qk_fix: bool = True,
-    grad_drop: bool = True,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, *, qk_fix: bool = True, grad_drop: bool = True, **options: Unpack[ComponentOptions]
 ) -> ComponentScores:
     r"""Attribution patching that does not linearise the softmax and does not let paths cancel.
 
-    With x the run that is patched and x' the run that the patch is from (see `attribution_patching`), the
-    effect of a component is estimated as I = sum over positions of (a(x') - a(x)) * d metric / d a(x), but
+    The effect of a component is I = sum over positions of (a(x') - a(x)) * d metric / d a(x), as in
+    `attribution_patching`, but
 
     - `qk_fix`, for `W_Q` and `W_K` (`components=matrices`): the model's own attention gives the exact change of the
       pattern A,
@@ -43,8 +40,7 @@ def atp_star(
 
           score = mean over prompts of 1 / (n_layers - 1) * sum over l of |I_l|
 
-      which is **never negative**. A component's own layer contributes nothing to the sum. Without `grad_drop` the
-      score is the mean of I, with its sign ("noising": a component that the answer needs scores negative).
+      which is **never negative**. A component's own layer adds nothing. Without `grad_drop`: the signed mean of I.
 
     Unit: the metric's. Cost: 2F + 1B; the QK fix adds each layer's attention alone twice (in the layers with `W_Q` or
     `W_K`), GradDrop about n_layers / 2 backwards, since each starts at the dropped layer. (The paper counts
@@ -57,14 +53,13 @@ def atp_star(
         raise ValueError("expected a model of two layers or more for grad_drop, got one: pass grad_drop=False.")
 
     def effects(patched: Prompts, other: Prompts, places: Places) -> Float[Tensor, "batch component"]:
-        run = _run(model, patched, other, metric, list(places), n_layers, qk_fix=qk_fix)
+        run = _run(model, patched, other, options["metric"], list(places), n_layers, qk_fix=qk_fix)
         if grad_drop:
             return _mean_over_dropped(run, places, n_layers)
         return sites.effect_columns(_estimates(run, run.slopes), places)
 
-    chosen, per_prompt = sites.component_effects(effects, model, prompts, metric, direction, components, batch_size)
-    settings = {"direction": direction, "qk_fix": qk_fix, "grad_drop": grad_drop, "batch_size": batch_size}
-    return sites.scores_of(atp_star, chosen, per_prompt, model, metric, settings)
+    own = {"qk_fix": qk_fix, "grad_drop": grad_drop}
+    return sites.component_scores("atp_star", effects, model, prompts, options, **own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +86,10 @@ def _run(
     linear = [name for name in names if name not in queries + keys]
     inside = [_beside(name, part) for name in queries + keys for part in ("z", "v")]
     residuals = [_residual_after(layer, n_layers) for layer in range(n_layers)]
-    source = sites.activations_at(model, other, names)
+    source = activations_at(model, other, names)
     with attention_calls(model, {layer_of(name) for name in queries + keys}) as calls:
-        values, base = sites.metric_and_activations(
-            model, patched, metric, [*linear, *inside, *residuals], [sites.graph_start()]
-        )
+        recorded = [*linear, *inside, *residuals]
+        values, base = sites.metric_and_activations(model, patched, metric, recorded, [sites.graph_start()])
     slopes = sites.gradients(values, base, metric, keep_graph=True)
     changes = {name: (name, source[name] - base[name].detach()) for name in linear}
     for name in queries:

@@ -5,7 +5,6 @@ Each function takes scores over the same components (in any order; the first one
 components or of a model of another shape.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,19 +125,12 @@ def ranks(values: Float[Tensor, "component"]) -> Float[Tensor, "component"]:
 
 
 def _combination(
-    method: str,
-    values: Tensor,
-    operands: Mapping[str, ComponentScores],
-    *,
-    per_prompt: Tensor | None = None,
-    **options: Any,
+    method: str, values: Tensor, operands: dict[str, ComponentScores], per_prompt: Tensor | None = None, **options: Any
 ) -> ComponentScores:
     """New scores of the first operand's components, with the origin of every operand in the settings."""
     first = next(iter(operands.values()))
     metrics = list(dict.fromkeys(scores.metric for scores in operands.values()))
-    sources = {
-        name: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for name, s in operands.items()
-    }
+    sources = {n: {"method": s.method, "metric": s.metric, "settings": dict(s.settings)} for n, s in operands.items()}
     label = metrics[0] if len(metrics) == 1 else ", ".join(metrics)
     values = values.double().cpu()
     return ComponentScores(first.components, values, first.shape, method, label, {**options, **sources}, per_prompt)

@@ -8,20 +8,8 @@ from random import Random
 import torch
 
 from mechunlearn.arguments import chosen_components
-from mechunlearn.components import (
-    Component,
-    ComponentMask,
-    Components,
-    ComponentScores,
-    ModelShape,
-    heads,
-    heads_and_mlps,
-    layers,
-    matrices,
-    mlps,
-    neurons,
-)
-from mechunlearn.components.component import Cover, resolve
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, ModelShape
+from mechunlearn.components.component import Cover, heads, heads_and_mlps, layers, matrices, mlps, neurons, resolve
 from mechunlearn.model import Model, shape
 
 
@@ -51,7 +39,9 @@ def random_like(mask: ComponentMask, model: Model, seed: int, *, pool: Component
             f"expected a mask of a model of the same shape ({sizes}), got one of {mask.shape}: "
             f"localize on the model that you edit."
         )
-    members = sorted(set(resolve(pool, sizes))) if pool is not None else _same_kinds(mask, sizes)
+    kinds, levels = {component.kind for component in mask}, (heads, mlps, layers, matrices, neurons)
+    same_kinds = (component for level in levels for component in level(sizes) if component.kind in kinds)
+    members = sorted(set(same_kinds if pool is None else resolve(pool, sizes)))
     generator = Random(f"random_like {seed}")
     for _ in range(100):
         chosen = _matching(mask, members, generator, by_kind=pool is None)
@@ -100,12 +90,6 @@ def _matching(
             f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
         )
     return frozenset(chosen)
-
-
-def _same_kinds(mask: ComponentMask, sizes: ModelShape) -> list[Component]:
-    kinds = {component.kind for component in mask}
-    levels = (heads, mlps, layers, matrices, neurons)
-    return sorted({c for level in levels for c in level(sizes) if c.kind in kinds})
 
 
 def _drawn(

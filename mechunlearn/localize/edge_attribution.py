@@ -1,18 +1,19 @@
 """Edge attribution: the effect of patching every edge, estimated by one gradient or by the mean of several."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.components import Edge, EdgeScores, ModelShape, destinations
+from mechunlearn.components import EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import edge_mask
 from mechunlearn.identity import name_of
 from mechunlearn.localize import sites
-from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.localize.options import EdgeGradientOptions, settings_of
+from mechunlearn.localize.replacement import activations_at
+from mechunlearn.metrics import Metric
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.edge_runs import InputGradients
 from mechunlearn.model.edges import (
@@ -24,19 +25,12 @@ from mechunlearn.model.edges import (
     recording_inputs,
     recording_outputs,
 )
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 
-def edge_attribution_patching(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    edges: Iterable[Edge | str] | None = None,
-    batch_size: int | None = None,
-    per_prompt: bool = True,
-) -> EdgeScores:
+@with_options()
+def edge_attribution_patching(model: Model, prompts: Prompts, **options: Unpack[EdgeGradientOptions]) -> EdgeScores:
     r"""A first-order estimate of patching every edge of the model, each alone.
 
     An edge is patched when destination v alone reads what source u adds in the run x' instead of x. With a_u what u
@@ -47,17 +41,9 @@ def edge_attribution_patching(
 
     in the metric's unit.
 
-    - `"noising"`: x is clean, x' corrupt. An edge that the answer needs scores *negative*.
-    - `"denoising"`: x is corrupt, x' clean. An edge that carries the answer scores *positive*.
-
     A source's scores sum over its destinations to its `attribution_patching` (`EdgeScores.nodes()`). In Gemma 2 a norm
     follows attention. There a_u has each run's own scale, so that heads sum to what their layer adds, and the sum holds
     for MLPs and attention layers; a head's `attribution_patching`, which moves the scale too, differs.
-
-    - `edges`: all (default), or some at the same cost. Keys and values are destinations per KV head; output biases
-      belong to no source.
-    - `batch_size`: by default as many prompts as need about 65 MB (2 of 20 tokens in GPT-2 small); a GPU wants more.
-    - `per_prompt=False` leaves out each prompt's scores, and with them intervals.
 
     Cost: 2F + 1B and matrix products that grow as sources x destinations x d_model. Memory: the backward pass of a
     batch (about 40 floats per layer, position and d_model in GPT-2), 32 MiB of sources' contributions, and the result.
@@ -69,23 +55,15 @@ def edge_attribution_patching(
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         gradients = InputGradients(model, patched.attention_mask)
         there = outputs_of_sources(model, other)
-        here = add_run(gradients, model, patched, metric)
+        here = add_run(gradients, model, patched, options["metric"])
         return [(there.minus(here, patched.attention_mask), gradients)]
 
-    options = direction, edges, batch_size, per_prompt
-    return edge_scores(edge_attribution_patching, factors, model, prompts, metric, *options)
+    return edge_scores("edge_attribution_patching", factors, model, prompts, options)
 
 
+@with_options()
 def edge_integrated_gradients(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    steps: int = 5,
-    edges: Iterable[Edge | str] | None = None,
-    batch_size: int | None = None,
-    per_prompt: bool = True,
+    model: Model, prompts: Prompts, *, steps: int = 5, **options: Unpack[EdgeGradientOptions]
 ) -> EdgeScores:
     r"""EAP-IG over inputs: `edge_attribution_patching` with the gradient averaged over points between the two inputs.
 
@@ -105,28 +83,20 @@ def edge_integrated_gradients(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806. ValueError also for fewer than one step.
     """
-    points = sites.midpoints(steps)
+    points, metric = sites.midpoints(steps), options["metric"]
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
-        between = _between(_EMBEDDING, here.embed, there.embed, points)
-        return [(there.minus(here, patched.attention_mask), _gradients_over(model, patched, metric, between))]
+        between = [torch.lerp(here.embed, there.embed, point) for point in points]
+        gradients = _gradients_over(model, patched, metric, sites.EMBEDDING, between)
+        return [(there.minus(here, patched.attention_mask), gradients)]
 
-    options = direction, edges, batch_size, per_prompt
-    settings = {"steps": steps, "rule": "midpoint"}
-    return edge_scores(edge_integrated_gradients, factors, model, prompts, metric, *options, settings)
+    return edge_scores("edge_integrated_gradients", factors, model, prompts, options, steps=steps, rule="midpoint")
 
 
+@with_options()
 def edge_integrated_gradients_of_activations(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    steps: int = 5,
-    edges: Iterable[Edge | str] | None = None,
-    batch_size: int | None = None,
-    per_prompt: bool = True,
+    model: Model, prompts: Prompts, *, steps: int = 5, **options: Unpack[EdgeGradientOptions]
 ) -> EdgeScores:
     r"""EAP-IG over activations: the gradient averaged while one group of sources after the other is moved.
 
@@ -145,32 +115,23 @@ def edge_integrated_gradients_of_activations(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
-    points = sites.midpoints(steps)
-    layers = range(model.cfg.n_layers)
-    names = [_EMBEDDING, *(f"blocks.{layer}.{name}" for layer in layers for name in ("hook_attn_out", "hook_mlp_out"))]
+    points, metric = sites.midpoints(steps), options["metric"]
+    layers, parts = range(model.cfg.n_layers), ("hook_attn_out", "hook_mlp_out")
+    names = [sites.EMBEDDING, *(f"blocks.{layer}.{part}" for layer in layers for part in parts)]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
         difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
-        here, there = sites.activations_at(model, patched, names), sites.activations_at(model, other, names)
+        here, there = activations_at(model, patched, names), activations_at(model, other, names)
         for name in names:
-            between = _between(name, here[name], there[name], points)
-            yield difference, _gradients_over(model, patched, metric, between)
+            between = [torch.lerp(here[name], there[name], point) for point in points]
+            yield difference, _gradients_over(model, patched, metric, name, between)
 
-    options = direction, edges, batch_size, per_prompt
-    settings = {"steps": steps, "rule": "midpoint"}
-    return edge_scores(edge_integrated_gradients_of_activations, factors, model, prompts, metric, *options, settings)
+    own = {"steps": steps, "rule": "midpoint"}
+    return edge_scores("edge_integrated_gradients_of_activations", factors, model, prompts, options, **own)
 
 
-def edge_clean_corrupted(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    edges: Iterable[Edge | str] | None = None,
-    batch_size: int | None = None,
-    per_prompt: bool = True,
-) -> EdgeScores:
+@with_options()
+def edge_clean_corrupted(model: Model, prompts: Prompts, **options: Unpack[EdgeGradientOptions]) -> EdgeScores:
     r"""Edge attribution with the mean of the gradients in the two runs: the trapezoid rule with one step.
 
         score(u -> v) = mean over prompts of the sum over positions and d of
@@ -183,18 +144,15 @@ def edge_clean_corrupted(
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
         gradients = InputGradients(model, patched.attention_mask)
-        here = add_run(gradients, model, patched, metric)
-        there = add_run(gradients, model, other, metric)
+        here = add_run(gradients, model, patched, options["metric"])
+        there = add_run(gradients, model, other, options["metric"])
         return [(there.minus(here, patched.attention_mask), gradients)]
 
-    options = direction, edges, batch_size, per_prompt
-    return edge_scores(edge_clean_corrupted, factors, model, prompts, metric, *options)
+    return edge_scores("edge_clean_corrupted", factors, model, prompts, options)
 
 
 Factors: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[SourceOutputs, InputGradients]]]
 """(patched, other) -> pairs to multiply: the difference of the sources' outputs, and the destinations' gradients."""
-
-_EMBEDDING = "blocks.0.hook_resid_pre"
 
 _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""
@@ -204,33 +162,24 @@ _ACTIVATIONS = 400_000
 
 
 def edge_scores(
-    method: Callable[..., EdgeScores],
-    factors: Factors,
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    direction: Direction,
-    edges: Iterable[Edge | str] | None,
-    batch_size: int | None,
-    per_prompt: bool,
-    settings: Mapping[str, Any] | None = None,
+    method: str, factors: Factors, model: Model, prompts: Prompts, options: EdgeGradientOptions, **settings: Any
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
-    sizes, chosen = shape(model), edges_of(model, edges)
+    sizes, chosen, metric = shape(model), edges_of(model, options["edges"]), options["metric"]
+    batch_size = options["batch_size"]
     if batch_size is None:
         batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
-    batches = sites.run_pairs(model, prompts, metric, direction, batch_size)
+    batches = sites.run_pairs(model, prompts, metric, options["direction"], batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):
         for patched, other in batches:
             products = [_products(model, *pair) for pair in factors(patched, other)]
             scores = (sum(products[1:], products[0]) / len(products)).cpu().masked_fill(~chosen, 0.0)
             total += scores.double().sum(0)
-            rows += [scores] if per_prompt else []
-    all_settings = {"direction": direction, "batch_size": batch_size, "prompts": len(prompts)} | dict(settings or {})
-    values = torch.cat(rows) if per_prompt else None
-    name, label = name_of(metric), name_of(method)
-    return EdgeScores(total / len(prompts), chosen, sizes, label, name, all_settings, values)
+            rows += [scores] if options["per_prompt"] else []
+    settings = settings_of(options, prompts, **settings, batch_size=batch_size)
+    values = torch.cat(rows) if rows else None
+    return EdgeScores(total / len(prompts), chosen, sizes, method, name_of(metric), settings, values)
 
 
 @torch.no_grad()
@@ -257,17 +206,12 @@ def add_run(
     return outputs()
 
 
-def _gradients_over(model: Model, prompts: Prompts, metric: Metric, hooks: Iterable[Hook]) -> InputGradients:
+def _gradients_over(model: Model, prompts: Prompts, metric: Metric, name: str, values: list[Tensor]) -> InputGradients:
+    """The gradients summed over runs, in each of which the hook point has one of these values."""
     gradients = InputGradients(model, prompts.attention_mask)
-    for hook in hooks:
-        add_run(gradients, model, prompts, metric, [hook])
+    for value in values:
+        add_run(gradients, model, prompts, metric, [sites.value_hook(name, value)])
     return gradients
-
-
-def _between(name: str, start: Tensor, end: Tensor, points: list[float]) -> Iterator[Hook]:
-    """For each point, a hook that puts there the value at that share of the way from start to end."""
-    for point in points:
-        yield sites.value_hook(name, torch.lerp(start, end, point))
 
 
 def _products(

@@ -1,8 +1,8 @@
 """Edge patching: the effect of patching every edge, each alone, measured by running the model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
 import torch
 from einops import einsum
@@ -11,36 +11,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechunlearn.arguments import check
-from mechunlearn.components import Component, Edge, EdgeScores, ModelShape, destinations
+from mechunlearn.components import Component, EdgeScores, ModelShape, destinations
 from mechunlearn.components.edge import Destination
 from mechunlearn.identity import name_of
 from mechunlearn.localize.edge_attribution import outputs_of_sources
-from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, checked, logit_difference
+from mechunlearn.localize.options import EdgeOptions, settings_of
+from mechunlearn.localize.sites import passes
+from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
 from mechunlearn.model.suffix import through_layer
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 
+@with_options()
 def edge_patching(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    edges: Iterable[Edge | str] | None = None,
-    batch_size: int = 256,
-    prompts_at_once: int = 8,
+    model: Model, prompts: Prompts, *, batch_size: int = 256, prompts_at_once: int = 8, **options: Unpack[EdgeOptions]
 ) -> EdgeScores:
     r"""The exact effect of patching each edge alone.
 
         score(u -> v) = mean over prompts of metric(x, v reads r_v + a_u(x') - a_u(x)) - metric(x)
 
     in the metric's unit, where r_v is the residual stream as v alone reads it (before its norm) and a_u what u adds to
-    it; nothing else about x is changed. Signs, `direction`, `edges`, errors and what a head adds in Gemma 2 are as in
-    `edge_attribution_patching`, which is this effect's first-order estimate.
+    it; nothing else about x is changed. Errors and what a head adds in Gemma 2 are as in `edge_attribution_patching`,
+    which is this effect's first-order estimate.
 
     Cost: for an edge into layer l, the MLP of layer l and the layers above it (of the last one only its attention and,
     at the answers' positions, the rest). One pass of a layer's attention serves a source's edges to all of its heads.
@@ -49,18 +45,16 @@ def edge_patching(
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806 (by one full pass for each edge).
     """
+    metric, direction = options["metric"], options["direction"]
     check(direction, min(batch_size, prompts_at_once), metric=metric)
-    sizes = shape(model)
-    chosen = edges_of(model, edges)
+    chosen = edges_of(model, options["edges"])
     clean = prompts.to(device_of(model))
     patched = clean if direction == "noising" else clean.exchanged()
-    rows = []
     with preserved(model), torch.no_grad():
-        for batch in patched.batches(prompts_at_once):
-            rows.append(_batch_effects(model, batch, metric, chosen, sizes, batch_size).cpu())
+        rows = [_batch_effects(model, p, metric, chosen, batch_size).cpu() for p in patched.batches(prompts_at_once)]
     effects = torch.cat(rows)
-    settings = {"direction": direction, "batch_size": batch_size, "prompts": len(prompts)}
-    return EdgeScores(effects.mean(0), chosen, sizes, "edge_patching", name_of(metric), settings, effects)
+    settings = settings_of(options, prompts, batch_size=batch_size)
+    return EdgeScores(effects.mean(0), chosen, shape(model), "edge_patching", name_of(metric), settings, effects)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,36 +63,33 @@ class _Base:
     prompts: Prompts
     run: Run
     change: Float[Tensor, "source batch pos d_model"]
+    chosen: Bool[Tensor, "source destination"]
+    column: dict[Destination, int]
     batch_size: int
     """Rows of one pass."""
 
-    def passes(self, sources: Int[Tensor, "wanted"]) -> Iterator[tuple[Int[Tensor, "row"], Int[Tensor, "row"]]]:
-        """All combinations of these sources and the prompts, a pass at a time: each row's source and prompt."""
-        ranges = torch.arange(len(sources)), torch.arange(len(self.prompts))
-        pairs = torch.cartesian_prod(*(numbers.to(self.change.device) for numbers in ranges))
-        for pair in pairs.split(self.batch_size) if len(pairs) else ():  # an empty tensor splits into an empty one
-            place, row = pair.unbind(1)
-            yield sources.to(place.device)[place], row
+    def passes(self, columns: list[int]) -> Iterator[tuple[Int[Tensor, "row"], Int[Tensor, "row"]]]:
+        """All combinations of the prompts and the sources of edges into these destinations: a row's source, prompt."""
+        sources = self.chosen[:, columns].any(1).nonzero()[:, 0].to(self.change.device)
+        if len(sources):
+            for place, row in passes([len(sources), len(self.prompts)], self.batch_size, sources.device):
+                yield sources[place], row
 
 
 def _batch_effects(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    chosen: Bool[Tensor, "source destination"],
-    sizes: ModelShape,
-    batch_size: int,
+    model: Model, prompts: Prompts, metric: Metric, chosen: Bool[Tensor, "source destination"], batch_size: int
 ) -> Float[Tensor, "prompt source destination"]:
+    sizes = shape(model)
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(sizes.n_layers)]
     run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=names)
     own, other = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
     change = contributions(model, other.minus(own, prompts.attention_mask)).to(run.residuals[0].dtype)
-    base = _Base(model, prompts, run, change, batch_size)
+    column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
+    base = _Base(model, prompts, run, change, chosen, column, batch_size)
     unpatched = checked(metric, run.logits, prompts).double()
     effects = unpatched.new_zeros(len(prompts), *chosen.shape)
-    column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
     with tqdm(total=int(chosen.sum()), desc="edge patching", unit="edge", leave=False, disable=None) as bar:
-        for source, destination, row, logits in _patched_rows(base, chosen, sizes, column):
+        for source, destination, row, logits in _patched_rows(base, sizes):
             values = checked(metric, logits, prompts.rows(row)).double()
             effects[row, source, destination] = values - unpatched[row]
             bar.update(len(row) / len(prompts))
@@ -111,31 +102,23 @@ PatchedRows: TypeAlias = tuple[
 """Source, destination and prompt of each row, and its logits."""
 
 
-def _patched_rows(
-    base: _Base, chosen: Bool[Tensor, "source destination"], sizes: ModelShape, column: dict[Destination, int]
-) -> Iterator[PatchedRows]:
+def _patched_rows(base: _Base, sizes: ModelShape) -> Iterator[PatchedRows]:
     for layer in range(sizes.n_layers):
         for matrix in ("W_Q", "W_K", "W_V"):
-            yield from _into_heads(base, chosen, sizes, layer, matrix, column)
-        yield from _into_mlp(base, chosen, layer, column[Component(layer, "MLP")])
-    yield from _into_logits(base, chosen, sizes.n_layers, column["logits"])
-
-
-def _into_logits(
-    base: _Base, chosen: Bool[Tensor, "source destination"], n_layers: int, column: int
-) -> Iterator[PatchedRows]:
-    """Nothing comes after the logits, so the change enters the final norm with the residual stream."""
-    for source, row in base.passes(chosen[:, column].nonzero()[:, 0]):
-        residual = base.run.residuals[n_layers][row] + base.change[source, row]
-        logits = continued(base.model, base.run, row, n_layers, residual=residual)
+            yield from _into_heads(base, sizes, layer, matrix)
+        yield from _into_mlp(base, layer)
+    # Nothing comes after the logits, so the change enters the final norm with the residual stream.
+    column = base.column["logits"]
+    for source, row in base.passes([column]):
+        residual = base.run.residuals[sizes.n_layers][row] + base.change[source, row]
+        logits = continued(base.model, base.run, row, sizes.n_layers, residual=residual)
         yield source, torch.full_like(source, column), row, logits
 
 
-def _into_mlp(
-    base: _Base, chosen: Bool[Tensor, "source destination"], layer: int, column: int
-) -> Iterator[PatchedRows]:
+def _into_mlp(base: _Base, layer: int) -> Iterator[PatchedRows]:
     """The change enters the layer, whose attention is held, and is subtracted again behind the MLP."""
-    for source, row in base.passes(chosen[:, column].nonzero()[:, 0]):
+    column = base.column[Component(layer, "MLP")]
+    for source, row in base.passes([column]):
         change, attention = base.change[source, row], base.run.attention[layer][row]
         residual = base.run.residuals[layer][row] + change
         leaving, _ = through_layer(base.model, base.run, row, layer, residual=residual, attention=attention)
@@ -143,29 +126,22 @@ def _into_mlp(
         yield source, torch.full_like(source, column), row, logits
 
 
-def _into_heads(
-    base: _Base,
-    chosen: Bool[Tensor, "source destination"],
-    sizes: ModelShape,
-    layer: int,
-    matrix: str,
-    column: dict[Destination, int],
-) -> Iterator[PatchedRows]:
+def _into_heads(base: _Base, sizes: ModelShape, layer: int, matrix: str) -> Iterator[PatchedRows]:
     """Edges into one matrix of all heads of a layer.
 
     Heads of one layer do not act on each other. So one pass of the attention, in which all of them read a source's
     change, gives what each would add if it alone had read it; then each edge continues from there by itself.
     """
     group = sizes.n_heads // sizes.units(matrix)
-    columns = torch.tensor([column[Component(layer, "H", h, matrix)] for h in range(0, sizes.n_heads, group)])
-    for source, row in base.passes(chosen[:, columns].any(1).nonzero()[:, 0]):
+    columns = [base.column[Component(layer, "H", head, matrix)] for head in range(0, sizes.n_heads, group)]
+    for source, row in base.passes(columns):
         added = _attention_changes(base, sizes, layer, matrix, source, row)
-        pairs = chosen[:, columns].to(source.device)[source].nonzero()
+        pairs = base.chosen[:, columns].to(source.device)[source].nonzero()
         for pair in pairs.split(base.batch_size):
             copy, unit = pair.unbind(1)
             attention = base.run.attention[layer][row[copy]] + added(copy, unit)
             logits = continued(base.model, base.run, row[copy], layer, attention=attention)
-            yield source[copy], columns.to(unit.device)[unit], row[copy], logits
+            yield source[copy], torch.tensor(columns, device=unit.device)[unit], row[copy], logits
 
 
 def _attention_changes(

@@ -1,10 +1,9 @@
 """Activation patching: what changes when components' outputs are replaced, measured by running the model."""
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,24 +11,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechunlearn.arguments import check, check_functions, chosen_components
-from mechunlearn.components import (
-    Component,
-    ComponentMask,
-    Components,
-    ComponentScores,
-    ModelShape,
-    PositionScores,
-    heads_and_mlps,
-)
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, ModelShape, PositionScores
 from mechunlearn.files import Saved
 from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
-from mechunlearn.localize.replacement import Replacement, patched_run, replacement_values, resample
-from mechunlearn.localize.sites import Direction, Places, places_of
-from mechunlearn.metrics import Metric, checked, logit_difference
+from mechunlearn.localize.options import ActivationOptions, SetOptions, settings_of
+from mechunlearn.localize.replacement import patched_run, replacement_values
+from mechunlearn.localize.sites import Places, passes, places_of
+from mechunlearn.metrics import checked
 from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
 from mechunlearn.model.hooks import layer_of
+from mechunlearn.options import with_options
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
 
@@ -38,32 +31,18 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+@with_options()
 def activation_patching(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
-    replacement: Replacement = resample,
-    where: Where = everywhere,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, *, where: Where = everywhere, **options: Unpack[ActivationOptions]
 ) -> ComponentScores:
     r"""The exact effect of patching each component alone.
 
         score = mean over prompts of metric(x with a replaced by a') - metric(x)
 
-    in the metric's unit, where a is the component's output in the run x that is patched.
+    in the metric's unit, where a is the component's output in the run x that is patched, as for `attribution_patching`.
 
-    - `"noising"`: x is clean, a' corrupt. A component that the answer needs scores *negative*.
-    - `"denoising"`: x is corrupt, a' clean. A component that carries the answer scores *positive*.
-
-    - `replacement` gives a': `resample` (default, the other run), `zero`, `mean_over(reference)`, `gaussian(std=...)`,
-      or a function of yours. With `zero`, `mean_over` and `gaussian` x is clean, and `direction` must be `"noising"`.
     - `where` gives the tokens that are patched: `everywhere` (default), `subject`, `subject_last`, `answer`.
-    - `components` and what their outputs are: as for `attribution_patching`. Each is patched alone, also those of a
-      mask: `set_patching` patches all of a mask together.
-    - `batch_size` counts rows of one pass, which several components share.
+    - Each component is patched alone, also those of a mask: `set_patching` patches all of a mask together.
 
     Cost: 2F, and for each component of layer l the part of F that comes after it: no layer below l, no attention of
     layer l unless a query, key or value is patched, and only the answers' positions after the last attention.
@@ -75,58 +54,42 @@ def activation_patching(
         return {"": where(batch)}
 
     check_functions(where=where)
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)[:, :, 0]
-    settings = _settings(prompts, direction, replacement, batch_size) | {"where": described(where)}
-    name = name_of(metric)
-    return ComponentScores(chosen, effects.mean(0), sizes, "activation_patching", name, settings, effects.contiguous())
+    chosen, effects = _effects(model, prompts, positions, options)
+    values, name = effects[:, :, 0], name_of(options["metric"])
+    settings = settings_of(options, prompts, where=described(where))
+    sizes, own = shape(model), values.contiguous()
+    return ComponentScores(chosen, values.mean(0), sizes, "activation_patching", name, settings, own)
 
 
+@with_options()
 def activation_patching_by_position(
-    model: Model,
-    prompts: Prompts,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
-    replacement: Replacement = resample,
-    positions: Groups = roles,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, *, positions: Groups = roles, **options: Unpack[ActivationOptions]
 ) -> PositionScores:
     """`activation_patching` of each component at each group of tokens alone.
 
     `positions` divides each prompt's tokens into named groups, the same for all prompts: `roles` (default) by where
     they stand to the subject. A group is patched together. Cost: `activation_patching` of every component and group.
     """
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    effects = _effects(model, prompts, metric, direction, chosen, sizes, replacement, positions, batch_size)
-    settings = _settings(prompts, direction, replacement, batch_size) | {"positions": described(positions)}
-    labels, name = tuple(positions(prompts)), name_of(metric)
-    return PositionScores(chosen, labels, effects, sizes, "activation_patching_by_position", name, settings)
+    chosen, effects = _effects(model, prompts, positions, options)
+    labels, name = tuple(positions(prompts)), name_of(options["metric"])
+    settings = settings_of(options, prompts, positions=described(positions))
+    return PositionScores(chosen, labels, effects, shape(model), "activation_patching_by_position", name, settings)
 
 
 def _effects(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    direction: Direction,
-    components: tuple[Component, ...],
-    sizes: ModelShape,
-    replacement: Replacement,
-    positions: Groups,
-    batch_size: int,
-) -> Float[Tensor, "prompt component group"]:
-    check(direction, batch_size, metric=metric, replacement=replacement, positions=positions)
+    model: Model, prompts: Prompts, positions: Groups, options: ActivationOptions
+) -> tuple[tuple[Component, ...], Float[Tensor, "prompt component group"]]:
+    """The components, and the effect of each at each group of tokens."""
+    sizes = shape(model)
+    chosen = chosen_components(options["components"], sizes)
+    direction, batch_size, replacement = options["direction"], options["batch_size"], options["replacement"]
+    check(direction, batch_size, metric=options["metric"], replacement=replacement, positions=positions)
     _check_groups(prompts, positions, batch_size)
     patched = patched_run(prompts.to(device_of(model)), direction, replacement)
-    places = places_of(components, sizes)
-    effects = []
+    places = places_of(chosen, sizes)
     with preserved(model), torch.no_grad():
-        for batch in patched.batches(batch_size):
-            effects.append(_batch_effects(model, batch, metric, places, replacement, positions, batch_size))
-    return torch.cat(effects).cpu()
+        effects = [_batch_effects(model, batch, places, positions, options) for batch in patched.batches(batch_size)]
+    return chosen, torch.cat(effects).cpu()
 
 
 def _check_groups(prompts: Prompts, positions: Groups, batch_size: int) -> None:
@@ -140,39 +103,26 @@ def _check_groups(prompts: Prompts, positions: Groups, batch_size: int) -> None:
 
 
 def _batch_effects(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    places: Places,
-    replacement: Replacement,
-    positions: Groups,
-    batch_size: int,
+    model: Model, prompts: Prompts, places: Places, positions: Groups, options: ActivationOptions
 ) -> Float[Tensor, "prompt component group"]:
+    metric = options["metric"]
     run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=places)
-    source = replacement_values(replacement, model, prompts, run.values)
+    source = replacement_values(options["replacement"], model, prompts, run.values)
     where = torch.stack(list(positions(prompts).values()), 1) & prompts.attention_mask[:, None]
     unpatched = checked(metric, run.logits, prompts).double()
     count = sum(len(units) for units in places.values())
     effects = unpatched.new_zeros(len(prompts), count, where.shape[1])
     for name, units in tqdm(places.items(), desc="activation patching", unit="site", leave=False, disable=None):
-        columns = torch.tensor(list(units), device=where.device)
+        columns, heads = list(units), list(units.values())
         # A row for each unit, group of tokens and prompt. Rows of one hook point share passes: all start at its layer.
         counts = len(units), where.shape[1], len(prompts)
-        index = torch.cartesian_prod(*(torch.arange(count, device=where.device) for count in counts))
-        for column, group, row in (rows.unbind(1) for rows in index.split(operator.index(batch_size))):
-            unit = _units(units, column)
+        for place, group, row in passes(counts, options["batch_size"], where.device):
+            # The head or neuron of each row; None where the site is patched as a whole.
+            unit = None if None in heads else torch.tensor(heads, device=row.device)[place]
             logits = _patched(model, run, source[name], name, row, unit, where[row, group])
             values = checked(metric, logits, prompts.rows(row)).double()
-            effects[row, columns[column], group] = values - unpatched[row]
+            effects[row, torch.tensor(columns, device=row.device)[place], group] = values - unpatched[row]
     return effects
-
-
-def _units(units: Mapping[int, int | None], column: Int[Tensor, "row"]) -> Int[Tensor, "row"] | None:
-    """The head or neuron of each row; None where the site is patched as a whole."""
-    listed = list(units.values())
-    if listed[0] is None:
-        return None
-    return torch.tensor(listed, device=column.device)[column]
 
 
 def _patched(
@@ -201,51 +151,27 @@ def _patched(
     attention = None if name.endswith(("hook_q", "hook_k", "hook_v")) else run.attention[layer][row]
 
     def put(value: Tensor, hook: object) -> Tensor:
-        return _with_unit(value, source, row, unit, where)
+        if unit is None:
+            return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
+        patched, copies = value.clone(), torch.arange(len(row), device=row.device)
+        chosen = where.view(*where.shape, *[1] * (value.ndim - 3))
+        patched[copies, :, unit] = torch.where(chosen, source[row, :, unit], value[copies, :, unit])
+        return patched
 
     return continued(model, run, row, layer, attention=attention, hooks=[(name, put)])
 
 
-def _with_unit(
-    value: Tensor,
-    source: Tensor,
-    row: Int[Tensor, "row"],
-    unit: Int[Tensor, "row"] | None,
-    where: Bool[Tensor, "row pos"],
-) -> Tensor:
-    if unit is None:
-        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), source[row], value)
-    copies = torch.arange(len(row), device=row.device)
-    patched = value.clone()
-    chosen = where.view(*where.shape, *[1] * (value.ndim - 3))
-    patched[copies, :, unit] = torch.where(chosen, source[row, :, unit], value[copies, :, unit])
-    return patched
-
-
-def _settings(prompts: Prompts, direction: str, replacement: Replacement, batch_size: int) -> dict[str, Any]:
-    settings = {"direction": direction, "replacement": described(replacement)}
-    return settings | {"prompts": len(prompts), "batch_size": batch_size}
-
-
+@with_options()
 def set_patching(
-    model: Model,
-    prompts: Prompts,
-    sets: Mapping[str, Components],
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    replacement: Replacement = resample,
-    where: Where = everywhere,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, sets: Mapping[str, Components], **options: Unpack[SetOptions]
 ) -> "SetEffects":
     r"""The exact effect of patching all components of a set together, for each set.
 
         effect = mean over prompts of metric(x with every a of the set replaced by its a') - metric(x)
 
-    in the metric's unit. Signs and options are those of `activation_patching`, which patches each component alone: a
-    set of one component has that score, and scores do not add up to that of a set. Each a' is what the replacement
-    gives in the unpatched run, also above other members of the set. Where one member is part of another (a head of an
-    attention layer), the larger one decides.
+    in the metric's unit. A set of one component has the score of `activation_patching`; scores do not add up to that of
+    a set. Each a' is what the replacement gives in the unpatched run, also above other members of the set. Where one
+    member is part of another (a head of an attention layer), the larger one decides.
 
     `sets`: a mask, or components of any kinds, such as neurons of several layers, under each name:
     `{"found": scores.top(k=50), "control": random_like(...)}`. Sets may overlap.
@@ -256,14 +182,14 @@ def set_patching(
     Vig et al. 2020, https://arxiv.org/abs/2004.12265 (sets of neurons and of heads). ValueError for an empty set, one
     of another model, and as for `activation_patching`.
     """
-    check(direction, batch_size, metric=metric, replacement=replacement, where=where)
-    sizes = shape(model)
-    masks = _masks(sets, sizes)
+    metric, direction, replacement = options["metric"], options["direction"], options["replacement"]
+    where = options["where"]
+    check(direction, options["batch_size"], metric=metric, replacement=replacement, where=where)
+    masks = _masks(sets, shape(model))
     patched = patched_run(prompts.to(device_of(model)), direction, replacement)
-    options = {"metric": metric, "replacement": replacement, "where": where, "batch_size": batch_size}
-    whole, values = circuit_values(model, patched, [mask.components for mask in masks.values()], sizes, **options)
-    settings = {"direction": direction, "replacement": described(replacement), "where": described(where)}
-    settings |= {"prompts": len(prompts), "batch_size": batch_size}
+    members = [mask.components for mask in masks.values()]
+    whole, values = circuit_values(model, patched, members, options=options, where=where)
+    settings = settings_of(options, prompts, where=described(where))
     return SetEffects(masks, values - whole[:, None], "set_patching", name_of(metric), settings)
 
 
@@ -273,17 +199,16 @@ def _masks(sets: Mapping[str, Components], sizes: ModelShape) -> dict[str, Compo
             f"expected a dict of named sets, got {sets if isinstance(sets, Mapping) else type(sets).__name__}: pass "
             f'{{"name": mask}}.'
         )
-    return {name: _mask(name, members, sizes) for name, members in sets.items()}
-
-
-def _mask(name: str, members: Components, sizes: ModelShape) -> ComponentMask:
-    if isinstance(members, ComponentMask) and members.shape != sizes:
-        raise ValueError(
-            f"expected sets of this model ({sizes}), got {name!r} of another one ({members.shape}): localize on the "
-            f"model that you test."
-        )
-    chosen = chosen_components(members, sizes, f"the set {name!r}")
-    return members if isinstance(members, ComponentMask) else ComponentMask.of(chosen, sizes)
+    masks = {}
+    for name, members in sets.items():
+        if isinstance(members, ComponentMask) and members.shape != sizes:
+            raise ValueError(
+                f"expected sets of this model ({sizes}), got {name!r} of another one ({members.shape}): localize on "
+                f"the model that you test."
+            )
+        chosen = chosen_components(members, sizes, f"the set {name!r}")
+        masks[name] = members if isinstance(members, ComponentMask) else ComponentMask.of(chosen, sizes)
+    return masks
 
 
 @dataclass(frozen=True, eq=False, repr=False)

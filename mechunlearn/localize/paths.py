@@ -1,9 +1,8 @@
 """Path patching: the effect of what senders write on what receivers read, with every other path held fixed."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import index
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
 from mechunlearn.identity import name_of
-from mechunlearn.localize.sites import Direction, Places, places_of, run_pairs
-from mechunlearn.metrics import Metric, checked, logit_difference
+from mechunlearn.localize.options import PathOptions, settings_of
+from mechunlearn.localize.sites import Places, passes, places_of, run_pairs
+from mechunlearn.metrics import checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
 from mechunlearn.model.edges import is_parallel
 from mechunlearn.model.hooks import layer_of
@@ -27,6 +27,7 @@ from mechunlearn.model.paths import (
     sender_changes,
     sender_sites,
 )
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 Receivers: TypeAlias = Components | Literal["logits"] | int
@@ -38,16 +39,14 @@ Entry: TypeAlias = int | Places
 _Resolved: TypeAlias = tuple[Component, ...] | Literal["logits"] | int
 
 
+@with_options()
 def path_patching(
     model: Model,
     prompts: Prompts,
     *,
     receivers: Receivers = "logits",
     senders: Components = heads_and_mlps,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    through_mlps: bool = False,
-    batch_size: int = 64,
+    **options: Unpack[PathOptions],
 ) -> ComponentScores:
     """The exact effect of each sender, alone, through the receivers' inputs.
 
@@ -56,9 +55,6 @@ def path_patching(
     in the metric's unit. The receivers' inputs are what they would read if the sender wrote what it writes in the other
     run x', and every other component what it writes in x; with `through_mlps`, MLPs between them respond. With these
     inputs x runs, and everything else in it is free.
-
-    - `"noising"`: x is clean, x' corrupt. A path that the answer needs scores *negative*.
-    - `"denoising"`: x is corrupt, x' clean. A path that carries the answer scores *positive*.
 
     Receivers are patched together:
 
@@ -75,52 +71,31 @@ def path_patching(
     Wang et al. 2022, https://arxiv.org/abs/2211.00593; Goldowsky-Dill et al. 2023, https://arxiv.org/abs/2304.05969.
     ValueError without corrupted prompts, and if no path leads from any sender to any receiver.
     """
-    sizes = shape(model)
-    chosen = _senders(senders, sizes)
-    resolved = _resolved(receivers, sizes)
-    entry = _entry(resolved, sizes)
-    parallel = is_parallel(model)
-    linked = [sender for sender in chosen if _leads(sender, entry, parallel)]
-    _check_linked(linked, chosen, resolved)
-    effects = _effects(model, prompts, metric, direction, [{s} for s in linked], entry, through_mlps, batch_size)
+    sizes, name = shape(model), name_of(options["metric"])
+    chosen, resolved = _senders(senders, sizes), _resolved(receivers, sizes)
+    linked, entry = _linked(model, chosen, resolved)
     per_prompt = torch.zeros(len(prompts), len(chosen), dtype=torch.float64)
-    per_prompt[:, [chosen.index(sender) for sender in linked]] = effects
-    settings = {"direction": direction, "receivers": _labels(resolved), "through_mlps": through_mlps}
-    settings |= {"prompts": len(prompts), "batch_size": batch_size}
-    name = name_of(metric)
+    columns = [chosen.index(sender) for sender in linked]
+    per_prompt[:, columns] = _effects(model, prompts, [{s} for s in linked], entry, options)
+    shown = resolved if isinstance(resolved, int | str) else [str(component) for component in resolved]
+    settings = settings_of(options, prompts, receivers=shown, through_mlps=options["through_mlps"])
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
 
 
+@with_options()
 def path_effect(
-    model: Model,
-    prompts: Prompts,
-    senders: Components,
-    receivers: Receivers,
-    *,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    through_mlps: bool = False,
-    batch_size: int = 64,
+    model: Model, prompts: Prompts, senders: Components, receivers: Receivers, **options: Unpack[PathOptions]
 ) -> Float[Tensor, "prompt"]:
     """The effect of all senders together, through the receivers' inputs, for each prompt; as in `path_patching`."""
     sizes = shape(model)
-    chosen, resolved = _senders(senders, sizes), _resolved(receivers, sizes)
-    entry = _entry(resolved, sizes)
-    linked = {sender for sender in chosen if _leads(sender, entry, is_parallel(model))}
-    _check_linked(linked, chosen, resolved)
-    return _effects(model, prompts, metric, direction, [linked], entry, through_mlps, batch_size)[:, 0]
+    linked, entry = _linked(model, _senders(senders, sizes), _resolved(receivers, sizes))
+    return _effects(model, prompts, [set(linked)], entry, options)[:, 0]
 
 
 def _effects(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    direction: Direction,
-    senders: Sequence[set[Component]],
-    entry: Entry,
-    through_mlps: bool,
-    batch_size: int,
+    model: Model, prompts: Prompts, senders: Sequence[set[Component]], entry: Entry, options: PathOptions
 ) -> Float[Tensor, "prompt sender"]:
+    metric, direction, batch_size = options["metric"], options["direction"], options["batch_size"]
     names = sender_sites({component.layer for members in senders for component in members})
     effects = []
     with preserved(model), torch.no_grad():
@@ -132,13 +107,9 @@ def _effects(
                 # Into the final norm there is no attention left to run: the answers' positions are enough.
                 base, other = at_answers(base), at_answers(other)
             values = []
-            # Every set of senders with every prompt, a pass at a time.
-            for numbers in torch.arange(len(batch) * len(senders), device=batch.tokens.device).split(
-                operator.index(batch_size)
-            ):
-                rows, members = numbers % len(batch), [senders[i] for i in (numbers // len(batch)).tolist()]
-                sent = sender_changes(model, base, other, members, rows)
-                logits = _patched_logits(model, base, sent, entry, through_mlps)
+            for numbers, rows in passes([len(senders), len(batch)], batch_size, batch.tokens.device):
+                sent = sender_changes(model, base, other, [senders[i] for i in numbers.tolist()], rows)
+                logits = _patched_logits(model, base, sent, entry, options["through_mlps"])
                 values.append(checked(metric, logits, batch.rows(rows)).double() - own[rows])
             effects.append(torch.cat(values).view(len(senders), len(batch)).T)
     return torch.cat(effects).cpu()
@@ -194,11 +165,9 @@ def _resolved(receivers: Receivers, sizes: ModelShape) -> _Resolved:
         raise ValueError(
             f'expected components, a layer or "logits" as receivers, got {receivers!r}: put one component in a list.'
         )
-    return (
-        index(receivers)
-        if isinstance(receivers, int | np.integer)
-        else chosen_components(receivers, sizes, "receivers")
-    )
+    if isinstance(receivers, int | np.integer):
+        return index(receivers)
+    return chosen_components(receivers, sizes, "receivers")
 
 
 def _entry(receivers: _Resolved, sizes: ModelShape) -> Entry:
@@ -241,15 +210,15 @@ def _leads(sender: Component, entry: Entry, parallel: bool) -> bool:
     )
 
 
-def _check_linked(linked: Iterable[Component], chosen: Sequence[Component], receivers: _Resolved) -> None:
-    if not list(linked):
+def _linked(model: Model, chosen: Sequence[Component], receivers: _Resolved) -> tuple[list[Component], Entry]:
+    """The senders from which a path leads to a receiver, and where the receivers' inputs are changed."""
+    entry, parallel = _entry(receivers, shape(model)), is_parallel(model)
+    linked = [sender for sender in chosen if _leads(sender, entry, parallel)]
+    if not linked:
         shown = ", ".join(str(sender) for sender in chosen[:5]) or "none"
         named = str(receivers) if isinstance(receivers, int | str) else ", ".join(str(c) for c in receivers[:5])
         raise ValueError(
             f"expected a sender below a receiver, got senders {shown} and receivers {named}, between which there is no "
             "path: choose receivers in later layers (in parallel blocks, an MLP does not read its own layer's heads)."
         )
-
-
-def _labels(receivers: _Resolved) -> str | int | list[str]:
-    return receivers if isinstance(receivers, int | str) else [str(component) for component in receivers]
+    return linked, entry

@@ -1,16 +1,16 @@
 """Replacements: functions that give what a patch puts in place of an activation."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mechunlearn.arguments import Direction
 from mechunlearn.identity import described, name_of
-from mechunlearn.localize.sites import Direction, activations_at
-from mechunlearn.model import Model, device_of
+from mechunlearn.model import Model, device_of, recording
 from mechunlearn.tasks.prompts import Prompts
 
 Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
@@ -46,7 +46,12 @@ def _mean_over(
     reference = reference.to(device_of(model))
     activations = activations_at(model, reference, values)
     if positional:
-        _check_aligned(reference, prompts)
+        lengths = sorted({int(n) for p in (reference, prompts) for n in p.attention_mask.sum(1)})
+        if len(lengths) > 1 or reference.tokens.shape[1] != prompts.tokens.shape[1]:
+            raise ValueError(
+                f"expected a reference set and prompts that all have one length for positional means, got lengths "
+                f"{lengths}: pad nothing, choose prompts of one length, or leave out positional=True."
+            )
         return {name: value.mean(0).expand_as(values[name]) for name, value in activations.items()}
     means = {name: value[reference.attention_mask].mean(0) for name, value in activations.items()}
     return {name: value.expand_as(values[name]) for name, value in means.items()}
@@ -64,6 +69,14 @@ def _gaussian(
         drawn = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(longest)])
         noisy[name] = value + std * drawn.to(value)[place]
     return noisy
+
+
+@torch.no_grad()
+def activations_at(model: Model, prompts: Prompts, names: Iterable[str]) -> dict[str, Tensor]:
+    """The values at the hook points `names` in one forward pass."""
+    with recording(model, names) as activations:
+        prompts.logits(model)
+    return activations
 
 
 def replacement_values(
@@ -92,12 +105,3 @@ def patched_run(prompts: Prompts, direction: Direction, replacement: Replacement
             f'direction="noising", which ablates the clean run.'
         )
     return prompts.exchanged()
-
-
-def _check_aligned(reference: Prompts, prompts: Prompts) -> None:
-    lengths = sorted({int(n) for p in (reference, prompts) for n in p.attention_mask.sum(1)})
-    if len(lengths) > 1 or reference.tokens.shape[1] != prompts.tokens.shape[1]:
-        raise ValueError(
-            f"expected a reference set and prompts that all have one length for positional means, got lengths "
-            f"{lengths}: pad nothing, choose prompts of one length, or leave out positional=True."
-        )

@@ -31,9 +31,8 @@ def gradient_times_weight(
     Cost: 1F + 1B (of weights) per prompt, one prompt at a time. Weights that KV heads share count in every query
     head that reads them, once each. ValueError for processed or quantised weights.
     """
-    return _per_prompt(
-        gradient_times_weight, model, prompts, loss, components, lambda slot, g: g * slot.parameter.detach()
-    )
+    name = "gradient_times_weight"
+    return _per_prompt(name, model, prompts, loss, components, lambda slot, g: g * slot.parameter.detach())
 
 
 def fisher(
@@ -47,7 +46,7 @@ def fisher(
     Cost: 1F + 1B (of weights) per prompt. Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Shared KV
     weights and errors: as `gradient_times_weight`.
     """
-    return _per_prompt(fisher, model, prompts, loss, components, lambda slot, gradient: gradient**2)
+    return _per_prompt("fisher", model, prompts, loss, components, lambda slot, gradient: gradient**2)
 
 
 def snip(
@@ -129,12 +128,7 @@ def _covered_weights(
 
 
 def _per_prompt(
-    method: Callable[..., ComponentScores],
-    model: Model,
-    prompts: Prompts,
-    loss: Loss,
-    components: Components,
-    score: Callable[[Slot, Tensor], Tensor],
+    name: str, model: Model, prompts: Prompts, loss: Loss, components: Components, score: Callable[..., Tensor]
 ) -> ComponentScores:
     """`score(slot, gradient of one prompt)` summed over each component's weights; the mean over prompts."""
     rows = []
@@ -145,7 +139,6 @@ def _per_prompt(
             rows.append(_summed(sums, chosen, sizes))
     per_prompt = torch.stack(rows)
     settings = {"loss": name_of(loss), "prompts": len(prompts)}
-    name = name_of(method)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, name, name_of(loss), settings, per_prompt)
 
 

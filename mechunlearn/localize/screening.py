@@ -4,21 +4,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import comb
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.arguments import check_functions
-from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, heads_and_mlps
+from mechunlearn.components import Component, ComponentMask, ComponentScores
 from mechunlearn.identity import name_of
 from mechunlearn.localize.attribution import attribution_patching
 from mechunlearn.localize.combining import ranks
+from mechunlearn.localize.options import ComponentOptions
 from mechunlearn.localize.patching import activation_patching
-from mechunlearn.localize.sites import Direction
-from mechunlearn.metrics import Metric, logit_difference
 from mechunlearn.model import Model
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ Method: TypeAlias = Callable[..., ComponentScores]
 """(model, prompts, *, metric, direction, components, batch_size) -> scores, as `attribution_patching` is."""
 
 
+@with_options()
 def screen_then_verify(
     model: Model,
     prompts: Prompts,
@@ -37,13 +38,10 @@ def screen_then_verify(
     fraction: float | None = None,
     estimate: Method = attribution_patching,
     verify: Method = activation_patching,
-    metric: Metric = logit_difference,
-    direction: Direction = "noising",
-    components: Components = heads_and_mlps,
     sample: int = 10,
     seed: int = 0,
     by: Callable[[Tensor], Tensor] = torch.abs,
-    batch_size: int = 64,
+    **options: Unpack[ComponentOptions],
 ) -> "Verified":
     r"""Exact scores of the components that an estimate puts first, and what the estimate got wrong.
 
@@ -61,15 +59,14 @@ def screen_then_verify(
     """
     if sample < 0:
         raise ValueError(f"expected a sample of at least 0 components, got {sample}.")
-    check_functions(metric=metric, estimate=estimate, verify=verify, by=by)
-    options = {"metric": metric, "direction": direction, "batch_size": batch_size}
-    estimated = estimate(model, prompts, components=components, **options)
+    check_functions(metric=options["metric"], estimate=estimate, verify=verify, by=by)
+    estimated = estimate(model, prompts, **options)
     candidates = estimated.top(k=k, fraction=fraction, by=by)
     dropped = [component for component in estimated.components if component not in candidates]
     sampled = Random(f"screen_then_verify {seed}").sample(dropped, min(sample, len(dropped)))
-    exact = verify(model, prompts, components=[*candidates, *sorted(sampled)], **options)
-    settings = {"estimate": estimated.method, "verify": exact.method, "direction": direction, "by": name_of(by)}
-    settings |= {"k": len(candidates), "of": len(estimated), "sample": len(sampled), "seed": seed}
+    exact = verify(model, prompts, **options | {"components": [*candidates, *sorted(sampled)]})
+    settings = {"estimate": estimated.method, "verify": exact.method, "direction": options["direction"]}
+    settings |= {"by": name_of(by), "k": len(candidates), "of": len(estimated), "sample": len(sampled), "seed": seed}
     scores = _only(exact, candidates, settings)
     return Verified(scores, estimated, _only(exact, sampled, settings) if sampled else None, by)
 
@@ -77,11 +74,8 @@ def screen_then_verify(
 def _only(scores: ComponentScores, components: Iterable[Component], settings: dict[str, Any]) -> ComponentScores:
     chosen = sorted(components)
     places = [scores.components.index(component) for component in chosen]
-    per_prompt = None if scores.per_prompt is None else scores.per_prompt[:, places]
-    name = name_of(screen_then_verify)
-    return ComponentScores(
-        tuple(chosen), scores.tensor[places], scores.shape, name, scores.metric, settings, per_prompt
-    )
+    rows, name = None if scores.per_prompt is None else scores.per_prompt[:, places], name_of(screen_then_verify)
+    return ComponentScores(tuple(chosen), scores.tensor[places], scores.shape, name, scores.metric, settings, rows)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,60 +1,43 @@
 """What patching and gradient methods share: where components' outputs are, two runs in batches, effects as scores."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.arguments import check, chosen_components
-from mechunlearn.components import Component, Components, ComponentScores, ModelShape
+from mechunlearn.arguments import Direction, check, chosen_components
+from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.identity import name_of
+from mechunlearn.localize.options import ComponentOptions, settings_of
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Hook, Model, device_of, differentiable, recording, shape, site
 from mechunlearn.tasks.prompts import Prompts
 
-Direction: TypeAlias = Literal["noising", "denoising"]
-"""Which run is patched: the clean one (with activations of the corrupt run), or the corrupt one."""
-
 Places: TypeAlias = dict[str, dict[int, int | None]]
 """Hook point -> column of the scores -> head or neuron there, None for all of the activation."""
+
+EMBEDDING = "blocks.0.hook_resid_pre"
+"""The input of the first layer, which all other activations follow from."""
 
 Effects: TypeAlias = Callable[[Prompts, Prompts, Places], Float[Tensor, "batch component"]]
 """(prompts of the run that is patched, those of the other run, places) -> each component's effect for each prompt."""
 
 
-def component_effects(
-    effects: Effects,
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    direction: Direction,
-    components: Components,
-    batch_size: int,
-) -> tuple[tuple[Component, ...], Float[Tensor, "prompt component"]]:
-    """The components, and what a gradient method's `effects` gives for them, batch after batch of both runs."""
-    sizes = shape(model)
-    chosen = chosen_components(components, sizes)
-    places = places_of(chosen, sizes)
-    batches = run_pairs(model, prompts, metric, direction, batch_size)
-    with differentiable(model):
-        rows = [effects(patched, other, places) for patched, other in batches]
-    return chosen, torch.cat(rows).cpu().double()
-
-
-def scores_of(
-    method: Callable[..., ComponentScores],
-    components: tuple[Component, ...],
-    per_prompt: Float[Tensor, "prompt component"],
-    model: Model,
-    metric: Metric,
-    settings: Mapping[str, Any],
+def component_scores(
+    method: str, effects: Effects, model: Model, prompts: Prompts, options: ComponentOptions, **settings: Any
 ) -> ComponentScores:
-    """Scores that are means of the effects over prompts."""
-    settings = {**settings, "prompts": len(per_prompt)}
-    name, label = name_of(metric), name_of(method)
-    return ComponentScores(components, per_prompt.mean(0), shape(model), label, name, settings, per_prompt)
+    """The means over prompts of what a gradient method's `effects` gives, batch after batch of both runs."""
+    sizes, metric = shape(model), options["metric"]
+    chosen = chosen_components(options["components"], sizes)
+    places = places_of(chosen, sizes)
+    batches = run_pairs(model, prompts, metric, options["direction"], options["batch_size"])
+    with differentiable(model):
+        per_prompt = torch.cat([effects(patched, other, places) for patched, other in batches]).cpu().double()
+    name, settings = name_of(metric), settings_of(options, prompts, **settings)
+    return ComponentScores(chosen, per_prompt.mean(0), sizes, method, name, settings, per_prompt)
 
 
 def run_pairs(
@@ -79,12 +62,10 @@ def places_of(components: Iterable[Component], sizes: ModelShape) -> Places:
     return places
 
 
-@torch.no_grad()
-def activations_at(model: Model, prompts: Prompts, names: Iterable[str]) -> dict[str, Tensor]:
-    """The values at the hook points `names` in one forward pass."""
-    with recording(model, names) as activations:
-        prompts.logits(model)
-    return activations
+def passes(counts: Iterable[int], rows: int, device: torch.device) -> Iterator[tuple[Int[Tensor, "row"], ...]]:
+    """All combinations of a number below each count, `rows` of them at a time; the last number changes fastest."""
+    combinations = torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
+    return (part.unbind(1) for part in combinations.split(operator.index(rows)))
 
 
 def metric_and_activations(
@@ -118,20 +99,12 @@ def gradients(
 
 def graph_start() -> Hook:
     """A hook that makes the first layer's input require a gradient: weights are frozen, so the graph starts there."""
-
-    def require(residual: Tensor, hook: object) -> Tensor:
-        return residual.detach().clone().requires_grad_(True)
-
-    return "blocks.0.hook_resid_pre", require
+    return EMBEDDING, lambda residual, hook: residual.detach().clone().requires_grad_(True)
 
 
 def value_hook(name: str, value: Tensor) -> Hook:
     """A hook that puts `value` at the hook point, whatever comes."""
-
-    def put(own: Tensor, hook: object) -> Tensor:
-        return value
-
-    return name, put
+    return name, lambda own, hook: value
 
 
 def midpoints(steps: int) -> list[float]:

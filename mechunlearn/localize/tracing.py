@@ -1,13 +1,14 @@
 """Causal tracing: noise on the subject hides the fact; which state, restored, brings the answer back?"""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from mechunlearn.arguments import check_batch_size, check_functions
@@ -52,19 +53,17 @@ def causal_tracing(
         indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
         total effect    = metric of the clean run - mean over draws of metric of the corrupted run
 
-    in the metric's unit (default: probability of the prompt's own answer); positive = brings the answer back. For
+    in the metric's unit (default: the answer's probability); positive = brings the answer back. For
     `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
-    l - window // 2 ... l + (window - 1) // 2 that exist: a window, since one layer's output alone changes little.
+    l - window // 2 ... l + (window - 1) // 2 that exist: one layer's output alone changes little.
 
-    `trace.scores("MLP")` are component scores for `.top()`; windows overlap, so a layer's score is that of its
-    neighbourhood.
+    `trace.scores("MLP")` are component scores for `.top()`; a layer's score is that of its window.
 
     Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
-    restored layer (all windows that start in layer 0 share one run of their layers). Tokens before the subject have
-    no effect and are not run.
+    restored layer (all windows that start in layer 0 share one run of their layers).
 
-    Meng et al. 2022, https://arxiv.org/abs/2202.05262 (restoring a window: their section 2). ValueError for prompts
-    without a subject, a window or number of draws below 1, a window larger than the model, or negative noise.
+    Meng et al. 2022, https://arxiv.org/abs/2202.05262, section 2. ValueError for prompts without a subject, a window or
+    number of draws below 1, a window larger than the model, or negative noise.
     """
     sizes = shape(model)
     check_batch_size(batch_size)
@@ -80,8 +79,10 @@ def causal_tracing(
     width = max(piece["effects"].shape[-1] for piece in pieces)
     settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
     clean, corrupt = (torch.cat([piece[name] for piece in pieces]).cpu() for name in ("clean", "corrupt"))
-    by_token = [[_widened(piece[name], width) for piece in pieces] for name in ("effects", "roles")]
-    effects, roles_ = (torch.cat(values).cpu() for values in by_token)
+    effects, roles_ = (
+        torch.cat([pad(piece[name], (0, width - piece[name].shape[-1]), value=fill) for piece in pieces]).cpu()
+        for name, fill in (("effects", 0), ("roles", -1))
+    )
     return CausalTrace(clean, corrupt, effects, roles_, kinds, sizes, name_of(metric), settings)
 
 
@@ -101,13 +102,7 @@ def _noise(
 
 
 def _batch_trace(
-    model: Model,
-    prompts: Prompts,
-    metric: Metric,
-    noise: Float[Tensor, "draw token d_model"],
-    window: int,
-    kinds: tuple[Kind, ...],
-    batch_size: int,
+    model: Model, prompts: Prompts, metric: Metric, noise: Tensor, window: int, kinds: tuple[Kind, ...], batch_size: int
 ) -> dict[str, Tensor]:
     n_layers, draws = len(model.blocks), len(noise)
     names = [f"blocks.{layer}.hook_{part}_out" for layer in range(n_layers) for part in ("mlp", "attn")]
@@ -116,13 +111,12 @@ def _batch_trace(
     noisy = _run(model, copies, names, [_noise_hook(copies, noise)])
     corrupt = checked(metric, noisy.logits, copies).double()
     # Each (copy, token) is one restoration, and a row of its own for every layer: rows share passes, layer by layer.
-    row, token = _restored_tokens(copies)
+    sites = _restored_sites(copies)
     effects = corrupt.new_zeros(len(copies), len(kinds), n_layers, copies.tokens.shape[1])
     for place, kind in enumerate(kinds):
-        for rows, tokens in zip(
-            row.split(operator.index(batch_size)), token.split(operator.index(batch_size)), strict=True
-        ):
-            for layer, logits in _restored_layers(model, noisy, clean, rows, tokens, kind, window):
+        for part in sites.split(operator.index(batch_size)):
+            rows, tokens = part.unbind(1)
+            for layer, logits in _restored_layers(model, noisy, clean, part, kind, window):
                 values = checked(metric, logits, copies.rows(rows)).double()
                 effects[rows, place, layer, tokens] = values - corrupt[rows]
     masks = torch.stack(list(roles(prompts).values()), -1)
@@ -134,9 +128,8 @@ def _batch_trace(
     }
 
 
-def _run(model: Model, prompts: Prompts, names: list[str], hooks: list[Hook] | None = None) -> Run:
-    inputs = (prompts.tokens, prompts.attention_mask, prompts.positions)
-    return base_run(model, *inputs, names=names, hooks=hooks or [])
+def _run(model: Model, prompts: Prompts, names: list[str], hooks: Sequence[Hook] = ()) -> Run:
+    return base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=names, hooks=hooks)
 
 
 def _noise_hook(copies: Prompts, noise: Float[Tensor, "draw token d_model"]) -> Hook:
@@ -148,19 +141,18 @@ def _noise_hook(copies: Prompts, noise: Float[Tensor, "draw token d_model"]) -> 
     return "blocks.0.hook_resid_pre", lambda value, hook: value + added.to(value.dtype)
 
 
-def _restored_tokens(copies: Prompts) -> tuple[Int[Tensor, "site"], Int[Tensor, "site"]]:
-    """Rows and columns of the tokens from the subject's first to the one that predicts the answer."""
+def _restored_sites(copies: Prompts) -> Int[Tensor, "site 2"]:
+    """Row and column of each token from the subject's first to the one that predicts the answer."""
     order = torch.arange(copies.tokens.shape[1], device=copies.tokens.device)
     first = subject(copies).int().argmax(1, keepdim=True)
-    row, token = ((order >= first) & (order <= copies.positions[:, :1])).nonzero(as_tuple=True)
-    return row, token
+    return ((order >= first) & (order <= copies.positions[:, :1])).nonzero()
 
 
 def _restored_layers(
-    model: Model, noisy: Run, clean: Run, row: Int[Tensor, "site"], token: Int[Tensor, "site"], kind: Kind, window: int
+    model: Model, noisy: Run, clean: Run, sites: Int[Tensor, "site 2"], kind: Kind, window: int
 ) -> Iterator[tuple[int, Float[Tensor, "site answer d_vocab"]]]:
     """For each layer, the last first, logits of copies of the noisy run, each with one token restored."""
-    prompt = row // (len(noisy.tokens) // len(clean.tokens))
+    row, token = sites.unbind(1)
     # Near the first layers windows are cut off, and all start in layer 0: a shorter one is the longer one's run up to
     # where the shorter ends. The longest comes first and keeps what enters the layers at which the others continue.
     entering: dict[int, Tensor] = {}
@@ -172,28 +164,23 @@ def _restored_layers(
         first, end = max(0, layer - window // 2), min(len(model.blocks), layer + (window + 1) // 2)
         if kind == "residual":
             residual = noisy.residuals[layer + 1][row]
+            prompt = row // (len(noisy.tokens) // len(clean.tokens))
             residual[torch.arange(len(row), device=row.device), token] = clean.residuals[layer + 1][prompt, token]
             logits = continued(model, noisy, row, layer + 1, residual=residual)
         elif end in entering:
             logits = continued(model, noisy, row, end, residual=entering[end])
         else:
             hooks = [keep_entering(i) for i in range((window + 1) // 2, end)] if first == 0 else []
-            logits = _restored_window(model, noisy, clean, row, token, prompt, kind, range(first, end), hooks)
+            logits = _restored_window(model, noisy, clean, sites, kind, range(first, end), hooks)
         yield layer, logits
 
 
 def _restored_window(
-    model: Model,
-    noisy: Run,
-    clean: Run,
-    row: Int[Tensor, "site"],
-    token: Int[Tensor, "site"],
-    prompt: Int[Tensor, "site"],
-    kind: Literal["MLP", "ATTN"],
-    layers: range,
-    hooks: list[Hook],
+    model: Model, noisy: Run, clean: Run, sites: Int[Tensor, "site 2"], kind: Kind, layers: range, hooks: list[Hook]
 ) -> Float[Tensor, "site answer d_vocab"]:
     """Logits with the outputs of these layers restored at one token; `hooks` see the copies."""
+    row, token = sites.unbind(1)
+    prompt = row // (len(noisy.tokens) // len(clean.tokens))
     copies, first = torch.arange(len(row), device=row.device), layers[0]
 
     def restoring_hook(layer: int) -> Hook:
@@ -224,11 +211,6 @@ def _left_aligned(values: Tensor, prompts: Prompts) -> Tensor:
     order = prompts.attention_mask.int().argsort(dim=1, descending=True, stable=True)
     index = order.view(len(order), *[1] * (values.ndim - 2), -1).expand_as(values)
     return values.gather(-1, index)
-
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    fill = 0 if values.is_floating_point() else -1
-    return torch.nn.functional.pad(values, (0, width - values.shape[-1]), value=fill)
 
 
 def _check(noise: float, draws: int, window: int, kinds: tuple[str, ...], n_layers: int) -> None:
@@ -299,9 +281,7 @@ class CausalTrace(Saved):
         values = self.by_role[:, self.kinds.index(kind), :, ROLES.index(role)].contiguous()
         without = values.isnan().any(1).nonzero()[:, 0].tolist()
         if without:
-            raise ValueError(
-                f"expected prompts with a token {role}, got none in prompts {without[:5]}: choose another role."
-            )
+            raise ValueError(f"expected prompts with a token {role}, got none in {without[:5]}: choose another role.")
         components = tuple(Component(layer, kind) for layer in range(self.shape.n_layers))
         settings = {**self.settings, "role": role}
         return ComponentScores(components, values.mean(0), self.shape, "causal_tracing", self.metric, settings, values)
@@ -350,13 +330,12 @@ class CausalTrace(Saved):
         return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
 
     def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
-        limit = float(values.nan_to_num(0.0).abs().max()) or 1.0
         unit, layers = f"indirect effect, {self.metric.replace('_', ' ')}", list(range(self.shape.n_layers))
         hover = "layer %{x}, %{y}: %{z:.4g}"
         size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
         axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
         layout = {"title": title} | size | axes
-        return signed_heat_map(values.T.tolist(), layers, rows, limit=limit, unit=unit, hover=hover, layout=layout)
+        return signed_heat_map(values.T.tolist(), layers, rows, unit=unit, hover=hover, layout=layout)
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

@@ -178,3 +178,23 @@ def test_an_error_names_a_public_function_of_the_kind_that_the_argument_takes(ll
     else:
         name = next(n for n, method in METHODS.items() if argument in inspect.signature(method).parameters)
         called(name, llama, **{argument: function})
+
+
+SHARING = [name for name, method in METHODS.items() if "\nOptions:\n" in (method.__doc__ or "")]
+"""The methods that take options of a table."""
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_help_has_a_sentence_for_every_shared_option(name):
+    signature = inspect.signature(METHODS[name]).parameters
+    listed = inspect.getdoc(METHODS[name]).partition("\nOptions:\n")[2].split("\n- ")[1:]
+    assert "`metric` = logit_difference: What is measured" in listed[0]
+    for item in listed:
+        assert signature[item.split("`")[1]].kind is inspect.Parameter.KEYWORD_ONLY
+        assert item.strip().endswith(".")
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_misspelt_option_is_an_error_that_names_the_nearest(llama, name):
+    with pytest.raises(TypeError, match=f"{name} has no option metrics: did you mean metric"):
+        called(name, llama, metrics=None)

@@ -32,8 +32,9 @@ from mechunlearn.evaluate.attacks.relearning import (
 )
 from mechunlearn.evaluate.attacks.relearning_lora import LoraOptions, relearn_lora
 from mechunlearn.identity import digest
+from mechunlearn.options import with_options
 from mechunlearn.training import fit
-from mechunlearn.training.options import RunOptions, TrainingOptions, with_options
+from mechunlearn.training.options import RunOptions, TrainingOptions
 
 EDITORS = {
     finetune: TrainingOptions,

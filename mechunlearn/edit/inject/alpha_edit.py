@@ -15,9 +15,9 @@ from mechunlearn.edit.inject.targets import InjectOptions, facts_written
 from mechunlearn.identity import described
 from mechunlearn.model import Model, device_of
 from mechunlearn.model.mlp_values import mlp_values
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts, with_subjects
 from mechunlearn.tasks.task import Task
-from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries
 
 smallest_tenth = partial(smallest_eigenvalues, share=0.1)

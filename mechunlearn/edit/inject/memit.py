@@ -15,8 +15,8 @@ from mechunlearn.edit.inject.solving import least_squares
 from mechunlearn.edit.inject.targets import FactInContexts, InjectOptions, Row, add, facts_written, target_move
 from mechunlearn.model import Model
 from mechunlearn.model.mlp_values import adding_to_mlp, before_post_norm
+from mechunlearn.options import with_options
 from mechunlearn.tasks.task import Task
-from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries
 
 

@@ -12,8 +12,8 @@ from mechunlearn.edit.inject.keys import KeyCovariance, output_matrices
 from mechunlearn.edit.inject.solving import directions, rank_one
 from mechunlearn.edit.inject.targets import FactInContexts, InjectOptions, Row, add, facts_written, target_move
 from mechunlearn.model import Model
+from mechunlearn.options import with_options
 from mechunlearn.tasks.task import Task
-from mechunlearn.training.options import with_options
 from mechunlearn.weights import Edit, Entries, select
 
 

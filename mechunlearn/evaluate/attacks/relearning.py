@@ -20,11 +20,11 @@ from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.losses import cross_entropy
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, differentiable
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts, pack
 from mechunlearn.training import MakesOptimizer, Term, adamw, fit
-from mechunlearn.training.options import with_options
 from mechunlearn.weights import exclusively, read, write
 from mechunlearn.weights.rounding import every_entry
 

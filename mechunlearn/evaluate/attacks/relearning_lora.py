@@ -16,10 +16,10 @@ from mechunlearn.evaluate.attacks.relearning import LoraOptions, check_rates, me
 from mechunlearn.evaluate.results import Result
 from mechunlearn.model import Model, differentiable
 from mechunlearn.model.huggingface import exported, exported_logits
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.training import Term
-from mechunlearn.training.options import with_options
 from mechunlearn.training.terms import shuffled
 
 

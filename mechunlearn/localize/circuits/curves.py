@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -165,6 +166,8 @@ CurveSource: TypeAlias = Ranking | Sequence[Circuit]
 """What a curve is made from: scores whose ranking is to be cut, or circuits."""
 Size: TypeAlias = Callable[[Any], int]
 """A function that gives a circuit's size."""
+ValuesWithout: TypeAlias = Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]]
+"""A function that gives the metric of the whole model, and of that without each set of components or edges."""
 
 
 def check_sizes(sizes: Sequence[float], random_circuits: int) -> None:
@@ -199,29 +202,25 @@ def ordered_circuits(circuits: Iterable[Circuit], nothing: Circuit, everything: 
 
 
 def measured_faithfulness(
-    curves: Mapping[str, Sequence[Any]],
-    size: Size,
-    values_without: Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]],
-    metric: str,
-    settings: Mapping[str, Any],
+    curves: Mapping[str, list[Any]], size: Size, values_without: ValuesWithout, metric: str, settings: Mapping[str, Any]
 ) -> Faithfulness:
-    """The faithfulness of circuits; `values_without`: the metric of the whole model, and of that without each set."""
+    """The faithfulness of circuits."""
     names = tuple(name for name, circuits in curves.items() for _ in circuits)
     circuits = tuple(circuit for circuits in curves.values() for circuit in circuits)
-    inside = [members_of(circuit) for circuit in circuits]
-    everything = inside[-1]
-    outside = [everything - circuit for circuit in inside]
-    # Sets that occur twice are run once, and the empty set, which is the model itself, not at all. Everything comes
-    # first: its column is the metric of nothing.
-    removed = [members for members in dict.fromkeys([everything, *outside, *inside]) if members]
-    whole, values = values_without(removed)
-    values = torch.cat([values, whole[:, None]], 1)
-    column = {members: place for place, members in enumerate(removed)} | {frozenset(): len(removed)}
+    inside = [frozenset(circuit) for circuit in circuits]
+    outside = [inside[-1] - circuit for circuit in inside]
+    alone, without, ends = columns_without(values_without, outside, inside, [frozenset(), inside[-1]])
     share = torch.tensor([size(circuit) / size(circuits[-1]) for circuit in circuits], dtype=torch.float64)
-    alone, without = (values[:, [column[members] for members in sets]] for sets in (outside, inside))
-    return Faithfulness(names, circuits, share, alone, without, whole, values[:, 0], metric, settings)
+    return Faithfulness(names, circuits, share, alone, without, ends[:, 0], ends[:, 1], metric, settings)
 
 
-def members_of(circuit: Any) -> frozenset[Any]:
-    """The circuit's components or edges."""
-    return circuit.edges if isinstance(circuit, EdgeMask) else circuit.components
+def columns_without(
+    values_without: ValuesWithout, *removed: Sequence[frozenset[Any]]
+) -> list[Float[Tensor, "prompt set"]]:
+    """For each sequence of sets, the metric of the model without each of them."""
+    # Sets that occur twice are run once, and the empty set, which is the model itself, not at all.
+    sets = [members for members in dict.fromkeys(chain(*removed)) if members]
+    whole, values = values_without(sets)
+    column = {members: place for place, members in enumerate([*sets, frozenset()])}
+    values = torch.cat([values, whole[:, None]], 1)
+    return [values[:, [column[members] for members in wanted]] for wanted in removed]

@@ -3,25 +3,17 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.arguments import check, check_functions, chosen_components
-from mechunlearn.components import (
-    Component,
-    ComponentMask,
-    Components,
-    ComponentScores,
-    EdgeMask,
-    EdgeScores,
-    ModelShape,
-    heads_and_mlps,
-)
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, EdgeMask, EdgeScores
+from mechunlearn.components.component import ModelShape, heads_and_mlps
 from mechunlearn.components.edge import edges_where
-from mechunlearn.identity import described, name_of
+from mechunlearn.identity import name_of
 from mechunlearn.localize.circuits.curves import (
     MIB_SIZES,
     Circuit,
@@ -36,10 +28,10 @@ from mechunlearn.localize.circuits.curves import (
 )
 from mechunlearn.localize.circuits.runs import circuit_values, edge_circuit_values
 from mechunlearn.localize.controls import random
-from mechunlearn.localize.replacement import Replacement, resample
-from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.localize.options import ReplacingOptions, settings_of
 from mechunlearn.model import Model, shape
 from mechunlearn.model.edges import edges_of
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 Circuits: TypeAlias = ComponentScores | ComponentMask | Sequence[ComponentMask]
@@ -56,45 +48,43 @@ def n_weights(circuit: ComponentMask) -> int:
     return circuit.n_parameters
 
 
+@with_options()
 def faithfulness(
     model: Model,
     prompts: Prompts,
     circuits: Circuits | Mapping[str, Circuits],
     *,
-    metric: Metric = logit_difference,
     sizes: Sequence[float] = MIB_SIZES,
     size: Size = n_components,
     by: Callable[[Tensor], Tensor] = torch.abs,
     components: Components | None = None,
-    replacement: Replacement = resample,
     random_circuits: int = 5,
-    batch_size: int = 64,
+    **options: Unpack[ReplacingOptions],
 ) -> Faithfulness:
     r"""How much of the metric circuits keep when all else is replaced, over their size.
 
         faithfulness of C = (m(C) - m(nothing)) / (m(model) - m(nothing))
 
-    m(C) is the mean metric when every component outside C is replaced at once (not the embedding and the norms). CPR is
+    m(C) is the mean metric when all components outside C are replaced (not the embedding and the norms). CPR is
     the area under the curve over size, CMD the area between it and 1 (0 is best); `left` is the faithfulness of the
     model *without* C (0: C is complete).
 
-    - `circuits`: scores, or a circuit, or nested ones, or a dict of such; all share one corrupted run.
-    - `sizes`: the shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`, at which
-      rankings are cut to the longest start that is not larger. Sizes 0 and 1 are always there and cost nothing.
+    - `circuits`: scores, a circuit, nested ones, or a dict of such; all share one corrupted run.
+    - `sizes`: shares in [0, 1] of the `size` of all components, `n_components` (default) or `n_weights`: rankings are
+      cut to the longest start that is not larger. 0 and 1 are always there and cost nothing.
     - `by` ranks scores as in `ComponentScores.top`. MIB ranks by the signed score for CPR (`torch.neg` for noising
       scores, where needed components are negative) and by its size for CMD.
     - `components`: what is replaced outside the circuit: by default the components scored, or heads and MLPs.
-    - `replacement`: `resample` (the corrupted run), `zero` or `mean_over(reference)`.
     - `random_circuits`: the number of random rankings, cut at the same sizes and named "random 0", ...
 
     Cost: 2F, and for each different circuit twice the part of F from the lowest replaced layer on. ValueError for
-    circuits or scores of other components, missing corrupted prompts, and where replacing everything changes nothing.
+    circuits or scores of other components, no corrupted prompts, and where replacing everything changes nothing.
 
     Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Wang et al. 2022, https://arxiv.org/abs/2211.00593;
     that the numbers depend on what replaces: Miller et al. 2024, https://arxiv.org/abs/2407.08734.
     """
     check_sizes(sizes, random_circuits)
-    check_functions(metric=metric, size=size, by=by, replacement=replacement)
+    check_functions(metric=options["metric"], size=size, by=by, replacement=options["replacement"])
     sizes_of = shape(model)
     sources = named_curves(circuits)
     level = replaced_components(sources, components, sizes_of)
@@ -102,11 +92,9 @@ def faithfulness(
         sources[f"random {seed}"] = random(model, seed=seed, components=level)
     ends = ComponentMask.of([], sizes_of), ComponentMask.of(level, sizes_of)
     curves = {name: ordered_circuits(_cut(source, sizes, size, by), *ends, size) for name, source in sources.items()}
-    options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
-    settings = {"replacement": described(replacement), "size": name_of(size), "components": len(level)}
-    settings |= {"prompts": len(prompts), "batch_size": batch_size}
-    values_without = partial(circuit_values, model, prompts, sizes=sizes_of, **options)
-    return measured_faithfulness(curves, size, values_without, name_of(metric), settings)
+    settings = settings_of(options, prompts, size=name_of(size), components=len(level))
+    values_without = partial(circuit_values, model, prompts, options=options)
+    return measured_faithfulness(curves, size, values_without, name_of(options["metric"]), settings)
 
 
 def replaced_components(
@@ -163,17 +151,16 @@ EdgeCircuit: TypeAlias = EdgeScores | EdgeMask | Sequence[EdgeMask]
 """Scores, whose ranking is cut at several sizes; or a circuit, or several nested ones."""
 
 
+@with_options(batch_size=16)
 def edge_faithfulness(
     model: Model,
     prompts: Prompts,
     circuits: EdgeCircuit | Mapping[str, EdgeCircuit],
     *,
-    metric: Metric = logit_difference,
     sizes: Sequence[float] = MIB_SIZES,
     by: Callable[[Tensor], Tensor] = torch.abs,
-    replacement: Replacement = resample,
     random_circuits: int = 3,
-    batch_size: int = 16,
+    **options: Unpack[ReplacingOptions],
 ) -> Faithfulness:
     r"""`faithfulness` of circuits of edges: in m(C), an edge outside C carries the corrupt run, or another replacement.
 
@@ -199,7 +186,8 @@ def edge_faithfulness(
     Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
     check_sizes(sizes, random_circuits)
-    check("noising", batch_size, metric=metric, by=by, replacement=replacement)
+    metric = options["metric"]
+    check("noising", options["batch_size"], metric=metric, by=by, replacement=options["replacement"])
     sources = named_curves(circuits)
     level = replaced_edges(model, sources)
     shape_ = shape(model)
@@ -208,10 +196,8 @@ def edge_faithfulness(
         sources[f"random {seed}"] = EdgeScores(values * level, level, shape_, "random", "", {"seed": seed})
     ends = EdgeMask.of([], shape_), EdgeMask(frozenset(edges_where(level, shape_)), shape_)
     curves = {name: ordered_circuits(_cut_edges(source, sizes, by), *ends, len) for name, source in sources.items()}
-    settings = {"replacement": described(replacement), "size": "edges", "edges": int(level.sum())}
-    settings |= {"prompts": len(prompts), "batch_size": batch_size}
-    options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
-    values_without = partial(edge_circuit_values, model, prompts, **options)
+    settings = settings_of(options, prompts, size="edges", edges=int(level.sum()))
+    values_without = partial(edge_circuit_values, model, prompts, options=options)
     return measured_faithfulness(curves, len, values_without, name_of(metric), settings)
 
 

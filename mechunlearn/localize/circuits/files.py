@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechunlearn.components import Component, EdgeMask, EdgeScores, ModelShape, destinations
-from mechunlearn.components.edge import Destination, edges_where
+from mechunlearn.components import EdgeMask, EdgeScores, ModelShape
+from mechunlearn.components.edge import edges_where, place_of
 from mechunlearn.model import Model, fingerprint, shape
 from mechunlearn.model.edges import edges_of, is_parallel
 
@@ -36,12 +36,15 @@ def save_mib(path: str | Path, scores: EdgeScores, model: Model, *, circuit: Edg
     for edges in (scores, circuit):
         if edges is not None and edges.shape != sizes:
             raise ValueError(f"expected edges of this model ({sizes}), got those of {edges.shape}: pass their model.")
-    group = _columns(sizes)
+    columns = _columns(sizes)
+    group = torch.tensor(list(columns.values()))
     share = torch.bincount(group, minlength=scores.tensor.shape[1])[group]
     values = (scores.tensor[:, group] / share).float()
     chosen = torch.zeros_like(values, dtype=torch.bool) if circuit is None else circuit.tensor[:, group]
     record = {"cfg": _cfg(model), "fingerprint": fingerprint(model), "edges_scores": values, "edges_in_graph": chosen}
-    record |= {"src_nodes": _sources(sizes), "dst_nodes": _destinations(sizes), "nodes_in_graph": _nodes(chosen, sizes)}
+    entered = {name.split("<")[0] for name, on in zip(columns, chosen.any(0).tolist(), strict=True) if on}
+    inside = torch.tensor([name == "input" or name in entered for name in _sources(sizes)]) & chosen.any(1)
+    record |= {"src_nodes": _sources(sizes), "dst_nodes": list(columns), "nodes_in_graph": inside}
     if _suffix(path) == ".pt":
         torch.save(record, path)
     else:
@@ -60,7 +63,7 @@ def load_mib(path: str | Path, model: Model) -> tuple[EdgeScores, EdgeMask]:
     sizes = shape(model)
     record = _read_pt(path) if _suffix(path) == ".pt" else _read_json(path, sizes)
     _check(record, model, path)
-    group, real = _columns(sizes), edges_of(model)
+    group, real = torch.tensor(list(_columns(sizes).values())), edges_of(model)
     empty = torch.zeros(real.shape, dtype=torch.float64)
     values = empty.index_add(1, group, record["edges_scores"].double())
     listed = record.get("listed", real[:, group])
@@ -85,33 +88,15 @@ def _sources(sizes: ModelShape) -> list[str]:
     return ["input", *(name for i in layers for name in [*(f"a{i}.h{h}" for h in range(sizes.n_heads)), f"m{i}"])]
 
 
-def _destinations(sizes: ModelShape) -> list[str]:
-    """Queries, keys and values of all query heads, then the MLP, layer after layer."""
-    names = []
+def _columns(sizes: ModelShape) -> dict[str, int]:
+    """The file's destinations, layer after layer, and the column of each in `EdgeScores.tensor`."""
+    labels: dict[str, str] = {}
     for layer in range(sizes.n_layers):
-        names += [f"a{layer}.h{head}<{letter}>" for letter in _LETTERS for head in range(sizes.n_heads)]
-        names.append(f"m{layer}")
-    return [*names, "logits"]
-
-
-def _columns(sizes: ModelShape) -> Tensor:
-    """For each destination of the file, its column in `EdgeScores.tensor`."""
-    column = {destination: place for place, destination in enumerate(destinations(sizes))}
-    columns = []
-    for layer in range(sizes.n_layers):
-        for matrix in _LETTERS.values():
-            group = sizes.n_heads // sizes.units(matrix)
-            heads = (head // group * group for head in range(sizes.n_heads))
-            columns += [column[Component(layer, "H", head, matrix)] for head in heads]
-        columns.append(column[Component(layer, "MLP")])
-    last: Destination = "logits"
-    return torch.tensor([*columns, column[last]])
-
-
-def _nodes(chosen: Bool[Tensor, "source entry"], sizes: ModelShape) -> Bool[Tensor, "source"]:
-    entered = {name.split("<")[0] for name, on in zip(_destinations(sizes), chosen.any(0).tolist(), strict=True) if on}
-    inside = torch.tensor([name == "input" or name in entered for name in _sources(sizes)])
-    return inside & chosen.any(1)
+        for letter, matrix in _LETTERS.items():
+            labels |= {f"a{layer}.h{head}<{letter}>": f"L{layer}H{head}.{matrix}" for head in range(sizes.n_heads)}
+        labels[f"m{layer}"] = f"L{layer}MLP"
+    labels["logits"] = "logits"
+    return {name: place_of(f"embed->{label}", sizes)[1] for name, label in labels.items()}
 
 
 def _as_json(record: dict[str, Any], real: Bool[Tensor, "source entry"]) -> dict[str, Any]:
@@ -153,7 +138,7 @@ def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise _unreadable(path, f"{key} is not one record for each name")
     rows = {name: row for row, name in enumerate(_sources(sizes))}
-    columns = {name: column for column, name in enumerate(_destinations(sizes))}
+    columns = {name: column for column, name in enumerate(_columns(sizes))}
     values = torch.zeros(len(rows), len(columns))
     chosen, listed = values.bool(), values.bool()
     for name, entry in edges.items():
@@ -181,8 +166,9 @@ def _check(record: dict[str, Any], model: Model, path: str | Path) -> None:
     known = record.get("fingerprint")
     if known is not None and known != fingerprint(model):
         raise _of_another_model(path, f"its weights have fingerprint {known} (this model: {fingerprint(model)})")
-    expected = len(_sources(sizes)), len(_destinations(sizes))
-    names = sorted(record["src_nodes"]) == sorted(_sources(sizes)), list(record["dst_nodes"]) == _destinations(sizes)
+    sources, destinations = _sources(sizes), list(_columns(sizes))
+    expected = len(sources), len(destinations)
+    names = sorted(record["src_nodes"]) == sorted(sources), list(record["dst_nodes"]) == destinations
     tensors = record["edges_scores"], record["edges_in_graph"]
     if not all(names) or any(tuple(tensor.shape) != expected for tensor in tensors):
         raise _of_another_model(path, f"its nodes are not this model's, or its tensors not of shape {expected}")
@@ -195,16 +181,12 @@ def _check(record: dict[str, Any], model: Model, path: str | Path) -> None:
 def _suffix(path: str | Path) -> str:
     suffix = Path(path).suffix
     if suffix not in (".json", ".pt"):
-        raise ValueError(
-            f"expected a path that ends in .json or .pt, got {str(path)!r}: the suffix decides the format."
-        )
+        raise ValueError(f"expected a path that ends in .json or .pt, got {str(path)!r}: it decides the format.")
     return suffix
 
 
 def _of_another_model(path: str | Path, reason: str) -> ValueError:
-    return ValueError(
-        f"expected a circuit of this model, got one of another at {path}: {reason}. Load it with its model."
-    )
+    return ValueError(f"expected a circuit of this model, got one of another at {path}: {reason}. Pass its own model.")
 
 
 def _unreadable(path: str | Path, reason: str) -> ValueError:

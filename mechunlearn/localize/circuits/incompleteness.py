@@ -1,12 +1,11 @@
 """Incompleteness: does a circuit without some of its parts do what the model without these parts does?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,14 +13,14 @@ from mechunlearn.arguments import check
 from mechunlearn.components import ComponentMask, Components, EdgeMask
 from mechunlearn.components.edge import edges_where
 from mechunlearn.files import Saved
-from mechunlearn.identity import described, name_of
+from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap, ends, resampled
-from mechunlearn.localize.circuits.curves import members_of, named_curves
+from mechunlearn.localize.circuits.curves import Circuit, ValuesWithout, columns_without, named_curves
 from mechunlearn.localize.circuits.faithfulness import replaced_components, replaced_edges
 from mechunlearn.localize.circuits.runs import circuit_values, edge_circuit_values
-from mechunlearn.localize.replacement import Replacement, resample
-from mechunlearn.metrics import Metric, logit_difference
+from mechunlearn.localize.options import ReplacingOptions, settings_of
 from mechunlearn.model import Model, shape
+from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -29,17 +28,16 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+@with_options(batch_size=16)
 def incompleteness(
     model: Model,
     prompts: Prompts,
     circuit: ComponentMask | EdgeMask,
     *,
-    metric: Metric = logit_difference,
     knockouts: int = 20,
     seed: int = 0,
     components: Components | None = None,
-    replacement: Replacement = resample,
-    batch_size: int = 16,
+    **options: Unpack[ReplacingOptions],
 ) -> "Incompleteness":
     r"""How differently the circuit and the model react when parts K of the circuit are replaced in both.
 
@@ -51,33 +49,16 @@ def incompleteness(
 
     - `knockouts`: the number of random sets K, each with every member of C with probability 1/2. Two more are always
       there: K = nothing compares C with the model, and K = C the replaced model with the rest of it.
-    - `components` (what is replaced outside the circuit, default heads and MLPs) and `replacement`: as for
-      `faithfulness`; for circuits of edges as for `edge_faithfulness`, where all edges outside C are replaced.
+    - `components`: what is replaced outside the circuit, as for `faithfulness` (default: heads and MLPs); for circuits
+      of edges it is all edges outside C, as for `edge_faithfulness`.
 
     Cost: 2F, and for each K twice the part of F from the lowest replaced layer on; for edges, two forwards.
 
     Wang et al. 2022, https://arxiv.org/abs/2211.00593, section 4. ValueError for an empty circuit, no knockouts, and
     as for `faithfulness`.
     """
-    check("noising", batch_size, metric=metric, replacement=replacement)
-    _check(circuit, knockouts)
-    options = {"metric": metric, "replacement": replacement, "batch_size": batch_size}
-    everything, values_without = _outside(model, prompts, circuit, components, options)
-    chosen = [circuit - circuit, *_random_parts(circuit, knockouts, seed), circuit]
-    # Removed for F(C \\ K): everything but what is in C and not in K; for F(M \\ K): K. Equal sets are run once.
-    from_circuit = [everything - (members_of(circuit) - members_of(part)) for part in chosen]
-    from_model = [members_of(part) for part in chosen]
-    removed = [members for members in dict.fromkeys([*from_circuit, *from_model]) if members]
-    whole, values = values_without(removed)
-    values = torch.cat([values, whole[:, None]], 1)
-    column = {members: place for place, members in enumerate(removed)} | {frozenset(): len(removed)}
-    of_circuit, of_model = (values[:, [column[members] for members in sets]] for sets in (from_circuit, from_model))
-    settings = {"replacement": described(replacement), "knockouts": knockouts, "seed": seed}
-    settings |= {"prompts": len(prompts), "batch_size": batch_size}
-    return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
-
-
-def _check(circuit: ComponentMask | EdgeMask, knockouts: int) -> None:
+    metric = options["metric"]
+    check("noising", options["batch_size"], metric=metric, replacement=options["replacement"])
     if not isinstance(circuit, ComponentMask | EdgeMask) or not circuit:
         raise ValueError(
             f"expected a circuit with at least one component or edge, a ComponentMask or an EdgeMask, got "
@@ -85,32 +66,28 @@ def _check(circuit: ComponentMask | EdgeMask, knockouts: int) -> None:
         )
     if knockouts < 1:
         raise ValueError(f"expected at least one knockout, got {knockouts}: the paper draws many and shows them all.")
+    everything, values_without = _outside(model, prompts, circuit, components, options)
+    generator = Random(f"incompleteness {seed}")
+    parts = [circuit & {member for member in circuit if generator.random() < 0.5} for _ in range(knockouts)]
+    chosen = [circuit - circuit, *parts, circuit]
+    # Removed for F(C \\ K): everything but what is in C and not in K; for F(M \\ K): K.
+    from_circuit = [everything - frozenset(circuit - part) for part in chosen]
+    of_circuit, of_model = columns_without(values_without, from_circuit, [frozenset(part) for part in chosen])
+    settings = settings_of(options, prompts, knockouts=knockouts, seed=seed)
+    return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
 
 
 def _outside(
-    model: Model,
-    prompts: Prompts,
-    circuit: ComponentMask | EdgeMask,
-    components: Components | None,
-    options: dict[str, Any],
-) -> tuple[frozenset[Any], Callable[[list[frozenset[Any]]], tuple[Tensor, Tensor]]]:
+    model: Model, prompts: Prompts, circuit: Circuit, components: Components | None, options: ReplacingOptions
+) -> tuple[frozenset[Any], ValuesWithout]:
     """All components or edges that can be replaced, and the function that measures the model without some of them."""
     if isinstance(circuit, EdgeMask):
         if components is not None:
-            raise ValueError(
-                "expected components=None for a circuit of edges, got some: all edges outside are replaced."
-            )
-        level = replaced_edges(model, named_curves(circuit))
-        return frozenset(edges_where(level, shape(model))), partial(edge_circuit_values, model, prompts, **options)
-    sizes = shape(model)
-    level = replaced_components(named_curves(circuit), components, sizes)
-    return frozenset(level), partial(circuit_values, model, prompts, sizes=sizes, **options)
-
-
-def _random_parts(circuit: Any, count: int, seed: int) -> list[Any]:
-    generator = Random(f"incompleteness {seed}")
-    members = list(circuit)
-    return [circuit & {member for member in members if generator.random() < 0.5} for _ in range(count)]
+            raise ValueError("expected components=None for a circuit of edges, got some: all others are replaced.")
+        edges = frozenset(edges_where(replaced_edges(model, named_curves(circuit)), shape(model)))
+        return edges, partial(edge_circuit_values, model, prompts, options=options)
+    level = replaced_components(named_curves(circuit), components, shape(model))
+    return frozenset(level), partial(circuit_values, model, prompts, options=options)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,11 +1,11 @@
 """The metric of a model in which sets of components, or of edges, are replaced at once; many sets share a batch."""
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
@@ -13,33 +13,32 @@ from tqdm import tqdm
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, ModelShape
 from mechunlearn.components.edge import Edge, mask_of
-from mechunlearn.localize.replacement import Replacement, replacement_values
-from mechunlearn.localize.sites import places_of
-from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, recording, shape
+from mechunlearn.localize.options import ReplacingOptions
+from mechunlearn.localize.replacement import replacement_values
+from mechunlearn.localize.sites import passes, places_of
+from mechunlearn.metrics import checked
+from mechunlearn.model import Hook, Model, base_run, continued, device_of, preserved, recording, shape
 from mechunlearn.model.edge_runs import EdgeCircuits
 from mechunlearn.model.edges import contributions, source_outputs, source_sites
 from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
+Removed: TypeAlias = Sequence[Set[Component]]
+"""Sets of components, each of which is replaced in a run of its own."""
+
 
 def circuit_values(
-    model: Model,
-    prompts: Prompts,
-    removed: Sequence[Set[Component]],
-    sizes: ModelShape,
-    *,
-    metric: Metric,
-    replacement: Replacement,
-    batch_size: int,
-    where: Where = everywhere,
+    model: Model, prompts: Prompts, removed: Removed, options: ReplacingOptions, where: Where = everywhere
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """The metric of the whole model, and of the model with each of these sets of components replaced at some tokens.
 
     Cost: 2F (one for the replacement's values), and for each set the part of F from its lowest layer on.
     """
+    metric, replacement, batch_size = options["metric"], options["replacement"], options["batch_size"]
     check("noising", batch_size, metric=metric, replacement=replacement, where=where)
-    places = _Places(removed, sizes, device_of(model))
+    places = _Places(removed, shape(model), device_of(model))
+    # Sets that start late come first, so that a pass, which starts at the lowest layer of its rows, runs few layers.
+    late_first = places.lowest.argsort(descending=True, stable=True)
     whole, values = [], []
     with preserved(model), torch.no_grad():
         for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "circuits", leave=False, disable=None):
@@ -47,20 +46,25 @@ def circuit_values(
             source = replacement_values(replacement, model, batch, run.values)
             tokens = where(batch) & batch.attention_mask
             whole.append(checked(metric, run.logits, batch).double())
-            values.append(_values(model, batch, run, source, tokens, places, metric, batch_size))
+            by_circuit = whole[-1].new_zeros(len(batch), len(removed))
+            for place, row in passes([len(removed), len(batch)], batch_size, tokens.device):
+                circuits = late_first.to(row.device)[place]
+                hooks = places.hooks(source, tokens, circuits, row)
+                layer = int(places.lowest[circuits.cpu()].min())
+                # The run's own attention output holds for the lowest layer unless something inside it is replaced.
+                inside = any(name.startswith(f"blocks.{layer}.attn.") for name, _ in hooks)
+                attention = None if inside else run.attention[layer][row]
+                logits = continued(model, run, row, layer, attention=attention, hooks=hooks)
+                by_circuit[row, circuits] = checked(metric, logits, batch.rows(row)).double()
+            values.append(by_circuit)
     return torch.cat(whole).cpu(), torch.cat(values).cpu()
 
 
 def edge_circuit_values(
-    model: Model,
-    prompts: Prompts,
-    removed: Sequence[Set[Edge]],
-    *,
-    metric: Metric,
-    replacement: Replacement,
-    batch_size: int,
+    model: Model, prompts: Prompts, removed: Sequence[Set[Edge]], options: ReplacingOptions
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt circuit"]]:
     """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
+    metric, replacement, batch_size = options["metric"], options["replacement"], options["batch_size"]
     sizes = shape(model)
     masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
     whole, values = [], []
@@ -71,9 +75,7 @@ def edge_circuit_values(
                 whole.append(checked(metric, batch.logits(model), batch).double())
             other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))
             by_circuit = whole[-1].new_zeros(len(batch), len(masks))
-            ranges = (torch.arange(count, device=by_circuit.device) for count in (len(masks), len(batch)))
-            pairs = torch.cartesian_prod(*ranges).split(operator.index(batch_size))
-            for circuit, row in (pair.unbind(1) for pair in pairs):
+            for circuit, row in passes([len(masks), len(batch)], batch_size, by_circuit.device):
                 copies = batch.rows(row)
                 inputs = copies.tokens, copies.attention_mask, copies.positions
                 logits = circuits.logits(*inputs, other[:, row], masks[circuit])
@@ -85,7 +87,7 @@ def edge_circuit_values(
 class _Places:
     """Where sets of components are in the model: hook points, and heads or neurons there."""
 
-    def __init__(self, removed: Sequence[Set[Component]], sizes: ModelShape, device: torch.device) -> None:
+    def __init__(self, removed: Removed, sizes: ModelShape, device: torch.device) -> None:
         components = sorted(set().union(*removed))
         self.lowest = torch.tensor([min(component.layer for component in chosen) for chosen in removed])
         self._chosen: dict[str, Tensor] = {}
@@ -100,11 +102,17 @@ class _Places:
         """The hook points."""
         return list(self._chosen)
 
-    def at(self, circuits: Int[Tensor, "row"]) -> Iterable[tuple[str, Bool[Tensor, "row *unit"]]]:
-        """Each hook point at which some of the rows have a unit replaced, and which units in each row."""
+    def hooks(
+        self, source: dict[str, Tensor], tokens: Bool[Tensor, "prompt pos"], circuits: Tensor, row: Tensor
+    ) -> list[Hook]:
+        """Hooks that replace, in each row (a copy of a prompt), the outputs of its circuit at some tokens."""
+        hooks: list[Hook] = []
         for name, chosen in self._chosen.items():
-            if bool(chosen[circuits].any()):
-                yield name, chosen[circuits]
+            units = chosen[circuits][:, None]
+            if bool(units.any()):
+                where = tokens[row] & units if units.ndim == 2 else tokens[row][:, :, None] & units
+                hooks.append((name, partial(_put, source=source[name][row], where=where)))
+        return hooks
 
 
 def _by_unit(
@@ -115,38 +123,6 @@ def _by_unit(
     for column, unit in numbers.items():
         chosen[:, unit] |= members[column]  # query heads that share a KV head share its unit
     return chosen
-
-
-def _values(
-    model: Model,
-    prompts: Prompts,
-    run: Run,
-    source: dict[str, Tensor],
-    tokens: Bool[Tensor, "prompt pos"],
-    places: _Places,
-    metric: Metric,
-    batch_size: int,
-) -> Float[Tensor, "prompt circuit"]:
-    values = run.logits.new_zeros(len(prompts), len(places.lowest), dtype=torch.float64)
-    # Sets that start late come first, so that a pass, which starts at the lowest layer of its rows, runs few layers.
-    late_first = places.lowest.argsort(descending=True, stable=True).to(values.device)
-    pairs = torch.cartesian_prod(late_first, torch.arange(len(prompts), device=values.device))
-    for circuits, row in (pair.unbind(1) for pair in pairs.split(operator.index(batch_size))):
-        hooks = [_replacing_hook(name, source[name][row], chosen, tokens[row]) for name, chosen in places.at(circuits)]
-        layer = int(places.lowest[circuits.cpu()].min())
-        # The run's own attention output holds for the lowest layer unless something inside the attention is replaced.
-        inside = any(name.startswith(f"blocks.{layer}.attn.") for name, _ in hooks)
-        attention = None if inside else run.attention[layer][row]
-        logits = continued(model, run, row, layer, attention=attention, hooks=hooks)
-        values[row, circuits] = checked(metric, logits, prompts.rows(row)).double()
-    return values
-
-
-def _replacing_hook(
-    name: str, source: Tensor, chosen: Bool[Tensor, "row *unit"], tokens: Bool[Tensor, "row pos"]
-) -> Hook:
-    where = tokens & chosen[:, None] if chosen.ndim == 1 else tokens[:, :, None] & chosen[:, None]
-    return name, partial(_put, source=source, where=where)
 
 
 def _put(value: Tensor, hook: object, *, source: Tensor, where: Bool[Tensor, "row pos *unit"]) -> Tensor:

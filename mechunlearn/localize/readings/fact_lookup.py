@@ -18,7 +18,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Hook, Model, device_of, preserved, shape
+from mechunlearn.model import Model, device_of, preserved, shape
 from mechunlearn.model.running import constant, mean_activations
 from mechunlearn.tasks.positions import Where, subject_last
 from mechunlearn.tasks.prompts import Prompts
@@ -49,25 +49,27 @@ def fact_lookup_by_probes(
     1. `probes` give the accuracy for each layer at the subject's last token, on held-out facts.
     2. The lookup begins with the first layer whose output is read better than chance + `rise`, and better than the
        control task + `selectivity`: where subjects share last tokens, these may explain the rise above chance. It ends
-       with the first layer whose output has `saturation` of the whole rise above chance. The MLPs from the first to the
-       last are the mask.
+       with the first layer whose output has `saturation` of the whole rise. The MLPs from the first to the last
+       are the mask.
     3. Attention outputs of all layers after the last are replaced, at every token, by their mean over `text`
        (such as `task.text`), and new probes are fitted. If no later accuracy falls by more than `tolerance`, the
        representation does not depend on later heads: `findings["holds_without_later_attention"]`.
 
     - `layers` overrules step 2.
-    - The prompts need several answers: for a sport to forget, `tasks.joined(task.forget, task.retain)`.
+    - The prompts need several answers: `tasks.joined(task.forget, task.retain)`.
     - Curves: `"accuracy"`, `"control"`, `"selectivity"` (the difference of the two) and `"later attention ablated"`.
     - `findings["borderline"]` has the layers whose value lies within 20 % of a threshold (for `saturation`, of the
-      share that may be missing): with other prompts they may lie on its other side.
+      share that may be missing): other prompts may put them on its other side.
 
-    That the subject's last token holds an attribute does not prove that the answer needs it: compare with
-    `activation_patching`.
+    That a token holds an attribute does not prove that the answer needs it: compare with `activation_patching`.
 
     Cost: 2 forwards of the prompts, 1 of the text, and the fits of two calls of `probes`.
     Guo et al. 2025, https://arxiv.org/abs/2410.12949; Nanda et al. 2023 (Fact Finding). ValueErrors as for `probes`.
     """
-    _check_shares(rise=rise, selectivity=selectivity, saturation=saturation, tolerance=tolerance)
+    thresholds = {"rise": rise, "selectivity": selectivity, "saturation": saturation, "tolerance": tolerance}
+    for name, value in thresholds.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
     sizes = shape(model)
     overruling = None if layers is None else _checked_layers(layers, sizes)
     options: dict[str, Any] = {"at": at, "seeds": seeds, "folds": folds, "penalty": penalty, "batch_size": batch_size}
@@ -77,12 +79,14 @@ def fact_lookup_by_probes(
     chosen = from_curves if overruling is None else overruling
     selectivities = Curve(result.points, result.correct - result.control, "accuracy minus control", limits=(-1.0, 1.0))
     curves = result.curves() | {"selectivity": selectivities}
-    thresholds = {"rise": rise, "selectivity": selectivity, "saturation": saturation, "tolerance": tolerance}
     findings: dict[str, Any] = {"layers": chosen, "chance": result.chance, **by_thresholds, **thresholds}
     findings |= {"overruled": [] if layers is None else ["layers"], "borderline": near if layers is None else {}}
     later = list(range(chosen[-1] + 1, sizes.n_layers)) if chosen else []
     if later:
-        ablated = probes(model, prompts, labels, **options, hooks=_without_attention(model, text, later, batch_size))
+        names = [f"blocks.{layer}.hook_attn_out" for layer in later]
+        with preserved(model), torch.no_grad():
+            hooks = constant(mean_activations(model, text, names, batch_size=batch_size).items())
+        ablated = probes(model, prompts, labels, **options, hooks=hooks)
         curves["later attention ablated"] = ablated.curves()["accuracy"]
         fall = float((result.accuracy - ablated.accuracy)[chosen[-1] + 2 :].max())  # after the first ablated layer
         findings["attention_ablated_in_layers"] = later
@@ -144,7 +148,11 @@ def fact_lookup_by_paths(
         effects = path_patching(model, prompts, senders=heads, receivers="logits", through_mlps=True, **options)
         scores["heads"] = _share(effects, gap)
         chosen_heads = tuple(scores["heads"].top(k=n_heads))
-        near["n_heads"] = _heads_near_the_cut(scores["heads"], n_heads)
+        ordered = sorted(_magnitudes(scores["heads"]).values(), reverse=True)
+        near["n_heads"] = {}
+        if n_heads < len(ordered):
+            cut = (ordered[n_heads - 1] + ordered[n_heads]) / 2
+            near["n_heads"] = _borderline(_magnitudes(scores["heads"]), cut)
     else:
         chosen_heads = _heads(extraction_heads, sizes)
     receiving = receivers(chosen_heads)
@@ -154,28 +162,12 @@ def fact_lookup_by_paths(
     chosen = crossed if overruling is None else overruling
     if overruling is None:
         near["threshold"] = _borderline(_magnitudes(scores["mlps"]), threshold)
-    findings = {
-        "layers": chosen,
-        "extraction_heads": [str(head) for head in chosen_heads],
-        "receivers": scores["mlps"].settings["receivers"],
-        "threshold": threshold,
-        "n_heads": n_heads,
-        "metric": name_of(metric),
-        "clean_minus_corrupt": gap,
-        "overruled": [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None],
-        "borderline": near,
-    }
+    overruled = [n for n, v in (("extraction_heads", extraction_heads), ("layers", layers)) if v is not None]
+    findings = {"layers": chosen, "extraction_heads": [str(head) for head in chosen_heads]}
+    findings |= {"receivers": scores["mlps"].settings["receivers"], "threshold": threshold, "n_heads": n_heads}
+    findings |= {"metric": name_of(metric), "clean_minus_corrupt": gap, "overruled": overruled, "borderline": near}
     mask = _mask(chosen, sizes, "fact_lookup_by_paths", findings)
     return FactLookup(mask, "fact_lookup_by_paths", findings, {}, scores)
-
-
-@torch.no_grad()
-def _without_attention(
-    model: Model, text: Int[Tensor, "row pos"], layers: Sequence[int], batch_size: int
-) -> list[Hook]:
-    names = [f"blocks.{layer}.hook_attn_out" for layer in layers]
-    with preserved(model):
-        return constant(mean_activations(model, text, names, batch_size=batch_size).items())
 
 
 def _mask(layers: Sequence[int], sizes: ModelShape, method: str, findings: dict[str, Any]) -> ComponentMask:
@@ -229,12 +221,6 @@ def _checked_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
     return chosen
 
 
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-
-
 _MARGIN = 0.2
 """A value within this share of its threshold is borderline."""
 
@@ -262,7 +248,9 @@ def layers_by_thresholds(
     Point l + 1 of the probes reads the output of layer l, so the first point is left out.
     """
     risen, selective = (result.accuracy - result.chance)[1:].tolist(), result.selectivity[1:].tolist()
-    share = _share_of_rise(result)
+    # For each layer's output, the share of the highest rise that it has reached; 1 at the last.
+    highest = float((result.accuracy - result.chance).max())
+    share = [*(value / highest if highest > 0 else 0.0 for value in risen[:-1]), 1.0]
     above_chance = [layer for layer, value in enumerate(risen) if value > rise]
     above_control = [layer for layer, value in enumerate(selective) if value > selectivity]
     above = [layer for layer in above_chance if layer in above_control]
@@ -279,19 +267,6 @@ def layers_by_thresholds(
         "saturation": {label: 1 - value for label, value in missing.items()},
     }
     return read, near
-
-
-def _heads_near_the_cut(scores: ComponentScores, count: int) -> dict[str, float]:
-    """The components near the middle between the last one chosen and the next; none if all are chosen."""
-    sizes = sorted(_magnitudes(scores).values(), reverse=True)
-    return _borderline(_magnitudes(scores), (sizes[count - 1] + sizes[count]) / 2) if count < len(sizes) else {}
-
-
-def _share_of_rise(result: ProbeResult) -> list[float]:
-    """For each layer's output, the share of the highest rise above chance that it has reached; 1 at the last."""
-    rises = (result.accuracy - result.chance).tolist()
-    highest = max(rises)
-    return [*(value / highest if highest > 0 else 0.0 for value in rises[1:-1]), 1.0]
 
 
 def _by_mlp(values: Sequence[float]) -> dict[str, float]:
@@ -406,9 +381,7 @@ def paper_fact_lookup(model: Model, name: str, *, task: str = "sports") -> Compo
     `task`: `"sports"` (default) or a slice of CounterFact facts, such as `"counterfact 0:64"`; see `PAPER_LAYERS`.
     """
     if name not in PAPER_LAYERS:
-        raise ValueError(
-            f"expected one of {', '.join(PAPER_LAYERS)}, got {name!r}: localize with fact_lookup_by_probes."
-        )
+        raise ValueError(f"expected one of {', '.join(PAPER_LAYERS)}, got {name!r}: use fact_lookup_by_probes.")
     if task not in PAPER_LAYERS[name]:
         raise ValueError(f"expected one of the tasks {', '.join(PAPER_LAYERS[name])}, got {task!r}.")
     if shape(model) != PAPER_SHAPES[name]:

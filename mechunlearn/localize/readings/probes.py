@@ -44,13 +44,11 @@ def probes(
     - `at`: the token, `subject_last` (default), `answer`, or a function from prompts to a mask with one token a row.
     - `hooks`: forward hooks that the model runs with, such as ablations.
 
-    The control task has a random label for each *last token of a subject*, such as a surname's ending (a label per fact
-    would be at chance, since each fact is held out). Where tokens recur, its accuracy on held-out facts, `control`,
-    exceeds chance by what a probe gains from telling tokens apart; `selectivity` is accuracy - control. Its accuracy on
-    the fitted facts, `control_fitted`, is the capacity to memorise.
+    The control task has a random label for each *last token of a subject*, such as a surname's ending. Where tokens
+    recur, its accuracy on held-out facts, `control`, exceeds chance by what a probe gains from telling tokens apart;
+    `selectivity` is accuracy - control. On the fitted facts, `control_fitted`, it is the capacity to memorise.
 
-    A probe finds what can be read off, not what the model uses. A gain from one layer to the next is due to attention
-    and MLP together, so there are no component scores.
+    A probe finds what can be read off, not what the model uses. A layer's gain is due to attention and MLP together.
 
     Cost: 1 forward, then 2 x points x seeds x folds small fits on the CPU.
     Alain & Bengio 2016, https://arxiv.org/abs/1610.01644; Hewitt & Liang 2019, https://arxiv.org/abs/1909.03368.
@@ -64,8 +62,17 @@ def probes(
     _check(classes, targets, groups, folds, seeds, penalty)
     states = states_at(model, prompts, at, hooks=hooks, batch_size=batch_size)
     types = subject_tokens(prompts, at)
-    rounds = [_round(states, targets, types, groups, seed, folds, penalty) for seed in range(seeds)]
-    correct, control, fitted = (torch.stack(values) for values in zip(*rounds, strict=True))
+
+    def held_out(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Correct on held-out facts, the same for the control task, and the control's accuracy where it was fitted."""
+        rng = np.random.default_rng(seed)
+        places = _folds(targets, groups, folds, rng)
+        tasks = targets, labels_by_token(types, targets, rng)
+        own, random = ([_held_out(layer, of_task, places, folds, penalty) for layer in states] for of_task in tasks)
+        correct, control = (torch.stack([right for right, _ in by_layer], 1) for by_layer in (own, random))
+        return correct, control, torch.tensor([fitted for _, fitted in random], dtype=torch.float64)
+
+    correct, control, fitted = (torch.stack(values) for values in zip(*map(held_out, range(seeds)), strict=True))
     settings = {"at": name_of(at), "seeds": seeds, "folds": folds, "penalty": penalty, "hooks": len(hooks)}
     points = tuple(str(layer) for layer in range(sizes.n_layers + 1))
     chance = float(np.bincount(targets).max() / len(targets))
@@ -155,31 +162,9 @@ def _check(
         )
     count = len(set(groups))
     if not 2 <= folds <= count:
-        raise ValueError(
-            f"expected folds in 2..{count} (the number of facts), got {folds}: use fewer folds or more facts."
-        )
+        raise ValueError(f"expected folds in 2..{count} (the number of facts), got {folds}: use fewer, or more facts.")
     if seeds < 1 or penalty <= 0:
         raise ValueError(f"expected at least one seed and a positive penalty, got seeds={seeds}, penalty={penalty}.")
-
-
-def _round(
-    states: Float[np.ndarray, "point prompt d_model"],
-    targets: np.ndarray,
-    types: np.ndarray,
-    groups: list[str],
-    seed: int,
-    folds: int,
-    penalty: float,
-) -> tuple[Float[Tensor, "prompt point"], Float[Tensor, "prompt point"], Float[Tensor, "point"]]:
-    """Correct on held-out facts, the same for the control task, and the control's accuracy where it was fitted."""
-    rng = np.random.default_rng(seed)
-    places = _folds(targets, groups, folds, rng)
-    random_labels = labels_by_token(types, targets, rng)
-    by_task = [
-        [_held_out(layer, labels, places, folds, penalty) for layer in states] for labels in (targets, random_labels)
-    ]
-    correct, control = (torch.stack([held_out for held_out, _ in by_layer], 1) for by_layer in by_task)
-    return correct, control, torch.tensor([fitted for _, fitted in by_task[1]], dtype=torch.float64)
 
 
 def _folds(targets: np.ndarray, groups: list[str], folds: int, rng: np.random.Generator) -> np.ndarray:
