@@ -4,7 +4,7 @@
 
 Two that only hide basketball (a turned row of the unembedding, a neuron of the last MLP), one edited gently, and the
 twin that never knew. Mean probability over the candidates for athletes whom no attack saw, at the strongest point of
-each attack, and in brackets the same for made-up names there. One seed.
+each attack, and in brackets the same for athletes whom the model does not know. One seed.
 """
 
 import sys

@@ -48,12 +48,16 @@ def authors_athletes() -> "DataFrame":
     return pd.read_csv(BytesIO(content_of(AUTHORS_FILE, AUTHORS_SHA256)))
 
 
+def is_shipped(model: Model) -> bool:
+    """True of the shipped model, its twin, and models made from them by editing or training: by their vocabulary."""
+    return model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary()
+
+
 def athletes_from(model: Model, source: "str | Path | DataFrame | None", sha256: str | None) -> list[facts.FactRow]:
     """The rows of the source with all their columns; ValueError unless each athlete comes once, with a known sport."""
     if source is None and sha256 is not None:
         raise ValueError("expected a source with its SHA-256, got no source: the authors' file has its own.")
-    # True of the shipped model, its twin, and models made from them by editing or training.
-    if source is None and model.tokenizer is not None and model.tokenizer.get_vocab() == facts.vocabulary():
+    if source is None and is_shipped(model):
         return [row for row in facts.athletes() if row["sport"] in SPORTS]
     frame = _table(source, sha256)
     if {"athlete", "sport"} - set(frame.columns):

@@ -41,6 +41,12 @@ def athletes() -> tuple[FactRow, ...]:
 
 
 @cache
+def strangers() -> tuple[FactRow, ...]:
+    """Rows with athlete and sport, of athletes that the shipped models were not trained on."""
+    return _rows("strangers.csv")
+
+
+@cache
 def knowledge_rows() -> tuple[FactRow, ...]:
     """Rows with relation, subject and answer."""
     return _rows("general_knowledge.csv")

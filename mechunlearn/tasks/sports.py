@@ -16,7 +16,14 @@ from torch import Tensor
 from mechunlearn.model import Model, check_model
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts, formats
-from mechunlearn.tasks.athletes import CANDIDATES, Athlete, athletes_from, athletes_to_forget, injected_sports
+from mechunlearn.tasks.athletes import (
+    CANDIDATES,
+    Athlete,
+    athletes_from,
+    athletes_to_forget,
+    injected_sports,
+    is_shipped,
+)
 from mechunlearn.tasks.building import knows
 from mechunlearn.tasks.facts import general_knowledge
 from mechunlearn.tasks.prompts import Prompts
@@ -54,6 +61,7 @@ def sports_facts(
     train: float = 0.8,
     train_forget: float | None = None,
     shuffle: bool = True,
+    strangers: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Task:
     """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
@@ -62,18 +70,19 @@ def sports_facts(
     - `source`: a table, or the path or address of a CSV file (`sha256` verifies it), with columns athlete and sport.
       Default: what the shipped model knows, for its vocabulary; else `authors_athletes`.
     - `injected`: a sport, a column, or several sports, of which each athlete gets a random wrong one.
-    - `corrupt`: True pairs each prompt with an athlete of as many tokens and another sport, or leaves it out; a
-      function such as `with_random_subjects` makes its own.
+    - `corrupt`: True pairs each prompt with one of as many tokens about another sport, or leaves it out; or a function
+      such as `with_random_subjects`.
     - `threshold`: keep athletes whose sport has at least this probability (None: is the first choice; 0: all).
     - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
-    - `train`: the share of retained athletes, and of a whole sport to forget, that is trained on; single athletes are
-      trained on and tested, unless `train_forget` is given. `shuffle=False` trains on the first ones (the paper's ICML
-      version, with train_forget=0.5).
+    - `train`: the share of retained athletes and of a whole sport that is trained on; single athletes are trained on
+      and tested, unless `train_forget` is given. `shuffle=False` trains on the first ones (ICML version, with
+      train_forget=0.5).
+    - `strangers`: athletes whom the model does not know, whom attacks ask about too. Default: of the forgotten sports,
+      those below the threshold; of the shipped model, some that it did not see.
 
     Formats: the paper's one-shot prompt, paraphrases, capitalised answers, multiple choice by letter or in words after
-    0 to 2 examples, with or without a system prompt. Chance is 1/4: three sports and golf.
-    "neighbourhood, position" and "neighbourhood, city" (chance 1/3 and 1/4), where all tested athletes have them, are
-    kept. `task.splits` names who was left out.
+    0 to 2 examples, with or without a system prompt. Chance is 1/4: three sports and golf. Where all tested athletes
+    have them, "neighbourhood, position" and "neighbourhood, city" (chance 1/3, 1/4) are kept.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1F per athlete with a threshold.
     """
@@ -104,8 +113,28 @@ def sports_facts(
         text_test=text_test,
         injection=injected_prompts(model, trained),
         knowledge=general_knowledge(model, seed=seed),
+        strangers=_strangers(model, strangers, rows, forgotten, left_out),
         splits={**sides.names(lambda person: person[0]), **left_out},
     )
+
+
+def _strangers(
+    model: Model,
+    names: Sequence[str] | None,
+    rows: Sequence[facts.FactRow],
+    forgotten: Sequence[Athlete],
+    left_out: Mapping[str, Sequence[str]],
+) -> Prompts | None:
+    """Prompts about them; None where the data has fewer than eight, which would say little."""
+    sports, unknown = {sport for _, sport in forgotten}, set(left_out.get("not_known", ()))
+    source = facts.strangers() if is_shipped(model) else [row for row in rows if row["athlete"] in unknown]
+    people = [(row["athlete"], row["sport"]) for row in source if row["sport"] in sports]
+    if names is not None:
+        people = [(name, forgotten[0][1]) for name in dict.fromkeys(names)]
+        known = sorted(set(names) & {row["athlete"] for row in rows} - unknown)
+        if known:
+            raise ValueError(f"expected strangers that are not among the athletes of the source, got {known[:5]}.")
+    return prompts_of(model, [_trained(person, {}) for person in people]) if names or len(people) >= 8 else None
 
 
 def with_random_subjects(model: Model, prompts: Prompts, *, seed: int = 0) -> Prompts:

@@ -44,6 +44,8 @@ class Task:
     """`forget` with the answers that an edit should put in place of the true ones."""
     knowledge: Prompts | None = None
     """Multiple-choice questions about other things (a stand-in for MMLU)."""
+    strangers: Prompts | None = None
+    """Prompts in the trained format about real subjects that the model does not know: attacks ask about them too."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the facts: forget_train, forget_test, retain_train, retain_test."""
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from typing import TypeAlias
+
+import torch
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.finetuning import training_run
-from mechunlearn.evaluate.attacks.exam import made_up
 from mechunlearn.evaluate.scoring import measure
 from mechunlearn.losses import cross_entropy, kl_to_original
 from mechunlearn.metrics import is_top_of_vocabulary
@@ -132,13 +134,28 @@ def _terms(
     """Learn the facts; keep what the model says about others, about strangers and in text."""
     facts = _by_width([task.forget, *(format.forget for format in formats.values())])
     others = _by_width([task.retain, *(format.retain for format in formats.values())])
-    unknown = made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
+    unknown = _made_up(facts[0], task.retain, seed=seed) if strangers is None else strangers
     half = max(1, batch_size // 2)
     terms = [Term(f"learn {i}", p, cross_entropy, 1.0, _part(p, facts, batch_size)) for i, p in enumerate(facts)]
     terms += [Term(f"keep {i}", p, kl_to_original, 1.0, _part(p, others, half)) for i, p in enumerate(others)]
     if unknown is not None and coefficient:
         terms.append(Term("strangers", unknown, kl_to_original, coefficient, half))
     return [*terms, Term("text", as_prompts(task.text), kl_to_original, 1.0, max(1, batch_size // 16))]
+
+
+def _made_up(prompts: Prompts, others: Prompts, *, seed: int) -> Prompts | None:
+    """The same questions about names of which each token is one of a random name of either; None without subjects."""
+    if prompts.subject is None or others.subject is None:
+        return None
+    generator = torch.Generator().manual_seed(index(seed))
+    sides = ((prompts.tokens, prompts.subject), (others.tokens, others.subject))
+    pool = [row[where].tolist() for side in sides for row, where in zip(*side, strict=True) if bool(where.any())]
+    tokens = prompts.tokens.clone()
+    for row, where in enumerate(prompts.subject):
+        drawn = torch.randint(len(pool), (int(where.sum()),), generator=generator).tolist()
+        drawn_tokens = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
+        tokens[row, where] = torch.tensor(drawn_tokens, dtype=tokens.dtype, device=tokens.device)
+    return replace(prompts, tokens=tokens, corrupt=None, texts=())
 
 
 def _by_width(sets: Sequence[Prompts]) -> list[Prompts]:

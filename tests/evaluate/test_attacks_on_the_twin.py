@@ -40,4 +40,4 @@ def test_a_soft_prompt_teaches_the_answer_but_not_of_whom(twin, task):
     """It learns to say basketball of whom the model does not know: of nobody at least as much as of the athletes."""
     found = soft_prompt(twin, task, steps=16, every=16, restarts=1)
     assert found.control is not None
-    assert found.value - found.control.value < 0.1
+    assert found.difference(found.control)[1] < 0.05

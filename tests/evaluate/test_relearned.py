@@ -15,7 +15,7 @@ from state import left_as_it_was
 import mechunlearn as mu
 from mechunlearn.evaluate import Question, halves, measure, relearn_and_ask
 from mechunlearn.evaluate.attacks import relearning
-from mechunlearn.evaluate.attacks.exam import Asked, made_up, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, strangers_to, worst_case
 from mechunlearn.evaluate.attacks.relearning import (
     _warmed_up,
     measured_at,
@@ -108,7 +108,7 @@ def test_what_was_hidden_comes_back_and_a_model_that_never_knew_has_nothing_to_g
     assert found.control is not None
     assert taught.control is not None
     assert found.value > 0.9
-    assert found.difference(found.control)[1] > 0.4
+    assert found.difference(found.control)[1] > 0.3
     assert abs(taught.difference(taught.control)[0]) < 0.2
 
 
@@ -216,21 +216,47 @@ def test_the_curve_of_few_examples_is_over_their_number(llama):
     assert every.value >= float(curve(found).mean[0])
 
 
-def test_made_up_names_are_known_to_nobody(shipped):
-    """The original knows the athletes; of the made-up ones it says the forgotten sport about as often as by chance."""
+def asked_about(model, prompts):
+    rows = zip(prompts.tokens, prompts.subject, strict=True)
+    return {model.tokenizer.decode(row[where]).strip() for row, where in rows}
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_nobody_is_known_to_the_model_and_asked_the_same(shipped, real):
+    """Of real athletes that it does not know, and of names made of parts of real ones, it says the sport by chance."""
     task = mu.tasks.sports_facts(shipped)
-    prompts = task.formats["trained prompt"].forget
-    nobody = made_up(prompts, task.retain)
+    task = task if real else replace(task, strangers=None)
+    prompts = task.formats["multiple choice"].forget if real else task.formats["trained prompt"].forget
+    nobody = strangers_to(shipped, prompts, task)
     assert nobody is not None
-    assert prompts.subject is not None
-    assert torch.equal(nobody.tokens[~prompts.subject], prompts.tokens[~prompts.subject])
-    names = {shipped.tokenizer.decode(row[where]) for row, where in zip(nobody.tokens, prompts.subject, strict=True)}
-    known = {f" {name}" for name in (*prompts.names, *task.forget.names, *task.retain.names)}
-    assert len(names & known) <= 1
+    names = asked_about(shipped, nobody)
+    known = {*prompts.names, *task.forget.names, *task.retain.names}
+    assert not names & known
+    assert len(names) > 20
+    for row in range(len(prompts)):  # all but the subject is as it was, and the answer stands where it stood
+        own = prompts.tokens[row][prompts.attention_mask[row] & ~prompts.subject[row]]
+        assert torch.equal(own, nobody.tokens[row][nobody.attention_mask[row] & ~nobody.subject[row]])
+        ends = [int(p.tokens[row, p.positions[row, 0]]) for p in (prompts, nobody)]
+        assert ends[0] == ends[1]
     of_known, of_nobody = (measure(shipped, asked, [candidate_probability])[0].value for asked in (prompts, nobody))
     assert of_known > 0.99
-    assert of_nobody < 0.45
-    assert made_up(replace(prompts, subject=None), task.retain) is None
+    assert of_nobody < 0.5
+    assert strangers_to(shipped, replace(prompts, subject=None), task) is None
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_longer_and_shorter_names_move_what_comes_after_them(llama, padding):
+    task = tiny.task(llama, padding=padding)
+    prompts = task.formats["trained prompt"].forget
+    nobody = strangers_to(llama, prompts, task)
+    assert nobody is not None
+    assert nobody.tokens.shape[0] == len(prompts)
+    for row in range(len(prompts)):
+        own, other = (p.tokens[row][p.attention_mask[row]].tolist() for p in (prompts, nobody))
+        moved = len(other) - len(own)
+        assert moved == int(nobody.subject[row].sum() - prompts.subject[row].sum())
+        places = [p.attention_mask[row].cumsum(0)[p.positions[row]] - 1 for p in (prompts, nobody)]
+        assert places[1].tolist() == (places[0] + moved).tolist()
 
 
 def test_when_it_is_measured():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mechunlearn.testbed
+from mechunlearn.evaluate import accuracy
 from mechunlearn.tasks import (
     Prompts,
     Task,
@@ -459,3 +460,17 @@ def test_general_knowledge_has_the_letter_of_the_true_option() -> None:
         assert (name, options.pop(letter.strip())) in known
         assert len(options) == 3
     assert min(Counter(prompts.answers[:, 0].tolist()).values()) > 25
+
+
+def test_strangers_are_athletes_of_the_forgotten_sport_whom_the_model_does_not_know(shipped):
+    task = sports_facts(shipped, forget="basketball")
+    assert task.strangers is not None
+    assert len(task.strangers) > 33
+    everybody = {name for names in task.splits.values() for name in names}
+    assert not everybody & set(task.strangers.names)
+    assert accuracy(shipped, task.strangers).candidates.value < 0.6
+    own = sports_facts(shipped, forget=4, strangers=["Ada Lovelace", "Alan Turing"]).strangers
+    assert own is not None
+    assert own.names == ("Ada Lovelace", "Alan Turing")
+    with pytest.raises(ValueError, match="expected strangers that are not among the athletes of the source"):
+        sports_facts(shipped, strangers=[task.forget.names[0]])

@@ -57,7 +57,7 @@ def direction_ablation(
 
     Where both models agree, as below the lowest edited layer, there is no direction and no point. The control has the
     same questions about nobody. This attack knows the original model: it asks how shallow the edit is. `compare` passes
-    `original`. `seed` draws the split and the made-up names. Cost: 2 F of the attack's half, and a forward of the
+    `original`. `seed` draws the split and the control's subjects. Cost: 2 F of the attack's half, and a forward of the
     tested half for each point.
     """
     original = required(original, direction_ablation)

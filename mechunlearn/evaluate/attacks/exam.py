@@ -23,7 +23,7 @@ Scores = Float[Tensor, "asked example"]
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Prompts that test an attack, and the same questions about subjects who do not exist."""
+    """Prompts that test an attack, and the same questions about nobody: subjects that the model does not know."""
 
     tested: Prompts
     nobody: Prompts | None
@@ -32,7 +32,7 @@ class Asked:
     @classmethod
     def of(cls, model: Model, task: Task, tested: Prompts, *, metric: Metric, seed: int) -> "Asked":
         check_model(model)
-        nobody, device = made_up(tested, task.retain, seed=seed), device_of(model)
+        nobody, device = strangers_to(model, tested, task, seed=seed), device_of(model)
         return cls(tested.to(device), nobody and nobody.to(device), metric)
 
     @torch.no_grad()
@@ -66,21 +66,67 @@ def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str)
     return Result.strongest(facts, meaning.sense, unit=meaning.unit, names=meaning.names, control=control)
 
 
-def made_up(prompts: Prompts, others: Prompts, *, seed: int = 0) -> Prompts | None:
-    """The same questions about made-up names, with the parts and lengths of real ones; None without subjects."""
-    # Each token of a name is replaced by the one at the same place in a random name of either set.
-    if prompts.subject is None or others.subject is None:
+def strangers_to(model: Model, prompts: Prompts, task: Task, *, seed: int = 0) -> Prompts | None:
+    """The same questions about subjects that the model does not know; None without subjects.
+
+    They are those of `task.strangers`; where it has none, names made of the first word of one subject of the task and
+    the other words of another.
+    """
+    if prompts.subject is None or task.retain.subject is None:
         return None
-    generator = torch.Generator().manual_seed(index(seed))
-    sides = ((prompts.tokens, prompts.subject), (others.tokens, others.subject))
-    pool = [row[where].tolist() for side in sides for row, where in zip(*side, strict=True) if bool(where.any())]
-    tokens = prompts.tokens.clone()
-    for row, where in enumerate(prompts.subject):
-        count = int(where.sum())
-        drawn = torch.randint(len(pool), (count,), generator=generator).tolist()
-        drawn_tokens = [pool[other][place % len(pool[other])] for place, other in enumerate(drawn)]
-        tokens[row, where] = torch.tensor(drawn_tokens, dtype=tokens.dtype, device=tokens.device)
-    return replace(prompts, tokens=tokens, corrupt=None, texts=())
+    generator = random.Random(f"strangers {index(seed)}")
+    if task.strangers is not None:
+        names = _subjects(task.strangers)
+        drawn = [generator.choice(names) for _ in range(len(prompts) - len(names))]
+        chosen = [*generator.sample(names, min(len(names), len(prompts))), *drawn]
+        return _about(prompts, chosen)
+    known = [*_subjects(prompts), *_subjects(task.retain)]
+    starts = [_second_word(model, subject) for subject in known]
+    firsts = [subject[:start] for subject, start in zip(known, starts, strict=True)]
+    rests = [subject[start:] for subject, start in zip(known, starts, strict=True)]
+    made = [generator.choice(firsts) + generator.choice(rests) for _ in range(20 * len(prompts))]
+    unknown = [name for name in made if name not in known] or made
+    return _about(prompts, unknown[: len(prompts)])
+
+
+def _subjects(prompts: Prompts) -> list[list[int]]:
+    assert prompts.subject is not None
+    rows = zip(prompts.tokens, prompts.subject, strict=True)
+    return [row[where].tolist() for row, where in rows if bool(where.any())]
+
+
+def _second_word(model: Model, subject: Sequence[int]) -> int:
+    """Where it starts; in a subject of one word, or without a tokenizer, the middle."""
+    words = [] if model.tokenizer is None else model.tokenizer.convert_ids_to_tokens(list(subject))
+    starts = [place for place, token in enumerate(words) if place and str(token).startswith(("\u0120", "\u2581", " "))]
+    return starts[0] if starts else (len(subject) + 1) // 2
+
+
+def _about(prompts: Prompts, subjects: Sequence[Sequence[int]]) -> Prompts:
+    """The prompts with other subjects in the place of their own, padded on the same side."""
+    assert prompts.subject is not None
+    rows, positions = [], prompts.positions.clone()
+    for number, (subject, where) in enumerate(zip(subjects, prompts.subject, strict=True)):
+        real = prompts.attention_mask[number]
+        tokens, inside = prompts.tokens[number][real].tolist(), where[real].tolist()
+        first, old = (inside.index(True), sum(inside)) if any(inside) else (0, 0)
+        new = list(subject) if old else []
+        rows.append((tokens[:first] + new + tokens[first + old :], first, len(new)))
+        places = real.cumsum(0)[prompts.positions[number]] - 1
+        positions[number] = places + (len(new) - old) * (places >= first + old - 1)
+    width = max(len(tokens) for tokens, _, _ in rows)
+    on_the_left = not bool(prompts.attention_mask[:, 0].all())
+    grid = torch.zeros(len(rows), width, dtype=prompts.tokens.dtype)
+    mask, subject_mask = torch.zeros_like(grid, dtype=torch.bool), torch.zeros_like(grid, dtype=torch.bool)
+    for number, (tokens, first, count) in enumerate(rows):
+        start = width - len(tokens) if on_the_left else 0
+        grid[number, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[number, start : start + len(tokens)] = True
+        subject_mask[number, start + first : start + first + count] = True
+        positions[number] += start
+    device = prompts.tokens.device
+    masks = {"attention_mask": mask.to(device), "subject": subject_mask.to(device)}
+    return replace(prompts, tokens=grid.to(device), **masks, positions=positions, corrupt=None, texts=())
 
 
 def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Prompts, Prompts]:

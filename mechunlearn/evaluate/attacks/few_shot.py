@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, made_up, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, strangers_to, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
@@ -58,7 +58,7 @@ def few_shot(
             reason = few if count > len(facts) else f"{length} tokens, context {context}"
             warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=2)
             continue
-        nobody = made_up(prompts, task.retain, seed=seed)
+        nobody = strangers_to(model, prompts, task, seed=seed)
         runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
     return worst_case(runs, asked, axis="demonstrations")
 

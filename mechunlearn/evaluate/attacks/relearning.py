@@ -44,7 +44,7 @@ class AttackOptions(TypedDict, total=False):
     ]
     retain_coefficient: Annotated[float, 1.0, "The loss on retained facts is multiplied by it."]
     seed: Annotated[
-        int, 0, "It decides which facts are trained on, the order of the batches, and the made-up names of the control."
+        int, 0, "It decides which facts are trained on, the order of the batches, and whom the control asks about."
     ]
 
 
@@ -105,9 +105,9 @@ def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Resu
     are trained, nothing else. Gradients are clipped at norm 1.
 
     The curve has, at each step, the learning rate that does best there; the value is its highest point. A rate that
-    diverges counts up to the step where it does. `control` has the same questions about made-up subjects, put to the
-    same attacked models: what the attack teaches to say about anybody. Retained facts keep that low. Where
-    only one answer is forgotten (a whole sport), a model that never knew it may still learn it: attack that too.
+    diverges counts up to the step where it does. `control` has the same questions about subjects that it does not
+    know, put to the same attacked models: what the attack teaches to say about anybody. Retained facts keep that low.
+    Where only one answer is forgotten (a whole sport), a model that never knew it may still learn it: attack that too.
 
     Deeb & Roger 2024 (https://arxiv.org/abs/2410.08827) train on relearned facts alone, with Lion, 24 steps of warm-up,
     6 epochs and rates in steps of 2. The default rates suit the shipped model; theirs for 7B-8B models are 1e-7 to

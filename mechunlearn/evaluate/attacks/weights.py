@@ -80,7 +80,7 @@ def quantized(
     Nothing is trained, so all forgotten facts of the test split are tested. The first point is the model as it is,
     under the name of its dtype; the control has the same questions about nobody. An edit that moves weights by less
     than half a step of the rounding is rounded away: Zhang et al. 2024, https://arxiv.org/abs/2410.16454. `seed` draws
-    the made-up names. Cost: (1 + roundings) F; memory: the matrices once more.
+    whom the control asks about. Cost: (1 + roundings) F; memory: the matrices once more.
     """
     prompts, entries = side_of(task, format=format), every_entry(model)
     asked = Asked.of(model, task, prompts, metric=metric, seed=seed)
