@@ -13,7 +13,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.localize import sites
 from mechunlearn.localize.options import EdgeGradientOptions, settings_of
 from mechunlearn.localize.replacement import activations_at
-from mechunlearn.metrics import Metric
+from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Hook, Model, differentiable, shape
 from mechunlearn.model.edge_runs import InputGradients
 from mechunlearn.model.edges import (
@@ -177,9 +177,22 @@ def edge_scores(
             scores = (sum(products[1:], products[0]) / len(products)).cpu().masked_fill(~chosen, 0.0)
             total += scores.double().sum(0)
             rows += [scores] if options["per_prompt"] else []
+    everything = options["edges"] is None  # single edges may well carry nothing
+    if everything and not bool(total.any()) and any(_differ(model, *pair, metric) for pair in batches):
+        raise ValueError(
+            f"expected {method} to see an effect of some edge, got exactly 0 for all {int(chosen.sum())}, although "
+            f"{name_of(metric)} differs between the two runs: no gradient reaches them (a saturated metric has none); "
+            f"use logit_difference, a wider dtype, or edge_patching."
+        )
     settings = settings_of(options, prompts, **settings, batch_size=batch_size)
     values = torch.cat(rows) if rows else None
     return EdgeScores(total / len(prompts), chosen, sizes, method, name_of(metric), settings, values)
+
+
+@torch.no_grad()
+def _differ(model: Model, patched: Prompts, other: Prompts, metric: Metric) -> bool:
+    before, after = (checked(metric, run.logits(model), run) for run in (patched, other))
+    return bool(((after - before).abs() > 1e-3 * before.abs().max()).any())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -36,8 +37,52 @@ def component_scores(
     batches = run_pairs(model, prompts, metric, options["direction"], options["batch_size"])
     with differentiable(model):
         per_prompt = torch.cat([effects(patched, other, places) for patched, other in batches]).cpu().double()
+        _check_sees(method, model, metric, batches, chosen, per_prompt)
     name, settings = name_of(metric), settings_of(options, prompts, **settings)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, method, name, settings, per_prompt)
+
+
+def _check_sees(
+    method: str,
+    model: Model,
+    metric: Metric,
+    batches: list[tuple[Prompts, Prompts]],
+    chosen: tuple[Component, ...],
+    per_prompt: Float[Tensor, "prompt component"],
+) -> None:
+    """ValueError if every component of a kind got exactly 0, but the metric moves when all of them are patched."""
+    seen = {component.kind for component, some in zip(chosen, per_prompt.any(0).tolist(), strict=True) if some}
+    for kind in {component.kind for component in chosen} - seen:
+        blind = [component for component in chosen if component.kind == kind]
+        change, size = 0.0, 0.0
+        with torch.no_grad():
+            for patched, other in batches:
+                before = checked(metric, patched.logits(model), patched).double()
+                hooks = _unit_hooks(model, other, places_of(blind, shape(model)))
+                after = checked(metric, patched.logits(model, hooks=hooks), patched).double()
+                change, size = max(change, float((after - before).abs().max())), max(size, float(before.abs().max()))
+        if change > 1e-3 * size:
+            raise ValueError(
+                f"expected {method} to see an effect of {', '.join(map(str, blind[:3]))}, got exactly 0 for all "
+                f"{len(blind)} of this kind, although patching them together moves {name_of(metric)} by up to "
+                f"{change:.3g}: no gradient reaches them (a saturated metric has none); use logit_difference, a wider "
+                f"dtype, or activation_patching."
+            )
+
+
+def _unit_hooks(model: Model, other: Prompts, places: Places) -> list[Hook]:
+    """Hooks that put the values of another run in place of those of heads, neurons, or whole activations."""
+    with recording(model, places) as source:
+        other.logits(model)
+
+    def put(value: Tensor, hook: object, *, name: str) -> Tensor:
+        units = list(places[name].values())
+        patched = value.clone()
+        at = (slice(None), slice(None)) if None in units else (slice(None), slice(None), units)
+        patched[at] = source[name][at]
+        return patched
+
+    return [(name, partial(put, name=name)) for name in places]
 
 
 def run_pairs(

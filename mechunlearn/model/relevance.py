@@ -25,14 +25,19 @@ def relevance_rules(model: Model) -> Iterator[list[Hook]]:
     | identity | activation(x) / x |
     | half | in a gated MLP, one factor and then the other: each gets half of the gradient |
 
-    Add these hooks after `recording`: they have to be the last ones at their hook points. A soft cap of the logits
-    keeps its own gradient.
+    Add these hooks after `recording`: they have to be the last ones at their hook points. At `hook_post`, where the
+    identity and half rules give the activations another gradient, a hook of this context acts before any recording:
+    what is recorded there is what W_out reads. A soft cap of the logits keeps its own gradient.
     """
     layers = range(len(model.blocks))
     hooks: list[Hook] = [(f"blocks.{layer}.attn.hook_pattern", _detached) for layer in layers]
+    activations: list[Hook] = []
     for layer in layers:
-        hooks += _activation_hooks(f"blocks.{layer}.mlp.", gated=unchecked_shape(model).gated)
+        kept, followed = _activation_hooks(f"blocks.{layer}.mlp.", gated=unchecked_shape(model).gated)
+        hooks += kept
+        activations.append(followed)
     with ExitStack() as stack:
+        stack.enter_context(model.hooks(fwd_hooks=activations))
         # Norms of queries and keys need no rule: the fixed pattern cuts their gradient.
         scales = [name for name in model.hook_dict if name.endswith(".hook_scale") and ".attn." not in name]
         for name in scales:
@@ -50,21 +55,23 @@ def _detached(value: Tensor, hook: object) -> Tensor:
     return value.detach()
 
 
-def _activation_hooks(prefix: str, *, gated: bool) -> list[Hook]:
-    """Hooks for the identity rule, or in a gated MLP the half rule."""
+def _activation_hooks(prefix: str, *, gated: bool) -> tuple[list[Hook], Hook]:
+    """Hooks for the identity rule, or in a gated MLP the half rule: the factors', and the one of their product."""
     factors: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: object, *, name: str) -> None:
         factors[name] = value
 
-    def follow(value: Tensor, hook: object) -> Tensor:
+    def follow(value: Tensor, hook: object) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
         # The output as each factor times a constant: the mean is the half rule, for one factor the identity rule.
         parts = [_proportional(value, factor) for factor in factors.values()]
         factors.clear()
         return _with_gradient_of(value, sum(parts[1:], parts[0]) / len(parts))
 
     names = ["hook_pre", "hook_pre_linear"] if gated else ["hook_pre"]
-    return [*((prefix + name, partial(keep, name=name)) for name in names), (prefix + "hook_post", follow)]
+    return [(prefix + name, partial(keep, name=name)) for name in names], (prefix + "hook_post", follow)
 
 
 def _proportional(

@@ -71,7 +71,9 @@ def patched_when_frozen(model, prompts, component, direction):
 
     with torch.no_grad():
         hooks = frozen(model, patched)
-        after = patched.logits(model, hooks=[(name, patch), *hooks])
+        # A neuron is patched as W_out reads it, behind the gate; everything else before the constants act on it.
+        order = [*hooks, (name, patch)] if component.part == "N" else [(name, patch), *hooks]
+        after = patched.logits(model, hooks=order)
         return float(metric(after, patched) - metric(patched.logits(model, hooks=hooks), patched))
 
 
