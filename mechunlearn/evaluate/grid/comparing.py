@@ -51,13 +51,14 @@ def compare(
     cell, and the others go on; an interrupt ends all. Global random numbers are seeded for each cell.
 
     Cost: that of the tests, and a copy of the weights on the CPU. ValueError for edits made for other weights, names
-    that are taken ("original" is), another number of edits than seeds, and an executor without `load`.
+    that are taken ("original" is), another number of edits than seeds, an executor without `load`, and, with `results`,
+    a test whose bound values cannot be told from others (an iterator, an `object()`).
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
     if executor is not None:
         _check_loads(load, grid)
-    places = grid.places()
+    places = grid.places(for_file=results is not None)
     file = None if results is None else CellsFile(Path(results))
     cells = {} if file is None else _known(file, places)
     todo = [place for place in places if id(place) not in cells]

@@ -106,10 +106,13 @@ class Grid:
         rows = (Row("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
-    def places(self) -> list[Place]:
-        """All cells in the order of their computation: those with the same weights are together."""
+    def places(self, *, for_file: bool) -> list[Place]:
+        """All cells in the order of their computation: those with the same weights are together.
+
+        ValueError, if they are for a file, for a test of which nothing says which one it is.
+        """
         versions = _versions()
-        codes = {name: identified(test) for name, test in self.metrics.items()}
+        codes = {name: identified(test) if for_file else "" for name, test in self.metrics.items()}
         return [
             self._place(row, which, name, seed, codes[name], versions)
             for row in self.rows
