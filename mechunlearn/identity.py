@@ -2,7 +2,6 @@
 
 import copyreg
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -98,7 +97,8 @@ def _parts(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
         if value.__globals__.get("__name__", "").startswith("jaxtyping."):
-            return [inspect.unwrap(value)]  # the wrapper checks shapes and has a memory for it
+            # The wrapper checks shapes and has a memory for it. `with_options` puts defaults into a signature.
+            return [vars(value)["__wrapped__"], vars(value).get("__signature__")]
         bound = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         return [name_in_full(value), value.__code__, value.__defaults__, value.__kwdefaults__, bound, _globals(value)]
     if isinstance(value, CodeType):

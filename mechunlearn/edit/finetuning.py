@@ -154,7 +154,7 @@ def training_run(
     of_fit: dict[str, Any] = {name: options[name] for name in RunOptions.__annotations__ if name not in own}
     # By name in the provenance, for readers. Two functions of one name are told apart by their digests.
     functions = {term.name: term.loss for term in terms} | {"optimizer": options["optimizer"]}
-    functions |= {"until": options["until"], "penalty": penalty}
+    functions |= {"penalty": penalty}
     checkpoints = _checkpoints(weights, mask, terms, options, provenance, functions)
     try:
         with exclusively(model), differentiable(model):

@@ -65,7 +65,13 @@ def fit(
     steering = Steering(optimizer, movers, learning_rate)
     sources = [Source(part, term, seed, micro_batch_size, steps) for term in terms if term.coefficient]
     history: list[Row] = [] if checkpoints is None else checkpoints.resume(movers, steering, partial(_skipped, sources))
-    ended = until is not None and any(until(row) for row in history)
+    ends = [until is not None and until(row) for row in history]
+    if any(ends[:-1]):
+        raise ValueError(
+            f"expected a checkpoint of at most {ends.index(True) + 1} steps, after which `until` ends the training, "
+            f"got one of {len(ends)}: delete it or give another path."
+        )
+    ended = any(ends)
     for step in tqdm(range(len(history), steps), desc="training", disable=not progress, leave=False):
         if ended:
             break
