@@ -20,6 +20,7 @@ def state(model: Any) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in parameters.items()},
         "buffers": {name: b.detach().clone() for name, b in model.named_buffers()},
+        "memory": {name: (p.data_ptr(), p.stride()) for name, p in parameters.items()},
         "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
         "gradients": {name: p.grad for name, p in parameters.items()},
         "training": {name: m.training for name, m in modules.items()},

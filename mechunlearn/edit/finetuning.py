@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit.inject.facts import asked_and_answered, injected
-from mechunlearn.identity import described, digest
+from mechunlearn.identity import described, digest, identified
 from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, needs
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.options import with_options
@@ -153,7 +153,10 @@ def training_run(
     provenance = _provenance(about, task, terms, options)
     own = ("batch_size", "checkpoint", "every")
     of_fit: dict[str, Any] = {name: options[name] for name in RunOptions.__annotations__ if name not in own}
-    checkpoints = _checkpoints(weights, mask, terms, options, provenance)
+    # By name in the provenance, for readers. Two functions of one name are told apart by their digests.
+    functions = {term.name: term.loss for term in terms} | {"optimizer": options["optimizer"]}
+    functions |= {"penalty": penalty}
+    checkpoints = _checkpoints(weights, mask, terms, options, provenance, functions)
     try:
         with exclusively(model), differentiable(model):
             movers = {e.label: moving(e, original[e.label]) for e in entries}
@@ -217,7 +220,12 @@ def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], opt
 
 
 def _checkpoints(
-    weights: str, mask: ComponentMask, terms: Sequence[Term], options: RunOptions, provenance: Mapping[str, Any]
+    weights: str,
+    mask: ComponentMask,
+    terms: Sequence[Term],
+    options: RunOptions,
+    provenance: Mapping[str, Any],
+    functions: Mapping[str, object],
 ) -> Checkpoints | None:
     """The file that the run continues from, if there is one; `weights` is the model's fingerprint."""
     if options["checkpoint"] is None:
@@ -226,6 +234,7 @@ def _checkpoints(
     prompts = [(t.name, t.prompts if isinstance(t.prompts, Prompts) else None, t.alternative) for t in terms]
     data = digest(([str(component) for component in mask], prompts))
     identity = {"model": weights, "mask_and_prompts": data, **provenance}
+    identity |= {f"function of {name}": identified(function) for name, function in functions.items()}
     return Checkpoints(options["checkpoint"], options["every"], identity)
 
 

@@ -55,6 +55,7 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
         edit = training.edit()
         edit.apply(model)  # to keep it
 
+    On leaving, the rest of the model is compared with what it was; RuntimeError if your loop has moved any of it.
     Weights are trained in the model's own dtype: in bfloat16, steps smaller than about 1/256 of a weight
     round away (`finetune` keeps float32 masters). Make a new optimizer for each mask.
 
@@ -66,6 +67,8 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     training = LocalizedTraining(mask, entries, fingerprint(model))
     outside = [e.outside() for e in entries if not e.is_whole]
     original, kept = read(entries), read(outside)
+    # Of each parameter: the tensor that is its memory, a part of a larger one in GPT-2's fused QKV.
+    homes = [(e.slot.parameter, e.slot.parameter.data) for e in entries]
 
     def put_back(optimizer: Optimizer, *arguments: Any) -> None:
         write(outside, kept)
@@ -73,15 +76,26 @@ def gradient_mask(model: Model, mask: ComponentMask) -> Iterator[LocalizedTraini
     with exclusively(model), frozen(model), ExitStack() as stack:
         stack.callback(register_optimizer_step_post_hook(put_back).remove)
         try:
-            for e in entries:
-                e.slot.parameter.requires_grad_(True)
+            for parameter, home in homes:
+                # Fused optimizers take the memory after the first number for the parameter's own: here it is.
+                parameter.data = home.contiguous()
+                parameter.requires_grad_(True)
             for e in outside:
                 stack.callback(e.slot.parameter.register_hook(partial(_zeroed, e)).remove)
             yield training
         finally:
             training.trained = read(entries)
+            for parameter, home in homes:
+                parameter.data = home  # also where the optimizer has given it another memory
             write(entries, original)
             write(outside, kept)
+            left = fingerprint(model)
+            if left != training.fingerprint:
+                raise RuntimeError(
+                    f"expected a training that moves nothing outside the mask, got a model with other weights than "
+                    f"before (fingerprint {training.fingerprint} before, {left} now): load it again, and give the "
+                    f"optimizer training.parameters alone."
+                )
 
 
 def _zeroed(outside: Entries, gradient: Tensor) -> Tensor:

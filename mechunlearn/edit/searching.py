@@ -92,15 +92,17 @@ def search(
       (https://arxiv.org/abs/2410.12949), six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36. Their
       rates suit models of 7B to 9B; the shipped model takes some hundred times those.
     - `folder`: a search that is called again goes on from the results there, other masks and grids included. It knows
-      editors and scores by their own code and bound options: when you change a function that one calls, take another.
+      functions by their own code and bound values: when you change a function that one calls, take another folder.
 
     Every localization gets the same number of trials. One that diverges (FloatingPointError, or a score that is not
     finite) counts; if none is left, or the last edit diverges, the localization is in `failures`.
 
     Cost: an edit and its score for each combination, and one more edit for each localization. ValueError for no masks
-    or stages, a grid without values, and masks of another model.
+    or stages, a grid without values, masks of another model, and with a folder for an iterator or an `object()`.
     """
     _check(model, masks, stages)
+    if folder is not None:
+        identified([grid[name] for grid in stages for name in grid])
     tried = Trials.of(model, validation.trials, edit, score, folder)
     trials: list[Trial] = []
     count = len(masks) * sum(len(_points(grid)) for grid in stages)
@@ -226,8 +228,16 @@ class Trials:
         return Edit.load(path)
 
     def identity(self, mask: ComponentMask, options: Mapping[str, Any]) -> dict[str, Any]:
-        shown = {name: identified(value) for name, value in options.items()}
+        shown = {name: self._identified(value) for name, value in options.items()}
         return {**self.common, "components": [str(component) for component in mask], "options": shown}
+
+    def _identified(self, value: Any) -> Any:
+        try:
+            return identified(value)
+        except ValueError:
+            if self.folder is not None:
+                raise
+            return id(value)  # in this process it is itself and no other
 
     def _edited(self, task: Task, mask: ComponentMask, options: Mapping[str, Any]) -> Edit:
         return checked_edit(self.edit(self.model, task, mask, **options), self.edit)

@@ -97,7 +97,8 @@ _AT_ONCE = 1 << 16
 """The number of weights whose penalty is computed together."""
 
 _RUNS = 64
-"""With more runs of units than this, one by one takes too long: their weights are gathered for each step instead."""
+"""With more runs of units than this, one by one takes too long: their weights are gathered for each step instead. So
+they are where a run has gaps in memory, which not every optimizer leaves alone (`Master`)."""
 
 
 def distance_from_original(weight: Tensor, original: Tensor) -> Tensor:
@@ -157,10 +158,16 @@ def _shrinking(entries: Entries, original: Tensor) -> "list[_Shrinking]":
     if len(starts) > _RUNS:
         return [_Gathered(entries, places, original, True)]
     # Units from a to b - 1 of the mask are a slice of the parameter, so that the optimizer can move a view of it.
-    return [
+    runs = [
         _Shrinking(entries, slice(int(places[a]), int(places[b - 1]) + 1), original[a:b], b == len(places))
         for a, b in pairwise(starts)
     ]
+    return runs if all(_is_dense(run.tensor) for run in runs) else [_Gathered(entries, places, original, True)]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the numbers lie side by side in memory, in whatever order of the axes."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
 
 
 @dataclass(eq=False)
@@ -184,7 +191,8 @@ class _Shrinking:
         # The parameter's gradient is freed below, and a view would keep all of it: unless all of it is wanted, copy.
         gradient = self._own(parameter.grad)
         if self.tensor.grad is None:
-            self.tensor.grad = gradient if self.entries.is_whole else gradient.clone()
+            is_alike = self.entries.is_whole and gradient.stride() == self.tensor.stride()
+            self.tensor.grad = gradient if is_alike else torch.empty_like(self.tensor).copy_(gradient)
         else:
             self.tensor.grad.add_(gradient)
         if self.is_last:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +64,14 @@ def fit(
     parameters = [mover.tensor for mover in movers]
     steering = Steering(optimizer, movers, learning_rate)
     sources = [Source(part, term, seed, micro_batch_size, steps) for term in terms if term.coefficient]
-    history: list[Row] = [] if checkpoints is None else checkpoints.resume(movers, steering)
-    for source in sources:
-        source.skip(len(history))
-    ended = until is not None and any(until(row) for row in history)
+    history: list[Row] = [] if checkpoints is None else checkpoints.resume(movers, steering, partial(_skipped, sources))
+    ends = [until is not None and until(row) for row in history]
+    if any(ends[:-1]):
+        raise ValueError(
+            f"expected a checkpoint of at most {ends.index(True) + 1} steps, after which `until` ends the training, "
+            f"got one of {len(ends)}: delete it or give another path."
+        )
+    ended = any(ends)
     for step in tqdm(range(len(history), steps), desc="training", disable=not progress, leave=False):
         if ended:
             break
@@ -84,9 +89,16 @@ def fit(
         if on_step is not None:
             on_step(history[-1])
         if checkpoints is not None:
-            checkpoints.save(movers, steering, history)
+            checkpoints.save(movers, steering, history, _skipped(sources, 0))
         ended = until is not None and until(history[-1])
     return history
+
+
+def _skipped(sources: Sequence[Source], steps: int) -> dict[str, str]:
+    """Pass over the batches of that many steps; by term, a digest of the text that has been read from its stream."""
+    for source in sources:
+        source.skip(steps)
+    return {source.term.name: source.read for source in sources if source.read}
 
 
 def _check_positive(**numbers: int | None) -> None:

@@ -38,7 +38,11 @@ class Fleeting(Moving, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Master:
-    """The weights themselves: the parameter, or a float32 copy of the entries."""
+    """The weights themselves: the parameter, or a copy of the entries, in float32 at least.
+
+    A parameter that is not contiguous, such as a part of GPT-2's fused QKV, is copied too: fused optimizers take the
+    memory after its first number for its own, and 8-bit ones give it another memory.
+    """
 
     entries: Entries
     tensor: Tensor
@@ -46,7 +50,7 @@ class Master:
     @classmethod
     def of(cls, entries: Entries) -> "Master":
         parameter = entries.slot.parameter.requires_grad_(True)
-        if entries.is_whole and torch.finfo(parameter.dtype).bits >= 32:
+        if entries.is_whole and torch.finfo(parameter.dtype).bits >= 32 and parameter.is_contiguous():
             return cls(entries, parameter)
         values = entries.read(parameter.detach())
         return cls(entries, values.to(torch.promote_types(values.dtype, torch.float32)))

@@ -65,3 +65,8 @@ class Steering:
         """Restore the optimizers from what `state` returned."""
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+            for parameter, own in optimizer.state.items():
+                for name, value in own.items():
+                    # A file has no order of axes, but fused optimizers want that of the parameter.
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

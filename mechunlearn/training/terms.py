@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechunlearn.identity import name_of
+from mechunlearn.identity import digest, name_of
 from mechunlearn.losses import Loss, is_per_row, needs
 from mechunlearn.model import device_of
 from mechunlearn.model.running import unembedded
@@ -89,6 +89,8 @@ class Source:
     """The preferred answers, for a loss that compares two."""
     batches: Iterator[Tensor] | Iterator[Prompts] = field(init=False)
     kept: tuple[Reader, ...] = field(init=False, default=())
+    read: str = field(init=False, default="")
+    """A digest of what a stream of text has given so far; empty for prompts."""
 
     def __post_init__(self) -> None:
         term = self.term
@@ -120,7 +122,7 @@ class Source:
     def skip(self, steps: int) -> None:
         """Pass over the batches of earlier steps; a stream of text is read up to the same place."""
         for _ in range(steps):
-            next(self.batches)
+            self._batch()
 
     def backward(self, step: int) -> float:
         """The value of the term on its next batch, without the coefficient; its gradient is added to the weights'."""
@@ -212,9 +214,15 @@ class Source:
         numbers = LOGITS_AT_ONCE.get(device_of(self.part.model).type, LOGITS_AT_ONCE["cpu"])
         return max(1, numbers // self.part.model.cfg.d_vocab)
 
+    def _batch(self) -> Tensor | Prompts:
+        batch = next(self.batches)
+        if isinstance(batch, Prompts):
+            self.read = digest((self.read, batch.tokens))
+        return batch
+
     def _next(self) -> tuple[Tensor, tuple[Reader, ...]]:
         """Rows of the next batch, and their readers: of all prompts, or of this batch alone."""
-        batch, prompts, other = next(self.batches), self.term.prompts, self.other
+        batch, prompts, other = self._batch(), self.term.prompts, self.other
         if self.kept and isinstance(batch, Tensor):
             return batch, self.kept
         if isinstance(batch, Tensor) and isinstance(prompts, Prompts):

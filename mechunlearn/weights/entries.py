@@ -33,8 +33,8 @@ class Entries:
         return bool(self.units.all())
 
     def read(self, tensor: Tensor) -> Float[Tensor, "unit width d_model"]:
-        """A copy of the selected units of a tensor shaped like the parameter."""
-        return self.slot.view(tensor)[self._index(tensor)]
+        """A contiguous copy of the selected units of a tensor shaped like the parameter."""
+        return self.slot.view(tensor)[self._index(tensor)].contiguous()
 
     @torch.no_grad()
     def write(self, values: Float[Tensor, "unit width d_model"]) -> None:

@@ -8,7 +8,15 @@ import torch
 from state import left_as_it_was
 
 import mechunlearn as mu
-from mechunlearn.edit import LearnedMask, finetune, learn_weight_mask, learn_weight_mask_in_place, lora
+from mechunlearn.edit import (
+    LearnedMask,
+    finetune,
+    gradient_mask,
+    learn_weight_mask,
+    learn_weight_mask_in_place,
+    lora,
+)
+from mechunlearn.losses import cross_entropy
 from mechunlearn.model import fingerprint, slots
 from mechunlearn.weights import read, select
 
@@ -112,6 +120,77 @@ def test_the_same_seed_gives_the_same_weight_mask_bit_for_bit(model):
     first, second, other = (learn_weight_mask(model, task, mask, **options, seed=seed) for seed in (5, 5, 6))
     assert difference(first, second) == 0.0
     assert difference(first, other) > 0.0
+
+
+def eight_bit(parameters, *, lr):
+    """Of tensors of any size, and with moments in full precision, so that only how it uses memory is tested."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
+LAYOUTS = (["L0ATTN", "L1MLP"], ["L0H1.W_V", "L1H0.W_Q", "L1H2.W_O", "L2N3", "L2N40"])
+BY_MEMORY = {"foreach": partial(ADAMW, foreach=True), "fused": partial(ADAMW, fused=True), "bitsandbytes": eight_bit}
+
+
+@pytest.mark.parametrize("labels", LAYOUTS, ids=len)
+@pytest.mark.parametrize("optimizer", BY_MEMORY.values(), ids=BY_MEMORY)
+@every_trainer
+def test_an_optimizer_that_goes_by_memory_gives_the_edit_of_one_that_goes_by_entries(
+    model, tmp_path, train, optimizer, labels
+):
+    """Also where it goes on from a checkpoint. The matrices of GPT-2's fused QKV lie between each other in memory."""
+    train = partial(train, model, tiny.task(model), masked(model, *labels), learning_rate=1e-3, clip=1.0)
+    expected = train(optimizer=partial(ADAMW, foreach=False))
+    stopped = partial(train, optimizer=optimizer, checkpoint=tmp_path / "run", every=1)
+    with left_as_it_was(model):
+        alike(train(optimizer=optimizer), expected)
+        with pytest.raises(KeyboardInterrupt):
+            stopped(on_step=interrupted)
+        alike(stopped(), expected)
+
+
+def interrupted(row):
+    if row["step"] == 1:  # after the first step's checkpoint
+        raise KeyboardInterrupt
+
+
+def alike(found, expected):
+    one, other = (value.numbers if isinstance(value, LearnedMask) else value.values for value in (found, expected))
+    for label in one:
+        torch.testing.assert_close(one[label], other[label], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels", LAYOUTS, ids=len)
+@pytest.mark.parametrize("optimizer", BY_MEMORY.values(), ids=BY_MEMORY)
+def test_in_your_own_loop_too(model, optimizer, labels):
+    task, mask = tiny.task(model), masked(model, *labels)
+
+    def trained(make):
+        with gradient_mask(model, mask) as training:
+            steps = make(training.parameters, lr=1e-3)
+            for _ in range(2):
+                steps.zero_grad()
+                cross_entropy(task.forget.logits(model)[:, 0], task.forget.answers[:, 0]).mean().backward()
+                steps.step()
+        return training.edit()
+
+    expected = trained(partial(ADAMW, foreach=False))
+    with left_as_it_was(model):
+        alike(trained(optimizer), expected)
+
+
+def test_what_your_own_loop_moves_outside_the_mask_is_an_error(llama):
+    other = slots(llama)[2, "W_in"].parameter
+    with (
+        pytest.raises(RuntimeError, match="moves nothing outside the mask, got a model with other weights"),
+        gradient_mask(llama, masked(llama, "L0H1")),
+        torch.no_grad(),
+    ):
+        kept = other[0, 0].clone()
+        other[0, 0] += 1
+    with torch.no_grad():
+        other[0, 0] = kept
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -49,6 +49,9 @@ class Shift:
     def __init__(self, diverges=lambda mask, options, task: False):
         self.calls, self.diverges, self.stop_at = [], diverges, None
 
+    def __getstate__(self):
+        return {"diverges": self.diverges}  # its value; what it counts is none of it
+
     def __call__(self, model, task, mask, *, learning_rate=0.0, forget_coefficient=1.0):
         options = {"learning_rate": learning_rate, "forget_coefficient": forget_coefficient}
         if len(self.calls) == self.stop_at:
@@ -236,6 +239,39 @@ def test_losses_are_options_too_and_are_told_apart_in_the_folder(llama, tmp_path
     assert len(list(tmp_path.glob("trial-*.json"))) == 6
     assert [trial.score for trial in found[0].trials] == [trial.score for trial in found[1].trials]
     assert set(found[0].best) == {"one", "other"}
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_closures_of_one_search_each_have_a_trial_of_their_own(llama, tmp_path, with_folder):
+    """As options, editors and scores; also objects without a value, as long as no file depends on them."""
+
+    def capped(cap):
+        return lambda logits, targets: cross_entropy(logits, targets).clamp(max=cap)
+
+    def counted(add):
+        return lambda model, task: weight(model, task) + add
+
+    grid = ({"forget_loss": (capped(0.5), capped(1e3)), "learning_rate": (3e-2,)},)
+    folder = tmp_path if with_folder else None
+    run = partial(quick, llama, split(llama), masks(llama), edit=finetune, stages=grid, folder=folder)
+    scores = [trial.score for trial in run(score=counted(0)).trials]
+    assert len({*scores[:2]}) == 2
+    assert [trial.score for trial in run(score=counted(1)).trials] == pytest.approx([score + 1 for score in scores])
+    bare = {"learning_rate": (1e-3,), "forget_coefficient": (object(), object())}
+    edit, ran = Shift(), []
+
+    def odd(model, task, mask, **options):
+        ran.append(options)
+        return edit(model, task, mask)
+
+    run = partial(quick, llama, split(llama), masks(llama), score=weight, edit=odd, stages=(bare,), folder=folder)
+    if with_folder:
+        with pytest.raises(ValueError, match="got a object"):
+            run()
+        assert not ran
+    else:
+        run()
+        assert len(ran) == 6  # two trials and the final edit of each mask
 
 
 def test_a_damaged_result_is_refused_and_named(llama, tmp_path):

@@ -167,3 +167,26 @@ def test_killed_again_and_again_it_goes_on_and_computes_each_finished_cell_once(
     assert len(every_call) == len(set(every_call)) == 3 * 4 * len(SEEDS)
     assert set(calls(log)) == set(every_call)
     assert len(calls(log)) <= len(every_call) + len(kills)
+
+
+def test_tests_of_one_name_do_not_share_a_cell_and_one_without_a_value_needs_no_file(llama, task, tmp_path):
+    class Scaled:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, model, task):
+            return Result(torch.full((2,), float(self.by)), "x")
+
+    def with_thing(thing):
+        return lambda model, task: Scaled(1 if thing else 0)(model, task)
+
+    def value(test, results):
+        (cell,) = run(llama, task, {}, metrics={"a": test}, results=results).cells
+        return cell.result.value
+
+    path = tmp_path / "cells.jsonl"
+    assert [value(Scaled(by), path) for by in (1, 2, 1)] == [1, 2, 1]
+    assert [value(Scaled(by).__call__, path) for by in (3, 4)] == [3, 4]
+    assert value(with_thing(object()), None) == 1
+    with pytest.raises(ValueError, match="got a object, which nothing tells from another one"):
+        value(with_thing(object()), path)

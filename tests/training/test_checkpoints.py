@@ -203,3 +203,65 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_a_checkpoint_is_written_after_one_step_or_more(llama, tmp_path):
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
         mu.edit.finetune(llama, tiny.task(llama), masked(llama, *MASK), checkpoint=tmp_path / "run", every=0)
+
+
+def capped(cap):
+    def loss(logits, targets):
+        return losses.cross_entropy(logits, targets).clamp(max=cap)
+
+    return loss
+
+
+def slower(factor):
+    return lambda parameters, lr: torch.optim.SGD(parameters, lr=lr * factor)
+
+
+@pytest.mark.parametrize(("option", "make"), [("forget_loss", capped), ("text_loss", capped), ("optimizer", slower)])
+def test_functions_of_one_name_do_not_share_a_checkpoint(llama, tmp_path, option, make):
+    """Law: every option that decides the result and is a function, whatever is bound to it."""
+    options = {**OPTIONS, "steps": 2}
+    run = partial(mu.edit.finetune, llama, tiny.task(llama), masked(llama, *MASK), checkpoint=tmp_path / "run", every=1)
+    first = run(**{**options, option: make(1)})
+    same(first, run(**{**options, option: make(1)}))
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"checkpoint of this run, got .*function"):
+        run(**{**options, option: make(5)})
+
+
+def test_a_checkpoint_that_went_further_than_the_run_may_go_is_refused(llama, tmp_path):
+    run = partial(mu.edit.finetune, llama, tiny.task(llama), masked(llama, *MASK), checkpoint=tmp_path / "run", every=1)
+    run(**OPTIONS)
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"checkpoint of at most 3 steps, .* got one of 8"):
+        run(**OPTIONS, until=lambda row: row["step"] == 2)
+
+
+def test_penalties_of_one_name_do_not_share_a_checkpoint(llama, tmp_path):
+    def power(exponent):
+        return lambda value: (1 - value) ** exponent
+
+    options = {**OPTIONS, "steps": 1, "forget_loss": None, "checkpoint": tmp_path / "run", "every": 1}
+    run = partial(mu.edit.learn_weight_mask, llama, tiny.task(llama), masked(llama, *MASK), **options)
+    run(penalty=power(1))
+    with pytest.raises(ValueError, match="checkpoint of this run"):
+        run(penalty=power(2))
+
+
+def test_a_stream_of_other_text_does_not_continue_a_checkpoint(llama, tmp_path):
+    options = {**OPTIONS, "text_length": 12, "checkpoint": tmp_path / "run", "every": 1}
+    run = partial(mu.edit.finetune, llama, tiny.task(llama), masked(llama, *MASK))
+    same(run(text=texts(), **options), run(text=texts(), **options))
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"checkpoint of this run, got .*streams"):
+        run(text=(text.replace("w5", "w6") for text in texts()), **options)
+
+
+def test_a_loss_without_a_value_is_refused_where_there_is_a_checkpoint(llama, tmp_path):
+    thing = object()
+
+    def odd(logits, targets):
+        assert thing is not None
+        return losses.cross_entropy(logits, targets)
+
+    run = partial(mu.edit.finetune, llama, tiny.task(llama), masked(llama, *MASK))
+    options = {**OPTIONS, "steps": 1, "retain_loss": odd}
+    run(**options)
+    with left_as_it_was(llama), pytest.raises(ValueError, match="that a file can be recognised by, got a object"):
+        run(**options, checkpoint=tmp_path / "run")

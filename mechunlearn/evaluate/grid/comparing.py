@@ -48,14 +48,14 @@ def compare(
 
     All is checked before anything runs. A test that raises, gives NaN or changes the model has an error in its cell.
     Global random numbers are seeded for each cell. Cost: that of the tests, and a copy of the weights on the CPU.
-    ValueError for edits of other weights, names that are taken, another number of edits than seeds, and an executor
-    without `load`.
+    ValueError for edits of other weights, names that are taken, another number of edits than seeds, an executor without
+    `load`, and, with `results`, a test whose bound values cannot be told from others (an `object()`).
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})
     if executor is not None:
         _check_loads(load, grid)
-    places = grid.places()
+    places = grid.places(for_file=results is not None)
     file = None if results is None else CellsFile(Path(results))
     finished = {} if file is None else file.finished()
     known = [(place, finished.get(key_of(place.identity))) for place in places]

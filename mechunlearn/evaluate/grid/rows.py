@@ -98,9 +98,12 @@ class Grid:
         rows = (GridRow("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))
 
-    def places(self) -> list[Place]:
-        """All cells in the order of their computation: those with the same weights are together."""
-        codes = {name: identified(test) for name, test in self.metrics.items()}
+    def places(self, *, for_file: bool) -> list[Place]:
+        """All cells in the order of their computation: those with the same weights are together.
+
+        ValueError, if they are for a file, for a test of which nothing says which one it is.
+        """
+        codes = {name: identified(test) if for_file else "" for name, test in self.metrics.items()}
         shared, places = {"model": self.fingerprint, "task": self.task_digest, "versions": _versions()}, []
         for row in self.rows:
             for (which, edit), (name, test) in product(enumerate(row.edits), self.metrics.items()):
