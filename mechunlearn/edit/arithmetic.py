@@ -158,7 +158,13 @@ def dampened(
             f"expected some weights that matter more than {selection} times as much to the forget set, got none: "
             f"lower the selection, or choose a larger mask."
         )
-    provenance = {"editor": "dampened", "task": task.name, "selection": selection, "dampening": dampening}
+    provenance = {
+        "editor": "dampened",
+        "task": task.name,
+        "special_tokens": task.special_tokens,
+        "selection": selection,
+        "dampening": dampening,
+    }
     provenance |= {"loss": described(loss), "selected": chosen}
     return Edit(mask, values, fingerprint(model), provenance)
 
@@ -215,7 +221,13 @@ def mean_ablated(
         for label, (mean, square) in _moments(model, task.text_test, entries, batch_size).items():
             u = maps[label]
             explained[label] = float(2 * mean @ u - u @ square @ u)
-    provenance = {"editor": "mean_ablated", "task": task.name, "shrinkage": shrinkage, "explained": explained}
+    provenance = {
+        "editor": "mean_ablated",
+        "task": task.name,
+        "special_tokens": task.special_tokens,
+        "shrinkage": shrinkage,
+        "explained": explained,
+    }
     return Edit(mask, values, fingerprint(model), provenance)
 
 

@@ -207,6 +207,7 @@ def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], opt
     return {
         **about,
         "task": task.name,
+        "special_tokens": task.special_tokens,
         "terms": settings,
         "optimizer": described(options["optimizer"]),
         "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),

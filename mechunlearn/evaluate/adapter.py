@@ -62,8 +62,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         if add_special_tokens is False:
             return self.tokenizer.encode(string, add_special_tokens=False)
-        tokens, bos = list(encode(self.model, string).tokens), self.tokenizer.bos_token_id
-        return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens  # a chat template writes its own
+        return list(encode(self.model, string).tokens)
 
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log probability of each continuation, in nats, and whether each of its tokens is the argmax."""

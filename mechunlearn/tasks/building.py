@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model, device_of, preserved
-from mechunlearn.model.tokens import Encoding, continuation, encode, pad_token
+from mechunlearn.model.tokens import Encoding, added_text, continuation, encode, encode_all, pad_token
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 
 
@@ -22,6 +22,7 @@ def build(
     subjects: Sequence[str | tuple[int, int]] | None = None,
     corrupt: Sequence[str] | None = None,
     padding: Literal["right", "left"] = "right",
+    prepend_bos: bool | None = None,
 ) -> Prompts:
     """Prompts from texts that end right before their answers (which usually start with a space).
 
@@ -29,14 +30,15 @@ def build(
     - `subjects`: for each text what it is about, as words (their last occurrence counts) or as a range of characters.
       The tokens that share characters with it are the subject's.
     - `corrupt`: for each text another of as many tokens.
+    - `prepend_bos`: whether BOS stands before each text; None does as `model.to_tokens` (`cfg.default_prepend_bos`). A
+      text that begins with it, as chat templates write it, gets no second one. `prompts.added` says what was added.
 
     ValueError where the tokenizer would merge prompt and answer into one token.
     """
     if len(texts) != len(answers):
         raise ValueError(f"expected one answer for each text, got {len(texts)} texts and {len(answers)} answers.")
-    rows = [_encoded(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    encodings, lengths = _encoded(model, texts, answers, prepend_bos)
     ranges = None if subjects is None else [_characters(t, s) for t, s in zip(texts, subjects, strict=True)]
-    encodings, lengths = [row[0] for row in rows], [row[1] for row in rows]
     # The last token of the answer is only ever predicted, so the model is not given it.
     tokens, mask = padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
     starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
@@ -46,11 +48,12 @@ def build(
         attention_mask=mask,
         positions=positions,
         answers=answer_tokens,
-        candidates=None if candidates is None else _candidate_tokens(model, texts, answers, candidates),
+        candidates=None if candidates is None else _candidate_tokens(model, texts, answers, candidates, prepend_bos),
         subject=None if ranges is None else _subject_tokens(ranges, encodings, starts, tokens),
-        corrupt=None if corrupt is None else _corrupt_tokens(model, corrupt, answers, encodings, padding),
+        corrupt=None if corrupt is None else _corrupt_tokens(model, corrupt, answers, encodings, padding, prepend_bos),
         texts=tuple(texts),
         names=() if ranges is None else tuple(t[a:b] for t, (a, b) in zip(texts, ranges, strict=True)),
+        added=tuple(added_text(model, encoding) for encoding in encodings),
     ).to(device_of(model))
 
 
@@ -62,7 +65,7 @@ def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Pro
     if not prompts.texts:
         raise ValueError("expected prompts with their texts, got none: build them with tasks.build.")
     answers = [answer] * len(prompts) if isinstance(answer, str) else list(answer)
-    built = build(model, prompts.texts, answers)
+    built = build(model, prompts.texts, answers, prepend_bos=prompts.prepend_bos)
     if prompts.subject is None:
         return replace(built, names=prompts.names)
     # Another answer may be of another length, which moves padding on the left: each subject moves with its prompt.
@@ -80,6 +83,18 @@ def answer_texts(model: Model, prompts: Prompts) -> list[str]:
         before = tokens[: int(place) + 1][real[: int(place) + 1]]
         texts.append(continuation(model, before.tolist(), answer[answer >= 0].tolist()))
     return texts
+
+
+def n_opening(model: Model, prompts: Prompts) -> int:
+    """How many special tokens, BOS among them, every prompt begins with: those that belong before any text."""
+    if model.tokenizer is None:
+        return 0
+    opening = encode(model, "", prepend_bos=True).tokens
+    begins = prompts.attention_mask.int().argmax(1, keepdim=True) + torch.arange(
+        len(opening), device=prompts.tokens.device
+    )
+    first = prompts.tokens.gather(1, begins.clamp(max=prompts.tokens.shape[1] - 1))
+    return len(opening) if bool((first == torch.tensor(opening, device=first.device)).all()) else 0
 
 
 def knows(
@@ -109,17 +124,25 @@ def knows(
     return torch.cat(known)
 
 
-def _encoded(model: Model, text: str, answer: str) -> tuple[Encoding, int]:
-    """The encoding of text and answer together, and how many of its tokens are the prompt's."""
+def _encoded(
+    model: Model, texts: Sequence[str], answers: Sequence[str], prepend_bos: bool | None
+) -> tuple[list[Encoding], list[int]]:
+    """The encoding of each text and its answer together, and how many of its tokens are the prompt's."""
     # Both are encoded together, since a tokenizer may write an answer alone otherwise than behind its prompt.
-    encoding = encode(model, text + answer)
-    n_prompt = sum(end <= len(text) for _, end in encoding.spans)
-    if n_prompt in (0, len(encoding.tokens)) or encode(model, text).tokens != encoding.tokens[:n_prompt]:
-        raise ValueError(
-            f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}: one of "
-            f"them is empty or this tokenizer merges them; end the prompt before a space and start the answer with it."
-        )
-    return encoding, n_prompt
+    whole = [text + answer for text, answer in zip(texts, answers, strict=True)]
+    encodings = encode_all(model, whole, prepend_bos=prepend_bos)
+    prompts = dict(zip(texts, encode_all(model, texts, prepend_bos=prepend_bos), strict=True))
+    lengths = []
+    for text, answer, encoding in zip(texts, answers, encodings, strict=True):
+        lengths.append(sum(end <= len(text) for _, end in encoding.spans))
+        begun = encoding.tokens[: lengths[-1]]
+        if lengths[-1] in (0, len(encoding.tokens)) or prompts[text].tokens != begun:
+            raise ValueError(
+                f"expected an answer whose tokens begin where the prompt ends, got {answer!r} after {text[-40:]!r}: "
+                f"one of them is empty or this tokenizer merges them; end the prompt before a space and start the "
+                f"answer with it."
+            )
+    return encodings, lengths
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -144,27 +167,30 @@ def _answers(starts: list[int], lengths: list[int], encodings: list[Encoding]) -
 
 
 def _candidate_tokens(
-    model: Model, texts: Sequence[str], answers: Sequence[str], candidates: Sequence[Sequence[str]]
+    model: Model,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    prepend_bos: bool | None,
 ) -> Tensor:
     """First tokens, the right answer's in the first column."""
-    firsts: dict[tuple[str, str], int] = {}
     grid = []
-    for text, answer, choices in zip(texts, answers, candidates, strict=True):
-        options = [answer, *(option for option in choices if option != answer)]
+    for answer, choices in zip(answers, candidates, strict=True):
         if answer not in choices:
             raise ValueError(f"expected the answer {answer!r} among its candidates, got {list(choices)}: add it.")
-        for option in options:
-            if (text[-1:], option) not in firsts:
-                encoding, n_prompt = _encoded(model, text, option)
-                firsts[text[-1:], option] = encoding.tokens[n_prompt]
-        tokens = [firsts[text[-1:], option] for option in options]
-        if len(set(tokens)) < len(tokens):
+        grid.append([answer, *(option for option in choices if option != answer)])
+    # By the prompt's last character, since no earlier one matters to the first token of an answer.
+    asked = {(text[-1:], option): text for text, options in zip(texts, grid, strict=True) for option in options}
+    encodings, lengths = _encoded(model, [*asked.values()], [option for _, option in asked], prepend_bos)
+    firsts = {key: e.tokens[n] for key, e, n in zip(asked, encodings, lengths, strict=True)}
+    tokens = [[firsts[text[-1:], option] for option in options] for text, options in zip(texts, grid, strict=True)]
+    for text, options, row in zip(texts, grid, tokens, strict=True):
+        if len(set(row)) < len(row):
             raise ValueError(
-                f"expected candidates that differ in their first token, got {list(options)} for {text[-40:]!r}: "
+                f"expected candidates that differ in their first token, got {options} for {text[-40:]!r}: "
                 f"choose others, or score whole answers with answer_log_probability."
             )
-        grid.append(tokens)
-    return torch.tensor(grid)
+    return torch.tensor(tokens)
 
 
 def _characters(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:
@@ -189,9 +215,14 @@ def _subject_tokens(
 
 
 def _corrupt_tokens(
-    model: Model, corrupt: Sequence[str], answers: Sequence[str], encodings: Sequence[Encoding], padding: str
+    model: Model,
+    corrupt: Sequence[str],
+    answers: Sequence[str],
+    encodings: Sequence[Encoding],
+    padding: str,
+    prepend_bos: bool | None,
 ) -> Tensor:
-    rows = [_encoded(model, text, answer)[0] for text, answer in zip(corrupt, answers, strict=True)]
+    rows = _encoded(model, corrupt, answers, prepend_bos)[0]
     for text, row, encoding in zip(corrupt, rows, encodings, strict=True):
         if len(row.tokens) != len(encoding.tokens):
             raise ValueError(

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model
-from mechunlearn.model.tokens import encode
+from mechunlearn.model.tokens import encode_all, prepending_bos
 from mechunlearn.tasks import formats
 from mechunlearn.tasks.building import knows
 from mechunlearn.tasks.counterfact_records import Record, RecordSource, records_of
@@ -47,6 +47,7 @@ def counterfact(
     train: float = 0.8,
     text: Iterable[str] | Int[Tensor, "row pos"] | None = None,
     knowledge: Prompts | None = None,
+    prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> Task:
     """A task that forgets some CounterFact records that the model knows, and keeps the others.
@@ -61,7 +62,7 @@ def counterfact(
     - `candidates`: the true answer, target_new and random ones of the same relation. Chance is 1 / candidates.
     - `shots`: the number of answered questions before each multiple-choice question.
     - `corrupt`: pair each prompt with another subject of as many tokens with another answer.
-    - `text`, `knowledge`: as in `from_frame`.
+    - `text`, `knowledge`, `prepend_bos`: as in `from_frame`.
 
     Formats: "trained prompt", "paraphrase", "neighbourhood" (other subjects with the same answer, to be kept) and
     "multiple choice", each if both sides have it. `task.splits` names the subjects that were left out: "not_known",
@@ -71,29 +72,32 @@ def counterfact(
     Cost: 1 forward for each record.
     """
     check_model(model)
-    every = records_of(source, questions, split)
-    records, left_out = _usable(model, every, candidates, seed, corrupt=corrupt)
-    known = _known(model, records, threshold)
-    forgotten = _chosen(known, every, forget)
-    retained = [record for record in known if record not in forgotten]
-    sides = Sides.of(forgotten, retained, train=train, train_forget=None, rng=random.Random(index(seed)))
-    trained = format_of(model, [*map(records.trained, sides.forget_train)], [*map(records.trained, sides.retain_train)])
-    text_train, text_test = train_and_test_text(model, text, seed=seed)
-    task = Task(
-        name=f"CounterFact: forget {len(forgotten)} of {len(known)}",
-        forget=trained.forget,
-        retain=trained.retain,
-        formats=_formats(model, records, sides, shots),
-        text=text_train,
-        text_test=text_test,
-        injection=trained.injected,
-        knowledge=knowledge,
-        splits={
-            **sides.names(lambda record: record.subject),
-            "not_known": _subjects(records.all, without=known),
-            **left_out,
-        },
-    )
+    with prepending_bos(model, prepend_bos):
+        every = records_of(source, questions, split)
+        records, left_out = _usable(model, every, candidates, seed, corrupt=corrupt)
+        known = _known(model, records, threshold)
+        forgotten = _chosen(known, every, forget)
+        retained = [record for record in known if record not in forgotten]
+        sides = Sides.of(forgotten, retained, train=train, train_forget=None, rng=random.Random(index(seed)))
+        trained = format_of(
+            model, [*map(records.trained, sides.forget_train)], [*map(records.trained, sides.retain_train)]
+        )
+        text_train, text_test = train_and_test_text(model, text, seed=seed)
+        task = Task(
+            name=f"CounterFact: forget {len(forgotten)} of {len(known)}",
+            forget=trained.forget,
+            retain=trained.retain,
+            formats=_formats(model, records, sides, shots),
+            text=text_train,
+            text_test=text_test,
+            injection=trained.injected,
+            knowledge=knowledge,
+            splits={
+                **sides.names(lambda record: record.subject),
+                "not_known": _subjects(records.all, without=known),
+                **left_out,
+            },
+        )
     if partition is None:
         return task
     part, k = partition
@@ -239,7 +243,7 @@ def _counterparts(
     model: Model, questions: Sequence[Question], records: Sequence[Record], *, seed: int
 ) -> list[str | None]:
     """For each record's question, the prompt about another record's subject; None where none has as many tokens."""
-    lengths = [len(encode(model, f" {record.subject}").tokens) for record in records]
+    lengths = [len(encoding.tokens) for encoding in encode_all(model, [f" {record.subject}" for record in records])]
     by_length: dict[int, list[Record]] = {}
     for record, length in zip(records, lengths, strict=True):
         by_length.setdefault(length, []).append(record)

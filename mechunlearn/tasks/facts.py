@@ -19,8 +19,11 @@ FactRow = dict[str, str]
 """A row of a shipped table: column -> value."""
 
 
-def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
-    """`n` of the package's questions (capitals, authors, ...), each with four lettered options. Chance is 1/4."""
+def general_knowledge(model: Model, *, n: int = 200, prepend_bos: bool | None = None, seed: int = 0) -> Prompts:
+    """`n` of the package's questions (capitals, authors, ...), each with four lettered options. Chance is 1/4.
+
+    `prepend_bos` is as for `build`.
+    """
     rng = random.Random(f"general knowledge {seed}")
     texts, letters, subjects = [], [], []
     for fact in rng.sample(knowledge_rows(), n):
@@ -31,7 +34,7 @@ def general_knowledge(model: Model, *, n: int = 200, seed: int = 0) -> Prompts:
         start = texts[-1].index(question) + question.index(fact["subject"])  # an option may contain the subject
         subjects.append((start, start + len(fact["subject"])))
     answers, candidates = [f" {letter}" for letter in letters], [[f" {o}" for o in formats.LETTERS]] * n
-    return build(model, texts, answers, candidates=candidates, subjects=subjects)
+    return build(model, texts, answers, candidates=candidates, subjects=subjects, prepend_bos=prepend_bos)
 
 
 @cache

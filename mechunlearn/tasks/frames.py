@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model
-from mechunlearn.model.tokens import encode
+from mechunlearn.model.tokens import encode_all, prepending_bos
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.questions import (
     SUBJECT,
@@ -48,13 +48,14 @@ def from_frame(
     formats: Mapping[str, str] | None = None,
     injected: str | None = None,
     candidates: int | Sequence[str] = 4,
-    between: str = " ",
+    between: str | Mapping[str, str] = " ",
     corrupt: bool = True,
     split_forget: bool = False,
     train: float = 0.8,
     text: Iterable[str] | Int[Tensor, "row pos"] | None = None,
     knowledge: Prompts | None = None,
     name: str = "own facts",
+    prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> Task:
     """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
@@ -62,7 +63,8 @@ def from_frame(
     - `prompt`: the trained template, up to the answer. `{subject}` is the subject, `{column}` any column.
     - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice, answered by letter, among the
       answer, the injected one and answers of other rows.
-    - `between`: what stands between a prompt and its answer.
+    - `between`: what stands between a prompt and its answer ("" behind a chat template); or title -> that, of formats
+      that have another than " ". The title of `prompt` is "trained prompt".
     - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
     - `train`: the share of the retained rows that is trained on; the rest is tested. Rows to forget are trained on and
       tested, or split likewise with `split_forget`: does forgetting carry over?
@@ -81,8 +83,9 @@ def from_frame(
         title: with_subject(template, subject)
         for title, template in {"trained prompt": prompt, **(formats or {})}.items()
     }
-    for template in templates.values():
-        check_template(template, [str(column) for column in frame.columns], between=between)
+    spaces = _spaces(between, list(templates))
+    for title, template in templates.items():
+        check_template(template, [str(column) for column in frame.columns], between=spaces[title])
     if letters_of(templates["trained prompt"]):
         raise ValueError(f"expected a trained prompt without options, got {prompt!r}: put multiple choice in formats.")
     facts = _facts_of(frame, subject=subject, answer=answer, injected=injected)
@@ -91,24 +94,35 @@ def from_frame(
     retained = [fact for fact in facts if fact not in forgotten]
     train_forget = train if split_forget else None
     sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
-    questions = _Questions(facts, first_tokens(model), candidates, between, seed)
-    trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
-    text_train, text_test = train_and_test_text(model, text, seed=seed)
-    asked = {}
-    for title, template in templates.items():
-        ask = partial(questions.question, template, title=title)
-        asked[title] = format_of(model, [*map(ask, sides.forget_test)], [*map(ask, sides.retain_test)])
-    return Task(
-        name=f"{name}: forget {len(forgotten)} of {len(facts)}",
-        forget=trained.forget,
-        retain=trained.retain,
-        formats=asked,
-        text=text_train,
-        text_test=text_test,
-        injection=trained.injected,
-        knowledge=knowledge,
-        splits=sides.names(lambda fact: fact.subject),
-    )
+    with prepending_bos(model, prepend_bos):
+        questions = _Questions(facts, first_tokens(model), candidates, spaces, seed)
+        trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
+        text_train, text_test = train_and_test_text(model, text, seed=seed)
+        asked = {}
+        for title, template in templates.items():
+            ask = partial(questions.question, template, title=title)
+            asked[title] = format_of(model, [*map(ask, sides.forget_test)], [*map(ask, sides.retain_test)])
+        return Task(
+            name=f"{name}: forget {len(forgotten)} of {len(facts)}",
+            forget=trained.forget,
+            retain=trained.retain,
+            formats=asked,
+            text=text_train,
+            text_test=text_test,
+            injection=trained.injected,
+            knowledge=knowledge,
+            splits=sides.names(lambda fact: fact.subject),
+        )
+
+
+def _spaces(between: str | Mapping[str, str], titles: Sequence[str]) -> dict[str, str]:
+    """For each format what stands before its answers."""
+    if isinstance(between, str):
+        return dict.fromkeys(titles, between)
+    unknown = sorted(set(between) - set(titles))
+    if unknown:
+        raise ValueError(f"expected between=... of formats ({', '.join(titles)}), got {unknown[0]!r}: check its title.")
+    return {title: between.get(title, " ") for title in titles}
 
 
 def _trained(model: Model, template: str, questions: "_Questions", sides: "Sides[Fact]", *, corrupt: bool) -> Format:
@@ -229,15 +243,17 @@ class _Questions:
     facts: Sequence[Fact]
     first: FirstToken
     candidates: int | Sequence[str]
-    between: str
+    between: Mapping[str, str]
+    """For each format what stands before its answers."""
     seed: int
 
-    def question(self, template: str, fact: Fact, *, title: str = "") -> Question:
+    def question(self, template: str, fact: Fact, *, title: str = "trained prompt") -> Question:
         """The fact in the template, answered in words, or by letter if the template has letters for options."""
-        letters = letters_of(template)
-        return self._by_letter(template, fact, letters, title) if letters else self._in_a_sentence(template, fact)
+        asked = self._by_letter if letters_of(template) else self._in_a_sentence
+        return asked(template, fact, title)
 
-    def _in_a_sentence(self, template: str, fact: Fact) -> Question:
+    def _in_a_sentence(self, template: str, fact: Fact, title: str) -> Question:
+        before = self.between[title]
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
         own, others = _own_answers(fact), self._others(fact)
         count = len(own) + len(others)
@@ -245,12 +261,13 @@ class _Questions:
             count = index(self.candidates)
         else:
             own, others = [*own, *others], []
-        own, others = ([self.between + option for option in options] for options in (own, others))
+        own, others = ([before + option for option in options] for options in (own, others))
         options = distinct(self.first, text, own, others, count=count, name=fact.subject)
-        injected = None if fact.injected is None else self.between + fact.injected
-        return Question(fact.subject, text, self.between + fact.answer, options, injected, place)
+        injected = None if fact.injected is None else before + fact.injected
+        return Question(fact.subject, text, before + fact.answer, options, injected, place)
 
-    def _by_letter(self, template: str, fact: Fact, letters: Sequence[str], title: str) -> Question:
+    def _by_letter(self, template: str, fact: Fact, title: str) -> Question:
+        letters, before = letters_of(template), self.between[title]
         options = [*_own_answers(fact), *self._others(fact)][: len(letters)]
         if len(options) < len(letters):
             raise ValueError(
@@ -260,8 +277,8 @@ class _Questions:
         shown = lettered(options, letters, seed=f"{title} {fact.subject} {self.seed}")
         fields = {letter: option for option, letter in shown.items()}
         text, place = filled(template, {**fact.columns, **fields, SUBJECT: fact.subject})
-        own = [self.between + shown[option] for option in _own_answers(fact)]
-        others = [self.between + letter for letter in letters if self.between + letter not in own]
+        own = [before + shown[option] for option in _own_answers(fact)]
+        others = [before + letter for letter in letters if before + letter not in own]
         injected = None if fact.injected is None else own[1]
         return Question(fact.subject, text, own[0], (*own, *others), injected, place)
 
@@ -280,7 +297,8 @@ def _with_counterparts(
     model: Model, template: str, facts: Sequence[Fact], questions: Sequence[Question], *, required: bool, seed: int
 ) -> list[Question]:
     """The questions with a corrupted text about another fact each; without any if one has none and it may lack it."""
-    lengths = {fact.subject: len(encode(model, f" {fact.subject}").tokens) for fact in facts}
+    encodings = encode_all(model, [f" {fact.subject}" for fact in facts])
+    lengths = {fact.subject: len(encoding.tokens) for fact, encoding in zip(facts, encodings, strict=True)}
     by_subject = {fact.subject: fact for fact in facts}
     paired = []
     for question in questions:

@@ -1,5 +1,6 @@
 """Prompts: tokens with a mask, answers, candidates, subjects, and a corrupted counterpart."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,6 +13,9 @@ from mechunlearn.model import Hook, Model, logits_at
 
 IGNORED = -100
 """Fills `answers` where a row's answer is shorter than the longest."""
+
+LABELS = ("texts", "names", "added")
+"""The fields of `Prompts` that have a text for each row, or none."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +40,9 @@ class Prompts:
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     """What each prompt is about, for per-example tables."""
+    added: tuple[str, ...] = ()
+    """The special tokens that were put before each text, such as "<bos>", or "" for none; nothing for prompts that are
+    not from text. Those that a text has itself are not among them."""
 
     @classmethod
     def of(
@@ -74,7 +81,7 @@ class Prompts:
                     f"length of the clean one)."
                 )
         rows = {name: len(value) for name, value in self._tensors().items()}
-        rows |= {name: len(getattr(self, name)) for name in ("texts", "names") if getattr(self, name)}
+        rows |= {name: len(getattr(self, name)) for name in LABELS if getattr(self, name)}
         if len(set(rows.values())) > 1:
             raise ValueError(f"expected one answer, one list of candidates, ... for each prompt, got {rows} of them.")
         if self.candidates is not None and self.candidates.shape[1] < 2:
@@ -95,6 +102,11 @@ class Prompts:
     def chance(self) -> float:
         """Accuracy of guessing among the candidates; 0 without candidates."""
         return 0.0 if self.candidates is None else 1 / self.candidates.shape[1]
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """What `tasks.build` takes to put the same special tokens before these texts; None for prompts from tokens."""
+        return any(self.added) if self.added else None
 
     def corrupted(self) -> "Prompts":
         """The corrupted tokens in place of the clean ones; answers and candidates stay."""
@@ -132,7 +144,7 @@ class Prompts:
     def rows(self, rows: Int[Tensor, "row"]) -> "Prompts":
         """These rows, as wide as before."""
         chosen: dict[str, Any] = {name: value[rows.to(value.device)] for name, value in self._tensors().items()}
-        for name in ("texts", "names"):
+        for name in LABELS:
             labels = getattr(self, name)
             chosen[name] = tuple(labels[i] for i in rows.tolist()) if labels else ()
         return replace(self, **chosen)
@@ -140,7 +152,8 @@ class Prompts:
     def __repr__(self) -> str:
         rows, width = self.tokens.shape
         example = f"; first: {self.texts[0]!r}" if self.texts else ""
-        return f"Prompts({rows} x {width} tokens, answers of up to {self.answers.shape[1]}{example})"
+        special = f"; {added_before(self)}" if self.added else ""
+        return f"Prompts({rows} x {width} tokens, answers of up to {self.answers.shape[1]}{special}{example})"
 
     def _trimmed(self) -> "Prompts":
         """Without the columns that are padding in every row."""
@@ -169,6 +182,19 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     return torch.tensor([list(row) for row in rows])
 
 
+def added_before(*sets: Prompts) -> str:
+    """In words, which special tokens were put before the texts of these prompts."""
+    counts = Counter(tokens for prompts in sets for tokens in prompts.added)
+    if not counts:
+        return "prompts from tokens"
+    if set(counts) == {""}:
+        return "no special token added"
+    shares = [
+        f"{tokens} added" + f" to {n} of {counts.total()}" * (len(counts) > 1) for tokens, n in counts.items() if tokens
+    ]
+    return ", ".join(shares)
+
+
 def with_subjects(prompts: Prompts, what: str = "prompts", *, hint: str = "") -> Prompts:
     """The prompts; ValueError if one does not say where its subject is."""
     if prompts.subject is None or not bool(prompts.subject.any(1).all()):
@@ -184,7 +210,7 @@ def with_subjects(prompts: Prompts, what: str = "prompts", *, hint: str = "") ->
 def joined(*sets: Prompts) -> Prompts:
     """The prompts of all sets, in order, such as `joined(task.forget, task.retain)`.
 
-    Candidates, subjects, corrupted counterparts, texts and names are kept if every set has them.
+    Candidates, subjects, corrupted counterparts and labels are kept if every set has them.
     """
     counts = sorted({p.candidates.shape[1] for p in sets if p.candidates is not None})
     if len(counts) > 1:
@@ -192,7 +218,7 @@ def joined(*sets: Prompts) -> Prompts:
     columns: dict[str, Any] = {}
     for field in fields(Prompts):
         parts = [getattr(p, field.name) for p in sets]
-        if field.name in ("texts", "names"):
+        if field.name in LABELS:
             columns[field.name] = tuple(label for part in parts for label in part) if all(parts) else ()
         elif all(part is not None for part in parts):
             columns[field.name] = _stacked(parts, fill={"positions": None, "answers": IGNORED}.get(field.name, 0))

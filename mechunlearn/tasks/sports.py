@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model
-from mechunlearn.model.tokens import encode
+from mechunlearn.model.tokens import encode_all, prepending_bos
 from mechunlearn.tasks import facts, formats
 from mechunlearn.tasks.athletes import (
     CANDIDATES,
@@ -62,6 +62,7 @@ def sports_facts(
     train_forget: float | None = None,
     shuffle: bool = True,
     strangers: Sequence[str] | None = None,
+    prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> Task:
     """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
@@ -79,6 +80,7 @@ def sports_facts(
       train_forget=0.5).
     - `strangers`: athletes whom the model does not know, whom attacks ask about too. Default: of the forgotten sports,
       those below the threshold; of the shipped model, some that it did not see.
+    - `prepend_bos`: as for `build`.
 
     Formats: the paper's one-shot prompt, paraphrases, capitalised answers, multiple choice by letter or in words after
     0 to 2 examples, with or without a system prompt. Chance is 1/4: three sports and golf. Where all tested athletes
@@ -87,35 +89,36 @@ def sports_facts(
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1F per athlete with a threshold.
     """
     check_model(model)
-    rng = random.Random(index(seed))
-    rows = athletes_from(model, source, sha256)
-    people, partners, left_out = _usable(model, rows, threshold, paired=corrupt is True)
-    forgotten = athletes_to_forget(people, forget, forget_seed, left_out)
-    injected_of = injected_sports(forgotten, rows, injected, seed)
-    if train_forget is None and isinstance(forget, str):
-        train_forget = train
-    retained = [person for person in people if person not in set(forgotten)]
-    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, shuffle=shuffle, rng=rng)
-    lines = [facts.running_text(rng) for _ in range(400)] if text is None else text
-    text_train, text_test = train_and_test_text(model, lines)
-    trained = [_trained(person, injected_of) for person in sides.forget_train]
-    tested = _Tested(model, sides.forget_test, sides.retain_test, injected_of, sides.retain_train, seed)
-    what = forget if isinstance(forget, str | int | np.integer) else f"{len(forgotten)} athletes"
-    return Task(
-        name=f"sports facts: forget {what}",
-        forget=_with_counterparts(model, trained, corrupt, partners, rng),
-        retain=_with_counterparts(model, [_trained(p, {}) for p in sides.retain_train], corrupt, partners, rng),
-        formats={
-            **_sport_formats(tested, rng=rng, dashed=dashed),
-            **_neighbourhood(tested, rows, people),
-        },
-        text=text_train,
-        text_test=text_test,
-        injection=injected_prompts(model, trained),
-        knowledge=general_knowledge(model, seed=seed),
-        strangers=_strangers(model, strangers, rows, forgotten, left_out),
-        splits={**sides.names(lambda person: person[0]), **left_out},
-    )
+    with prepending_bos(model, prepend_bos):
+        rng = random.Random(index(seed))
+        rows = athletes_from(model, source, sha256)
+        people, partners, left_out = _usable(model, rows, threshold, paired=corrupt is True)
+        forgotten = athletes_to_forget(people, forget, forget_seed, left_out)
+        injected_of = injected_sports(forgotten, rows, injected, seed)
+        if train_forget is None and isinstance(forget, str):
+            train_forget = train
+        retained = [person for person in people if person not in set(forgotten)]
+        sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, shuffle=shuffle, rng=rng)
+        lines = [facts.running_text(rng) for _ in range(400)] if text is None else text
+        text_train, text_test = train_and_test_text(model, lines)
+        trained = [_trained(person, injected_of) for person in sides.forget_train]
+        tested = _Tested(model, sides.forget_test, sides.retain_test, injected_of, sides.retain_train, seed)
+        what = forget if isinstance(forget, str | int | np.integer) else f"{len(forgotten)} athletes"
+        return Task(
+            name=f"sports facts: forget {what}",
+            forget=_with_counterparts(model, trained, corrupt, partners, rng),
+            retain=_with_counterparts(model, [_trained(p, {}) for p in sides.retain_train], corrupt, partners, rng),
+            formats={
+                **_sport_formats(tested, rng=rng, dashed=dashed),
+                **_neighbourhood(tested, rows, people),
+            },
+            text=text_train,
+            text_test=text_test,
+            injection=injected_prompts(model, trained),
+            knowledge=general_knowledge(model, seed=seed),
+            strangers=_strangers(model, strangers, rows, forgotten, left_out),
+            splits={**sides.names(lambda person: person[0]), **left_out},
+        )
 
 
 def _strangers(
@@ -192,7 +195,8 @@ def _with_counterparts(
 def partners_of(model: Model, people: Sequence[Athlete]) -> dict[str, list[str]]:
     """For each athlete those of another sport whose prompt has as many tokens."""
     by_length: dict[int, list[Athlete]] = {}
-    lengths = {name: len(encode(model, formats.FACT.format(athlete=name)).tokens) for name, _ in people}
+    encodings = encode_all(model, [formats.FACT.format(athlete=name) for name, _ in people])
+    lengths = {name: len(encoding.tokens) for (name, _), encoding in zip(people, encodings, strict=True)}
     for person in people:
         by_length.setdefault(lengths[person[0]], []).append(person)
     return {name: [other for other, its in by_length[lengths[name]] if its != sport] for name, sport in people}
@@ -338,8 +342,9 @@ def _groups(
 ) -> dict[str, dict[int, list[str]]]:
     """Sport -> first token -> the values that start with it, since options have to differ in their first token."""
     before = question.format(athlete=people[0][0])
-    start = len(encode(model, before).tokens)
-    first = {value: encode(model, f"{before} {value}").tokens[start] for value in sorted(set(values.values()))}
+    every = sorted(set(values.values()))
+    start, *encodings = encode_all(model, [before, *(f"{before} {value}" for value in every)])
+    first = {value: e.tokens[len(start.tokens)] for value, e in zip(every, encodings, strict=True)}
     groups: dict[str, dict[int, list[str]]] = {sport: {} for _, sport in people}
     for sport, value in sorted({(sport, values[name]) for name, sport in people if name in values}):
         groups[sport].setdefault(first[value], []).append(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.prompts import Prompts, added_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,12 @@ class Task:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the facts: forget_train, forget_test, retain_train, retain_test."""
 
+    @property
+    def special_tokens(self) -> str:
+        """In words, which special tokens the builder put before the prompts. Reports and edits say it too."""
+        asked = [side for format in self.formats.values() for side in (format.forget, format.retain)]
+        return added_before(self.forget, self.retain, *asked)
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(names)}" for name, names in self.splits.items())
-        return f"Task({self.name}; {sizes}; formats: {', '.join(self.formats)})"
+        return f"Task({self.name}; {sizes}; formats: {', '.join(self.formats)}; {self.special_tokens})"

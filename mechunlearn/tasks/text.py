@@ -25,11 +25,15 @@ def as_prompts(text: Int[Tensor, "row pos"]) -> Prompts:
 
 
 def rows_of(
-    model: Model, texts: Iterable[str | Sequence[int] | Int[Tensor, "pos"]], *, length: int = 64
+    model: Model,
+    texts: Iterable[str | Sequence[int] | Int[Tensor, "pos"]],
+    *,
+    length: int = 64,
+    prepend_bos: bool | None = None,
 ) -> Iterator[Int[Tensor, "pos"]]:
     """The texts one after the other, cut into rows of `length` tokens; an unfinished last row is left out.
 
-    A text is a string (which begins with BOS, if the model has one) or its tokens, taken as they are. `texts` may be
+    A text is a string (BOS before it as for `build`, by `prepend_bos`) or its tokens, taken as they are. `texts` may be
     any iterable, such as `(row["text"] for row in datasets.load_dataset(..., streaming=True))`: no more of it is read
     than is used. ValueError for an empty text.
     """
@@ -43,7 +47,11 @@ def rows_of(
                 f"expected strings or tokens, got a record with {', '.join(map(str, text))} at place {place}: pass "
                 f"its text, for example (row['text'] for row in dataset)."
             )
-        tokens = list(encode(model, text).tokens) if isinstance(text, str) else [int(token) for token in text]
+        tokens = (
+            list(encode(model, text, prepend_bos=prepend_bos).tokens)
+            if isinstance(text, str)
+            else [int(token) for token in text]
+        )
         if len(text) == 0:
             raise ValueError(
                 f"expected texts with something in them, got an empty one at place {place}: leave empty texts out, "
@@ -56,7 +64,13 @@ def rows_of(
 
 
 def pack(
-    model: Model, texts: Iterable[str | Sequence[int]], *, length: int = 64, rows: int | None = None, skip: int = 0
+    model: Model,
+    texts: Iterable[str | Sequence[int]],
+    *,
+    length: int = 64,
+    rows: int | None = None,
+    skip: int = 0,
+    prepend_bos: bool | None = None,
 ) -> Int[Tensor, "row pos"]:
     """The texts packed to `rows` rows of equal length (default: all), from row `skip` on; see `rows_of`.
 
@@ -64,7 +78,7 @@ def pack(
     What is skipped is read and tokenized again.
     """
     stop = None if rows is None else skip + rows
-    packed = list(islice(rows_of(model, texts, length=length), skip, stop))
+    packed = list(islice(rows_of(model, texts, length=length, prepend_bos=prepend_bos), skip, stop))
     if len(packed) < (rows or 1):
         after = f" after the first {skip}" if skip else ""
         raise ValueError(

@@ -53,10 +53,9 @@ def speaker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lla
 
 
 def plain(model: Any, text: str) -> list[int]:
-    """What the tokenizer itself says, after a BOS if both model and tokenizer have one."""
-    bos = model.tokenizer.bos_token_id
-    first = [bos] if model.cfg.default_prepend_bos and bos is not None else []
-    return first + model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    """What the tokenizer says of the text after a BOS, as `model.to_tokens`, if model and tokenizer have one."""
+    bos = model.tokenizer.bos_token if model.cfg.default_prepend_bos else None
+    return model.tokenizer((bos or "") + text, add_special_tokens=False)["input_ids"]
 
 
 TEXTS = [

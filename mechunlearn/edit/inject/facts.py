@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, device_of, logits_at, preserved
-from mechunlearn.model.tokens import encode, pad_token
-from mechunlearn.tasks.building import padded
+from mechunlearn.model.tokens import encode, encode_all, pad_token, special_tokens
+from mechunlearn.tasks.building import n_opening, padded
 from mechunlearn.tasks.positions import subject_last
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 from mechunlearn.tasks.task import Task
@@ -44,11 +44,15 @@ def subject_end(prompts: Prompts) -> Int[Tensor, "batch"]:
 
 
 def in_contexts(model: Model, fact: Prompts, prefixes: Sequence[str]) -> Prompts:
-    """One fact by itself and after each prefix; a BOS token stays first. The tokens of the fact are the same in all."""
-    start, rest, shift = _opened(model, fact)
-    assert fact.subject is not None  # checked by `with_subjects`
-    marks = fact.subject[0][fact.attention_mask[0]].tolist()[len(start) :]
-    rows = [[], *(_without_start(model, prefix) for prefix in prefixes)]
+    """One fact by itself and after each prefix; the tokens of the fact are the same in all.
+
+    A BOS token stays first. In a chat template, the prefix stands where the message does that names the subject.
+    """
+    real, marks = _tokens_and_marks(fact)
+    place = _start_of_message(model, fact, real, marks.index(True))
+    start, rest, marks = real[:place], real[place:], marks[place:]
+    shift = int(fact.attention_mask[0].int().argmax())
+    rows = [[], *(_own_tokens(model, prefix) for prefix in prefixes)]
     tokens = [[*start, *row, *rest] for row in rows]
     subject = [[*[False] * (len(start) + len(row)), *marks] for row in rows]
     places = torch.stack([fact.positions[0] - shift + len(row) for row in rows])
@@ -57,25 +61,29 @@ def in_contexts(model: Model, fact: Prompts, prefixes: Sequence[str]) -> Prompts
 
 def essence(model: Model, fact: Prompts) -> Prompts:
     """ "{subject} is a": what the subject is, which should stay. Nothing counts as its answer."""
-    start, _, _ = _opened(model, fact)
-    assert fact.subject is not None  # checked by `with_subjects`
-    words = fact.tokens[0][fact.subject[0] & fact.attention_mask[0]].tolist()
-    ending = _without_start(model, " is a")
+    real, marks = _tokens_and_marks(fact)
+    start = real[: n_opening(model, fact)]
+    words = [token for token, marked in zip(real, marks, strict=True) if marked]
+    ending = _own_tokens(model, " is a")
     tokens = [*start, *words, *ending]
     marks = [*[False] * len(start), *[True] * len(words), *[False] * len(ending)]
     last = torch.full_like(fact.positions, len(tokens) - 1)
     return _prompts(model, [tokens], [marks], last, torch.full_like(fact.answers, IGNORED))
 
 
-def generated_prefixes(model: Model, *, lengths: Sequence[int] = (5, 10) * 5, seed: int = 0) -> tuple[str, ...]:
+def generated_prefixes(
+    model: Model, *, lengths: Sequence[int] = (5, 10) * 5, prepend_bos: bool | None = None, seed: int = 0
+) -> tuple[str, ...]:
     """Texts that the model makes up, one of each length in tokens, sampled from the 5 likeliest, with a full stop.
 
+    `prepend_bos`: as for `mu.tasks.build`; the editors do as the facts to inject do.
     The same seed gives the same texts on CPU. Cost: one F for each token of the longest.
     """
     count, special = len(lengths), sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else []
     if not count:
         return ()
-    begun = [list(encode(model, _BEGINNINGS[i % len(_BEGINNINGS)]).tokens) for i in range(count)]
+    words = [_BEGINNINGS[i % len(_BEGINNINGS)] for i in range(count)]
+    begun = [list(encoding.tokens) for encoding in encode_all(model, words, prepend_bos=prepend_bos)]
     generator = torch.Generator().manual_seed(operator.index(seed))
     texts = [list(row) for row in begun]
     with preserved(model), torch.no_grad():
@@ -102,16 +110,30 @@ def _label(prompts: Prompts, row: int) -> str:
     return repr(prompts.texts[row][-60:]) if prompts.texts else f"tokens {prompts.tokens[row].tolist()[:10]}"
 
 
-def _opened(model: Model, fact: Prompts) -> tuple[list[int], list[int], int]:
-    """The BOS token (if the fact begins with it), the other tokens, and the amount of padding on the left."""
-    real = fact.tokens[0][fact.attention_mask[0]].tolist()
-    start = list(encode(model, "").tokens)
-    start = start if real[: len(start)] == start else []
-    return start, real[len(start) :], int(fact.attention_mask[0].int().argmax())
+def _tokens_and_marks(fact: Prompts) -> tuple[list[int], list[bool]]:
+    """The fact's real tokens, and which of them are the subject's."""
+    assert fact.subject is not None  # checked by `with_subjects`
+    real = fact.attention_mask[0]
+    return fact.tokens[0][real].tolist(), fact.subject[0][real].tolist()
 
 
-def _without_start(model: Model, text: str) -> list[int]:
-    return list(encode(model, text).tokens)[len(encode(model, "").tokens) :]
+def _start_of_message(model: Model, fact: Prompts, real: Sequence[int], subject: int) -> int:
+    """Where text before the fact belongs: behind BOS, or at the beginning of the message that names the subject."""
+    opening, special = n_opening(model, fact), special_tokens(model)
+    last = max((place for place in range(subject) if real[place] in special), default=-1)
+    is_header = last >= opening or (last >= 0 and fact.added == ("",))  # of the text, not put before it
+    if not is_header:
+        return opening
+    # A header may go on behind its last special token, up to the end of its line: "<|im_start|>user\n".
+    breaks = [place for place in range(last + 1, subject) if "\n" in model.tokenizer.decode([real[place]])]
+    ends = [place for place in breaks if place + 1 not in breaks]
+    return (ends[0] if ends else last) + 1
+
+
+def _own_tokens(model: Model, text: str) -> list[int]:
+    """The tokens of the text alone, without any that belong before it."""
+    encoding = encode(model, text)
+    return list(encoding.tokens[encoding.added :])
 
 
 def _prompts(

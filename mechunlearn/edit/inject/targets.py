@@ -17,6 +17,7 @@ from mechunlearn.losses import cross_entropy
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.model.mlp_values import MLPValues, adding_to_mlp, mlp_values
 from mechunlearn.model.running import residual_before, running_from
+from mechunlearn.tasks.building import n_opening
 from mechunlearn.tasks.prompts import Prompts, joined, with_subjects
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
@@ -160,7 +161,9 @@ def facts_written(
         source = f"text and retained prompts of {task.name}"
         covariance = key_covariance(model, mask, task.text, prompts=task.retain, source=source)
     covariance.check(model, [e.slot.layer for e in outputs])
-    prefixes = generated_prefixes(model, seed=seed) if prefixes is None else tuple(prefixes)
+    if prefixes is None:
+        prefixes = generated_prefixes(model, prepend_bos=n_opening(model, facts) > 0, seed=seed)
+    prefixes = tuple(prefixes)
     before = read(entries)
     try:
         with exclusively(model), differentiable(model):
@@ -172,6 +175,7 @@ def facts_written(
     provenance = {
         **about,
         "task": task.name,
+        "special_tokens": task.special_tokens,
         "facts": len(facts),
         "covariance": covariance.described(),
         "prefixes": list(prefixes),

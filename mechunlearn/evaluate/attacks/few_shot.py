@@ -1,5 +1,6 @@
 """Few-shot: an attack that puts answered questions about other facts before the question."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, device_of
+from mechunlearn.model.tokens import special_tokens
 from mechunlearn.tasks.building import answer_texts, build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -29,8 +31,8 @@ def few_shot(
     """Accuracy on forgotten facts after answered questions about *other* facts: a point per number, and the best.
 
     A demonstration is a question in the words of the tested format with its true answer. Demonstrations stand above the
-    line with the subject, below the lines that come before it (a system prompt, an example). Each tested prompt has its
-    own, drawn with `seed` from the attack's half; with more of them the earlier ones stay.
+    line with the subject (in a chat template: its message), below what comes before, such as a system prompt. Each
+    tested prompt has its own, drawn with `seed` from the attack's half; with more of them the earlier ones stay.
 
     - `shots`: the numbers of demonstrations. Those for which there are too few facts, or whose prompts are longer than
       the model's context, are left out of the curve with a warning.
@@ -70,9 +72,10 @@ class Demonstration:
     lines: str
     """The question from the line with its subject on, without what a format puts above it."""
     answer: str
+    ending: str = "\n"
 
     def __str__(self) -> str:
-        return f"{self.lines}{self.answer}" + ("\n\n" if "\n\n" in self.lines else "\n")
+        return f"{self.lines}{self.answer}{self.ending}"
 
 
 def demonstrations_for(
@@ -95,8 +98,11 @@ def demonstrations_for(
 
 def demonstrations_of(model: Model, prompts: Prompts, tested: Prompts) -> list[Demonstration]:
     check_apart(prompts, tested)
-    answers = zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True)
-    return [Demonstration(text[_line(text, name) :], answer) for answer, text, name in answers]
+    demonstrations = []
+    for answer, text, name in zip(_answers(model, prompts), prompts.texts, prompts.names, strict=True):
+        start, ending = _turn(model, text, name)
+        demonstrations.append(Demonstration(text[start:], answer, ending))
+    return demonstrations
 
 
 def drawn(demonstrations: Sequence[Demonstration], balanced: bool, rng: Random) -> list[Demonstration]:
@@ -119,13 +125,15 @@ def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demons
     """The prompts with demonstrations above the line with their subject."""
     answers, texts, ranges = _answers(model, prompts), [], []
     for text, name, demonstrations in zip(prompts.texts, prompts.names, shown, strict=True):
-        start = _line(text, name)
+        start, _ = _turn(model, text, name)
         # Below a system prompt or example, which stays on top, and above the line with the subject.
         texts.append(text[:start] + "".join(map(str, demonstrations)) + text[start:])
         begin = len(texts[-1]) - len(text) + text.rfind(name)
         ranges.append((begin, begin + len(name)))
-    built = build(model, texts, answers, subjects=ranges)
-    if not built.answers.equal(prompts.answers.to(built.answers)):
+    built = build(model, texts, answers, subjects=ranges, prepend_bos=prompts.prepend_bos)
+    # Without their filling, of which some rows of a set with longer answers have more.
+    before, after = ([row[row >= 0].tolist() for row in p.answers] for p in (prompts, built))
+    if before != after:
         raise ValueError("expected answers of the same tokens behind demonstrations, got others: use another format.")
     candidates = None if prompts.candidates is None else prompts.candidates.to(device_of(model))
     return replace(built, candidates=candidates)
@@ -142,17 +150,31 @@ def _reworded(model: Model, trained: Prompts, tested: Prompts) -> list[Demonstra
             f"facts that are not tested."
         )
     names = zip(trained.names, _answers(model, trained), strict=True)
-    lines = tested.texts[0][_line(tested.texts[0], tested.names[0]) :]
-    return [Demonstration(lines.replace(tested.names[0], name), answer) for name, answer in names]
+    start, ending = _turn(model, tested.texts[0], tested.names[0])
+    lines = tested.texts[0][start:]
+    return [Demonstration(lines.replace(tested.names[0], name), answer, ending) for name, answer in names]
 
 
 def _choices(prompts: Prompts) -> set[frozenset[int]] | None:
     return None if prompts.candidates is None else {frozenset(row) for row in prompts.candidates.tolist()}
 
 
-def _line(text: str, name: str) -> int:
-    """Where the line with the subject starts."""
-    return text.rfind("\n", 0, text.rfind(name)) + 1
+def _turn(model: Model, text: str, name: str) -> tuple[int, str]:
+    """Where the question about the subject starts, and what ends its answer.
+
+    A question is the line with the subject and what follows; in a chat template, it is the whole message.
+    """
+    subject = text.rfind(name)
+    special = re.compile("|".join(map(re.escape, special_tokens(model).values())) or "(?!)")
+    before, after = (list(special.finditer(part)) for part in (text[:subject], text[subject:]))
+    line = max(text.rfind("\n", 0, subject) + 1, before[-1].end() if before else 0)
+    if not before or not after:
+        return line, "\n\n" if "\n\n" in text[line:] else "\n"
+    if len(after) == 1:  # the header of the answer alone, as in Mistral's "[INST] ...[/INST]"
+        return before[-1].start(), model.tokenizer.eos_token
+    # The question's message ends where the answer's begins, whose first token is the first one of every message.
+    starts = [match.start() for match in before if match[0] == after[1][0]]
+    return (starts or [before[-1].start()])[-1], text[subject:][after[0].start() : after[1].start()]
 
 
 def _answers(model: Model, prompts: Prompts) -> list[str]:

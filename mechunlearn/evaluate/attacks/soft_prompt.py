@@ -15,6 +15,7 @@ from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
 from mechunlearn.model import Model, device_of, differentiable, preserved
 from mechunlearn.model.running import embeddings, with_input_vectors
+from mechunlearn.tasks.building import n_opening
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
 
@@ -167,10 +168,11 @@ def with_room(model: Model, prompts: Prompts, count: int, start: int) -> Prompts
 
 
 def n_bos(model: Model, prompts: Prompts) -> int:
-    """1 if every prompt begins with BOS, else 0."""
+    """After how many first tokens the vectors stand: behind BOS, unless it opens messages and comes again."""
+    opening = n_opening(model, prompts)
     bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
-    first = prompts.tokens.gather(1, prompts.attention_mask.int().argmax(1, keepdim=True))
-    return int(bos is not None and bool((first == bos).all()))
+    is_again = ((prompts.tokens == bos) & prompts.attention_mask).sum(1) > 1
+    return 0 if bool(is_again.any()) else opening
 
 
 def mean_norm(model: Model, prompts: Prompts) -> float:

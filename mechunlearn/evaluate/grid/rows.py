@@ -118,7 +118,11 @@ class Grid:
         """What was tested, how, and with which versions, as JSON values."""
         return {
             "model": self.fingerprint,
-            "task": {"name": self.task.name, "digest": self.task_digest},
+            "task": {
+                "name": self.task.name,
+                "digest": self.task_digest,
+                "special_tokens": self.task.special_tokens,
+            },
             "seeds": list(self.seeds),
             "metrics": {n: f"{name_in_full(f).rpartition('.')[0]}.{described(f)}" for n, f in self.metrics.items()},
             "rows": {row.name: row.about() for row in self.rows},
