@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_CACHED = type(cache(lambda: None))
+"""Of functions that `functools.cache` remembers the results of."""
 
 
 def name_of(function: Callable[..., object]) -> str:
@@ -113,7 +116,7 @@ def _parts(value: Any) -> list[Any]:
         return _module(value)
     if is_dataclass(value):
         return [type(value), *(getattr(value, field.name) for field in fields(value))]
-    if hasattr(value, "__wrapped__"):  # by functools.cache
+    if isinstance(value, _CACHED):
         return [value.__wrapped__]
     return _reduced(value)
 

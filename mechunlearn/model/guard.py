@@ -57,14 +57,18 @@ def differentiable(model: Model) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A copy of every parameter of a model, in the memory of the CPU."""
+    """A copy of every parameter of a model, in the memory of the CPU, and the memory that each has."""
 
     weights: Mapping[str, Tensor]
     """Parameter name -> value."""
+    memory: Mapping[str, Tensor]
+    """Parameter name -> its own data, which other parameters may share: GPT-2's queries are part of a fused matrix."""
 
     @classmethod
     def of(cls, model: Model) -> "Snapshot":
-        return cls({name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()})
+        parameters = dict(model.named_parameters())
+        copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        return cls(copies, {name: p.data for name, p in parameters.items()})
 
     @torch.no_grad()
     def restore(self, model: Model) -> list[str]:
@@ -80,12 +84,12 @@ class Snapshot:
                 f"cannot be put back; load the model again."
             )
         changed = [name for name, p in now.items() if not _same(p.detach().cpu(), self.weights[name])]
-        for name in changed:
-            saved = self.weights[name]
-            if (now[name].shape, now[name].dtype) == (saved.shape, saved.dtype):
-                now[name].copy_(saved)
-            else:
-                now[name].data = saved.to(now[name].device, copy=True)
+        for name, parameter in now.items():
+            own = self.memory[name]
+            if (parameter.data_ptr(), parameter.stride()) != (own.data_ptr(), own.stride()):
+                parameter.data = own
+            if not _same(parameter.detach().cpu(), self.weights[name]):
+                parameter.copy_(self.weights[name])
         return changed
 
 
