@@ -20,8 +20,10 @@ from mechunlearn.localize.options import ActivationOptions, SetOptions, settings
 from mechunlearn.localize.replacement import patched_run, replacement_values
 from mechunlearn.localize.sites import Places, passes, places_of
 from mechunlearn.metrics import checked
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import layer_of
+from mechunlearn.model.matrices import attention_change, is_plain, slots
 from mechunlearn.options import with_options
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
@@ -139,12 +141,17 @@ def _patched(
     base = run.values[name]
     # What an MLP adds to the residual stream, or a head to its attention's output, is changed without running either.
     if name.endswith("hook_mlp_out"):
-        change = (source[row] - base[row]) * where[..., None]
+        change = (source[row] - base[row]) * where[..., None] * scales_of(model).written
         return continued(model, run, row, layer + 1, residual=run.residuals[layer + 1][row] + change)
     if name.endswith("hook_z") and unit is not None:
         change = (source[row, :, unit] - base[row, :, unit]) * where[..., None]
-        weight = slots(model)[layer, "W_O"].weight
-        added = change.to(weight.dtype) @ weight[unit]
+        if is_plain(model, layer, "W_O"):
+            weight = slots(model)[layer, "W_O"].weight
+            added = change.to(weight.dtype) @ weight[unit]
+        else:
+            moved = torch.zeros_like(base[row])
+            moved[torch.arange(len(row), device=row.device), :, unit] = change.to(moved.dtype)
+            added = attention_change(model, layer, base[row], moved)
         return continued(model, run, row, layer, attention=run.attention[layer][row] + added)
     # Elsewhere a hook puts the change in, and the layer runs from there: its attention only if queries, keys or values
     # are patched.

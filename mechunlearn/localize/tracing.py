@@ -19,6 +19,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
 from mechunlearn.tasks.prompts import Prompts
@@ -201,7 +202,8 @@ def _restored_window(
     # The first MLP's restored output is added to the stream that leaves its layer: the run starts in the next layer.
     name = f"blocks.{first}.hook_mlp_out"
     residual = noisy.residuals[first + 1][row]
-    residual[copies, token] += clean.values[name][prompt, token] - noisy.values[name][row, token]
+    change = clean.values[name][prompt, token] - noisy.values[name][row, token]
+    residual[copies, token] += scales_of(model).written * change
     hooks = [*(restoring_hook(layer) for layer in layers[1:]), *hooks]
     return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)
 

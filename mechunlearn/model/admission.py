@@ -8,7 +8,7 @@ import torch
 from mechunlearn.model.classes import Model, architecture, device_of, is_bridge, is_hooked_transformer, unchecked_shape
 from mechunlearn.model.guard import differentiable
 from mechunlearn.model.hooks import Hook
-from mechunlearn.model.matrices import Slot, slots
+from mechunlearn.model.matrices import Slot, check_plain, check_split, slots
 from mechunlearn.model.running import logits_at
 
 TESTED = (
@@ -43,6 +43,7 @@ def check_model(model: Model) -> None:
             "expected keys and values per KV head, got a model that ungroups them: call "
             "model.set_ungroup_grouped_query_attention(False); no method here needs it."
         )
+    check_split(model)
     if architecture(model) not in TESTED and model not in _admitted:
         _self_test(model)
         _admitted.add(model)
@@ -79,6 +80,7 @@ def check_editable(model: Model) -> None:
                 f"L{slot.layer} {slot.matrix}: a quantised model cannot be edited; load it in bfloat16 "
                 f"or float32 and quantise afterwards."
             )
+    check_plain(model)
 
 
 def _self_test(model: Model) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mechunlearn.components.component import Component
 from mechunlearn.components.edge import destinations
 from mechunlearn.model.classes import Model, unchecked_shape
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.edges import PROJECTIONS, DestinationInputs, head_readers, mlp_norm, output_norm
 from mechunlearn.model.hooks import Hook
 from mechunlearn.model.matrices import slots
@@ -34,6 +35,7 @@ class EdgeCircuits:
         self.norms = [norm_of(block.ln1, model) for block in model.blocks]
         self.outputs = [output_norm(model, layer) for layer in range(self.sizes.n_layers)]
         self.slots = slots(model)
+        self.scales = scales_of(model)
         self.column = {destination: place for place, destination in enumerate(destinations(self.sizes))}
 
     @torch.no_grad()
@@ -138,7 +140,7 @@ class _Pass:
 
     def _keep_heads(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
         slot, norm = self.circuits.slots[layer, "W_O"], self.circuits.outputs[layer]
-        weight = slot.weight.to(self.other.dtype)
+        weight = slot.weight.to(self.other.dtype) * self.circuits.scales.heads
         if norm is not None and scale is not None:
             weight, z = norm.numerator(weight), z / scale[..., None]
         places = self._head_places(layer)
@@ -147,7 +149,7 @@ class _Pass:
 
     def _keep_mlp(self, layer: int, value: Tensor, hook: object) -> None:
         place = self._head_places(layer).stop
-        self.change[place] = self.other[place] - value
+        self.change[place] = self.other[place] - value * self.circuits.scales.written
 
     def _changed_input(self, column: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook by which a norm gets its reader's residual stream; the stream itself goes on as it is."""

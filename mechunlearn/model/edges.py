@@ -11,14 +11,15 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mechunlearn.components.component import Component, ModelShape
+from mechunlearn.components.component import ATTENTION_MATRICES, Component, ModelShape
 from mechunlearn.components.edge import Destination, Edge, edge_mask, mask_of
 from mechunlearn.components.edge_scores import EdgeMask
 from mechunlearn.model.admission import check_unforked
 from mechunlearn.model.classes import Model, architecture, device_of, shape, unchecked_shape
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.guard import preserved
 from mechunlearn.model.hooks import recording
-from mechunlearn.model.matrices import slots
+from mechunlearn.model.matrices import check_plain, slots
 from mechunlearn.model.norms import Norm, norm_of, post_norm
 from mechunlearn.model.running import logits_at
 
@@ -42,6 +43,7 @@ def edges_of(model: Model, chosen: Iterable[Edge | str] | None = None) -> Bool[T
     """
     sizes = shape(model)
     check_unforked(model)
+    check_plain(model, ATTENTION_MATRICES)
     if model not in _checked:
         _check_sums(model)
         _checked.add(model)
@@ -224,7 +226,7 @@ def contributions(model: Model, outputs: SourceOutputs) -> Float[Tensor, "source
 
     The result is large: pass a few prompts at a time (`outputs.at(...)`).
     """
-    sizes, matrices = unchecked_shape(model), slots(model)
+    sizes, matrices, scale = unchecked_shape(model), slots(model), scales_of(model)
     batch, places = outputs.embed.shape[:2]
     dtype = torch.promote_types(outputs.embed.dtype, torch.float32)
     count = 1 + sizes.n_layers * (sizes.n_heads + 1)
@@ -233,11 +235,11 @@ def contributions(model: Model, outputs: SourceOutputs) -> Float[Tensor, "source
     for layer in range(sizes.n_layers):
         start = 1 + layer * (sizes.n_heads + 1)
         stop, norm = start + sizes.n_heads, output_norm(model, layer)
-        weight = matrices[layer, "W_O"].weight.to(dtype)
+        weight = matrices[layer, "W_O"].weight.to(dtype) * scale.heads
         weight = weight if norm is None else norm.numerator(weight)
         z = outputs.heads[layer].to(dtype).permute(2, 0, 1, 3).flatten(1, 2)
         torch.bmm(z, weight, out=added[start:stop].flatten(1, 2))
-        added[stop] = outputs.mlps[layer]
+        added[stop] = outputs.mlps[layer] * scale.written
     return added
 
 

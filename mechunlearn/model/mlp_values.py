@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechunlearn.model.classes import Model
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import recording
 from mechunlearn.model.norms import norm_of, post_norm
 from mechunlearn.model.running import residual_after
@@ -97,6 +98,7 @@ def before_post_norm(
     `outputs`, they are moves * s * w / (w^2 + 0.01 mean(w^2)): the inverse of x -> w * x / s, damped since single
     weights may be near zero.
     """
+    moves = moves / scales_of(model).neurons
     module = post_norm(model, layer, "MLP")
     if module is None:
         return moves

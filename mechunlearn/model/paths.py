@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.model.classes import Model, unchecked_shape
+from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import Hook, recording
-from mechunlearn.model.matrices import slots
+from mechunlearn.model.matrices import attention_change
 from mechunlearn.model.norms import post_norm
 from mechunlearn.model.running import identity, logits_at, replaced_forwards, running_from
 from mechunlearn.model.suffix import Run, fixed_attention, through_layer
@@ -68,8 +68,7 @@ def sender_changes(
         if bool(is_sender.any()):
             name = f"blocks.{layer}.attn.hook_z"
             z = (other.values[name] - base.values[name])[rows] * is_sender[:, None, :, None]
-            weight = slots(model)[layer, "W_O"].weight
-            attention[layer] = einsum(z, weight, "row pos head width, head width model -> row pos model")
+            attention[layer] = attention_change(model, layer, base.values[name][rows], z)
         if bool(sends.any()):
             name = f"blocks.{layer}.hook_mlp_out"
             mlps[layer] = sends, (other.values[name] - base.values[name])[rows] * sends[:, None, None]
@@ -85,12 +84,13 @@ def arriving_residuals(
     """
     if through_mlps:
         return _after_responses(model, base, sent, layers)
-    changes = []
+    changes, scales = [], scales_of(model)
     for layer, change in sent.attention.items():
         norm, own = post_norm(model, layer, "ATTN"), base.attention[layer][sent.rows]
         # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
-        changes.append((layer, change if norm is None else norm(own + change) - norm(own)))
-    changes += [(layer, change) for layer, (_, change) in sent.mlps.items()]
+        added = change if norm is None else norm(own + change) - norm(own)
+        changes.append((layer, scales.heads * added))
+    changes += [(layer, scales.written * change) for layer, (_, change) in sent.mlps.items()]
     residuals = {layer: base.residuals[layer][sent.rows] for layer in layers}
     return {layer: sum((new for below, new in changes if below < layer), own) for layer, own in residuals.items()}
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.model.classes import Model
-from mechunlearn.model.matrices import slots
+from mechunlearn.model.decomposition import scales_of
+from mechunlearn.model.matrices import check_plain, slots
 from mechunlearn.model.norms import FrozenNorm, norm_of, post_norm
 from mechunlearn.model.suffix import Run
 
@@ -29,6 +30,13 @@ def writing_sites(components: Iterable[Component]) -> list[str]:
     return list(sites)
 
 
+def check_written(model: Model, components: Iterable[Component]) -> None:
+    """ValueError unless what these components write, and the logits, are what weights say: see the two checks."""
+    scales_of(model)
+    parts = {component.part for component in components}
+    check_plain(model, [matrix for part, matrix in (("H", "W_O"), ("N", "W_out")) if part in parts])
+
+
 def written_along(
     model: Model,
     run: Run,
@@ -42,11 +50,12 @@ def written_along(
     every one of its layer (without the output bias, which belongs to none). The scale of a post-norm is the run's.
     """
     if component.part in ("ATTN", "MLP"):
-        return (_at(run, component, places).to(direction.dtype) * direction).sum(-1, keepdim=True)
+        added = _at(run, component, places).to(direction.dtype) * scales_of(model).written
+        return (added * direction).sum(-1, keepdim=True)
     inner, weight, norm = _factors(model, run, component, places, direction.dtype)
     before = direction if norm is None else norm.transposed(direction[:, None])[:, 0]
     read = einsum(weight, before, "unit width model, batch model -> batch unit width")
-    return (inner * read).sum(-1)
+    return (inner * read).sum(-1) * _scale(model, component)
 
 
 def written(
@@ -54,10 +63,10 @@ def written(
 ) -> Float[Tensor, "batch d_model"]:
     """What one component adds to the residual stream at `places`, as in `written_along`."""
     if component.part in ("ATTN", "MLP"):
-        return _at(run, component, places)
+        return _at(run, component, places) * scales_of(model).written
     inner, weight, norm = _factors(model, run, component, places, run.residuals[0].dtype)
     assert component.index is not None  # checked on construction
-    output = inner[:, component.index] @ weight[component.index]
+    output = inner[:, component.index] @ weight[component.index] * _scale(model, component)
     return output if norm is None else norm(output[:, None])[:, 0]
 
 
@@ -75,6 +84,11 @@ def _factors(
     return inner, weight, norm_of(norm, model).frozen(whole[:, None])
 
 
+def _scale(model: Model, component: Component) -> float:
+    scales = scales_of(model)
+    return scales.heads if component.part == "H" else scales.neurons
+
+
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
     name = f"blocks.{component.layer}.{_SITES[component.part]}"
     return run.values[name][torch.arange(len(places), device=places.device), places]
@@ -89,11 +103,16 @@ def final_norm(model: Model, run: Run, places: Int[Tensor, "batch"]) -> FrozenNo
 
 def unembedding(model: Model) -> Float[Tensor, "d_model d_vocab"]:
     """The matrix from the normalized residual stream to logits, before a soft-cap and without a bias."""
-    return model.unembed.W_U.detach()
+    return _scaled(model, model.unembed.W_U.detach())
 
 
 def unembedding_bias(model: Model) -> Float[Tensor, "d_vocab"]:
     """The bias of the logits; zero in most models."""
     zeros = torch.zeros_like(unembedding(model)[0])
     bias = getattr(model.unembed, "b_U", None)
-    return zeros if bias is None else zeros + bias.detach()
+    return zeros if bias is None else zeros + _scaled(model, bias.detach())
+
+
+def _scaled(model: Model, values: Tensor) -> Tensor:
+    scale = scales_of(model).logits
+    return values if scale == 1 else values * scale

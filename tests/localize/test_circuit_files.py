@@ -9,9 +9,10 @@ import torch
 from conftest import shared
 from state import left_as_it_was
 
+import mechunlearn as mu
 from mechunlearn.components import EdgeMask, EdgeScores, edges
 from mechunlearn.components.edge import edge_mask
-from mechunlearn.localize import load_mib, save_mib
+from mechunlearn.localize import edge_attribution_patching, edge_faithfulness, edge_patching, load_mib, save_mib
 from mechunlearn.model import shape
 from mechunlearn.model.edges import is_parallel
 
@@ -19,7 +20,8 @@ from mechunlearn.model.edges import is_parallel
 def scores_of(model, seed=0):
     mask = edge_mask(shape(model), parallel=is_parallel(model))
     values = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)).double().masked_fill(~mask, 0.0)
-    return EdgeScores(values, mask, shape(model), "made up", "logit_difference")
+    settings = {"direction": "denoising"}  # of the file's own sign
+    return EdgeScores(values, mask, shape(model), "made up", "logit_difference", settings)
 
 
 @pytest.mark.parametrize("suffix", ["json", "pt"])
@@ -34,7 +36,60 @@ def test_what_is_written_is_read_back(model, tmp_path, suffix):
     assert torch.equal(loaded.scored, scores.scored)
     assert torch.allclose(loaded.tensor, scores.tensor, atol=1e-6)
     assert loaded.method == "load_mib"
-    assert loaded.settings == {"file": path.name}
+    assert loaded.settings == {"file": path.name, "direction": "denoising"}
+
+
+@pytest.mark.parametrize("suffix", ["json", "pt"])
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_in_a_file_what_the_model_needs_is_positive(gpt2, tmp_path, suffix, direction):
+    """By exact patching: replacing the edge lowers the metric, or restoring it raises it."""
+    path = tmp_path / f"circuit.{suffix}"
+    scores = edge_patching(gpt2, tiny.prompts(gpt2), edges=["L2MLP->logits", "L2H1->logits"], direction=direction)
+    save_mib(path, scores, gpt2)
+    written = torch.load(path)["edges_scores"] if suffix == "pt" else json.loads(path.read_text())["edges"]
+    for label, (row, name) in {"L2MLP->logits": (-1, "m2"), "L2H1->logits": (-4, "a2.h1")}.items():
+        value = float(written[row, -1]) if suffix == "pt" else written[f"{name}->logits"]["score"]
+        assert value == pytest.approx((-1 if direction == "noising" else 1) * scores[label], rel=1e-5)
+    for wanted in ("noising", "denoising"):
+        loaded, _ = load_mib(path, gpt2, direction=wanted)
+        assert loaded.settings["direction"] == wanted
+        sign = 1 if wanted == direction else -1
+        assert loaded["L2MLP->logits"] == pytest.approx(sign * scores["L2MLP->logits"], rel=1e-5)
+    assert load_mib(path, gpt2)[0]["L2MLP->logits"] == pytest.approx(scores["L2MLP->logits"], rel=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_circuits_by_the_signed_scores_of_a_file_are_better_than_by_their_negative(shipped, tmp_path, direction):
+    """MIB's CPR takes the largest scores first."""
+    prompts = mu.tasks.sports_facts(shipped, forget="basketball").forget[:3]
+    scores = edge_attribution_patching(shipped, prompts, direction=direction, per_prompt=False)
+    save_mib(tmp_path / "scores.json", scores, shipped)
+    file = load_mib(tmp_path / "scores.json", shipped, direction="denoising")[0]
+    options = {"sizes": [0.02], "random_circuits": 0}
+    needed = edge_faithfulness(shipped, prompts, {"signed": file}, by=torch.Tensor.clone, **options)
+    least = edge_faithfulness(shipped, prompts, {"signed": file}, by=torch.neg, **options)
+    assert needed.cpr["signed"] > least.cpr["signed"] + 0.05
+    assert needed.at_nominal_sizes().loc["signed", "cpr"] > least.at_nominal_sizes().loc["signed", "cpr"] + 0.05
+
+
+def test_a_file_of_others_is_read_with_the_sign_of_noising(llama, tmp_path):
+    path = tmp_path / "circuit.json"
+    save_mib(path, scores_of(llama), llama)
+    found = json.loads(path.read_text())
+    del found["direction"], found["fingerprint"]
+    path.write_text(json.dumps(found))
+    loaded = load_mib(path, llama)[0]
+    assert loaded.settings["direction"] == "noising"
+    assert torch.allclose(loaded.tensor, -scores_of(llama).tensor, atol=1e-6)
+    path.write_text(json.dumps(found | {"direction": "up"}))
+    with pytest.raises(ValueError, match="expected direction"):
+        load_mib(path, llama)
+
+
+def test_scores_without_a_direction_are_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match=r"in which direction they were made, got None from by hand: pass direction="):
+        save_mib(tmp_path / "circuit.json", EdgeScores.of({"embed->L0MLP": 1.0}, shape(llama)), llama)
+    assert not (tmp_path / "circuit.json").exists()
 
 
 @pytest.mark.parametrize("suffix", ["json", "pt"])
@@ -82,7 +137,7 @@ def test_the_tensors_are_laid_out_as_those_of_eap_ig(gpt2, tmp_path):
 def test_a_shared_kv_head_is_divided_among_its_query_heads(llama, tmp_path):
     scores = EdgeScores.of({"embed->L1H2.W_K": 3.0, "embed->L1H2.W_Q": 1.0}, shape(llama))
     circuit = EdgeMask.of(["embed->L1H2.W_K"], shape(llama))
-    save_mib(tmp_path / "circuit.json", scores, llama, circuit=circuit)
+    save_mib(tmp_path / "circuit.json", scores, llama, circuit=circuit, direction="denoising")
     found = json.loads((tmp_path / "circuit.json").read_text())["edges"]
     assert [found[f"input->a1.h{head}<k>"] for head in (1, 2, 3)] == [
         {"score": 0.0, "in_graph": False},

@@ -149,6 +149,16 @@ def test_areas_worked_out_by_hand():
     )
 
 
+def test_areas_over_nominal_fractions_worked_out_by_hand():
+    """MIB's: no point at 0, and the share that was asked for where the circuit is smaller."""
+    found = by_hand([0.0, 0.5, 1.5], [0.0, 0.2, 1.0]).at_nominal_sizes([0.1, 0.25, 1.0])
+    assert found.loc["curve", "cpr"] == pytest.approx(0.15 * 0.25 + 0.75 * 1.0)
+    assert found.loc["curve", "cmd"] == pytest.approx(0.15 * 0.75 + 0.75 * 0.5)
+    for sizes in ([0.5], [0.5, 0.2], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="rising fractions"):
+            by_hand([0.0, 1.0], [0.0, 1.0]).at_nominal_sizes(sizes)
+
+
 def test_faithfulness_is_a_ratio_of_means_not_a_mean_of_ratios(llama):
     found = faithfulness(llama, tiny.prompts(llama), nested(llama, heads(shape(llama)))[4], components=heads)
     row = found.names.index("circuit") + 1

@@ -66,6 +66,28 @@ class Faithfulness(Saved):
         """Area between each curve and 1, by trapezoids of |1 - faithfulness|: MIB's circuit-model distance."""
         return {name: float(area) for name, area in self._areas((1 - self._normalised(self.alone)).abs()).items()}
 
+    def at_nominal_sizes(self, sizes: Sequence[float] | None = None) -> "DataFrame":
+        """CPR and CMD as MIB's code integrates: over the fractions asked for, from the smallest one on, not from 0.
+
+        One row per curve: cpr, cmd. At each fraction (default: MIB's ten), the faithfulness is that of the curve's
+        largest circuit that is not larger, nothing where there is none. `cpr` and `cmd` of this class integrate over
+        the sizes that circuits really have, and from 0 on. MIB resamples, and ranks by the signed score for CPR
+        (`by=torch.neg` for noising scores), by its size for CMD. Keys and values count once per KV head here, once per
+        query head there. ValueError for fractions that do not rise within [0, 1].
+        """
+        import pandas as pd
+
+        fractions = torch.tensor(MIB_SIZES if sizes is None else sizes, dtype=torch.float64)
+        if len(fractions) < 2 or bool((fractions.diff() <= 0).any()) or not 0 <= fractions[0] <= fractions[-1] <= 1:
+            raise ValueError(f"expected two or more rising fractions in [0, 1], got {fractions.tolist()}: sort them.")
+        rows, values = {}, self._normalised(self.alone)[0]
+        for name, places in self._members.items():
+            # The empty circuit comes first, so that there is always one that is not larger.
+            last = torch.searchsorted(self.share[places], fractions * (1 + 1e-9), right=True) - 1
+            faithful = values[places][last]
+            rows[name] = [float(torch.trapezoid(y, fractions)) for y in (faithful, (1 - faithful).abs())]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["cpr", "cmd"]).rename_axis("circuit")
+
     def to_frame(self, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> "DataFrame":
         """One row per circuit: its curve, size, faithfulness, what is left without it, and their intervals.
 

@@ -8,40 +8,59 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mechunlearn.arguments import Direction
 from mechunlearn.components import EdgeMask, EdgeScores, ModelShape
 from mechunlearn.components.edge import edges_where, place_of
 from mechunlearn.model import Model, fingerprint, shape
 from mechunlearn.model.edges import edges_of, is_parallel
 
 _LETTERS = {"q": "W_Q", "k": "W_K", "v": "W_V"}
+_SIGNS = {"noising": -1.0, "denoising": 1.0}
+"""The factor from our scores to the file's, in which edges that the model needs are positive."""
 _KEYS = ("cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph", "nodes_in_graph")
 
 
-def save_mib(path: str | Path, scores: EdgeScores, model: Model, *, circuit: EdgeMask | None = None) -> None:
+def save_mib(
+    path: str | Path,
+    scores: EdgeScores,
+    model: Model,
+    *,
+    circuit: EdgeMask | None = None,
+    direction: Direction | None = None,
+) -> None:
     """Write scores, and a circuit if given, as a file that EAP-IG 2.0 (`Graph.from_json`, `Graph.from_pt`) reads.
 
     The layout is that of `src/eap/graph.py` in hannamw/EAP-IG from version 2.0 on, which the MIB circuit track
     (Mueller et al. 2025, https://arxiv.org/abs/2504.13151) uses: nodes `input`, `a0.h3`, `m5`, `logits`, edges
     `a0.h3->a2.h1<q>`; `.json`, or `.pt` with tensors [n_forward, n_backward]. The suffix of `path` decides.
 
+    - **Sign**: there, positive = the model needs the edge. Scores of `direction` "noising", in which such edges are
+      negative, are written negated, those of "denoising" as they are. Default: the direction in the scores' settings.
     - Edges without a score are written as 0: the format has no other way to say so.
     - The format has keys and values per *query* head. Where query heads share a KV head, its score is divided equally
       among them (their sum is the KV head's, as in an ungrouped model), and an edge of the circuit becomes one to each.
     - A node is in the circuit if edges of the circuit leave it and, except for `input`, enter it.
-    - The model's fingerprint is written too, under a key that other readers ignore.
+    - The model's fingerprint and the direction are written too, under keys that other readers ignore.
 
-    ValueError for scores of another model.
+    ValueError for scores of another model, and for scores without a direction unless one is passed.
     """
     sizes = shape(model)
+    direction = scores.settings.get("direction") if direction is None else direction
+    if direction not in _SIGNS:
+        raise ValueError(
+            f"expected scores that say in which direction they were made, got {direction!r} from {scores.method}: pass "
+            f'direction="noising" if edges that the model needs score negative, "denoising" if they score positive.'
+        )
     for edges in (scores, circuit):
         if edges is not None and edges.shape != sizes:
             raise ValueError(f"expected edges of this model ({sizes}), got those of {edges.shape}: pass their model.")
     columns = _columns(sizes)
     group = torch.tensor(list(columns.values()))
     share = torch.bincount(group, minlength=scores.tensor.shape[1])[group]
-    values = (scores.tensor[:, group] / share).float()
+    values = _SIGNS[direction] * (scores.tensor[:, group] / share).float() + 0.0  # adding 0 turns -0.0 into 0.0
     chosen = torch.zeros_like(values, dtype=torch.bool) if circuit is None else circuit.tensor[:, group]
-    record = {"cfg": _cfg(model), "fingerprint": fingerprint(model), "edges_scores": values, "edges_in_graph": chosen}
+    record = {"cfg": _cfg(model), "fingerprint": fingerprint(model), "direction": direction}
+    record |= {"edges_scores": values, "edges_in_graph": chosen}
     entered = {name.split("<")[0] for name, on in zip(columns, chosen.any(0).tolist(), strict=True) if on}
     inside = torch.tensor([name == "input" or name in entered for name in _sources(sizes)]) & chosen.any(1)
     record |= {"src_nodes": _sources(sizes), "dst_nodes": list(columns), "nodes_in_graph": inside}
@@ -52,13 +71,19 @@ def save_mib(path: str | Path, scores: EdgeScores, model: Model, *, circuit: Edg
         Path(path).write_text(json.dumps(_as_json(record, real)))
 
 
-def load_mib(path: str | Path, model: Model) -> tuple[EdgeScores, EdgeMask]:
+def load_mib(path: str | Path, model: Model, *, direction: Direction | None = None) -> tuple[EdgeScores, EdgeMask]:
     """The scores and the circuit of a file of EAP-IG or the MIB circuit track, for this model.
 
-    See `save_mib` for the format. Nothing in the file is executed. Scores of query heads that share a KV head add up;
-    an edge is in the circuit if it is for any of them. If the file has only scores, the circuit is empty. Scores of
-    nodes are left out. ValueError for a file that is damaged, selects neurons, or is of another model: of another
-    shape or, if `save_mib` wrote it, of other weights.
+    See `save_mib` for the format. Nothing in the file is executed.
+
+    - In the file, edges that the model needs are positive. Here they have the sign of `direction`: negative in
+      "noising", so that `by=torch.neg` ranks them first, positive in "denoising". Default: the direction that
+      `save_mib` wrote into the file, else "noising".
+    - Scores of query heads that share a KV head add up; an edge is in the circuit if it is for any of them.
+    - If the file has only scores, the circuit is empty. Scores of nodes are left out.
+
+    ValueError for a file that is damaged, selects neurons, or is of another model: of another shape or, if `save_mib`
+    wrote it, of other weights.
     """
     sizes = shape(model)
     record = _read_pt(path) if _suffix(path) == ".pt" else _read_json(path, sizes)
@@ -72,7 +97,13 @@ def load_mib(path: str | Path, model: Model) -> tuple[EdgeScores, EdgeMask]:
     lacking = (record["edges_scores"] != 0) & ~real[:, group]
     if bool(((chosen | scored) & ~real).any()) or bool(lacking.any()):
         raise _of_another_model(path, "it has edges that this model does not have")
-    settings = {"file": Path(path).name}
+    direction = record.get("direction", "noising") if direction is None else direction
+    if direction not in _SIGNS:
+        raise ValueError(
+            f'expected direction "noising" or "denoising", got {direction!r} for {path}: pass one of them.'
+        )
+    values = _SIGNS[direction] * values + 0.0
+    settings = {"file": Path(path).name, "direction": direction}
     circuit = EdgeMask(frozenset(edges_where(chosen, sizes)), sizes, {"method": "load_mib", **settings})
     return EdgeScores(values, scored, sizes, "load_mib", "", settings), circuit
 
@@ -106,7 +137,7 @@ def _as_json(record: dict[str, Any], real: Bool[Tensor, "source entry"]) -> dict
         f"{record['src_nodes'][i]}->{record['dst_nodes'][j]}": {"score": values[i][j], "in_graph": chosen[i][j]}
         for i, j in real.nonzero().tolist()
     }
-    known = {"cfg": record["cfg"], "fingerprint": record["fingerprint"]}
+    known = {key: record[key] for key in ("cfg", "fingerprint", "direction")}
     return known | {"nodes": {n: {"in_graph": on} for n, on in nodes.items()}, "edges": edges}
 
 
@@ -152,7 +183,7 @@ def _read_json(path: str | Path, sizes: ModelShape) -> dict[str, Any]:
         values[place], chosen[place], listed[place] = score, inside, True
     neurons = {"neurons_in_graph": True} if any("neurons" in node for node in nodes.values()) else {}
     names = {"src_nodes": [name for name in nodes if name != "logits"], "dst_nodes": list(columns)}
-    names |= {"fingerprint": content.get("fingerprint")}
+    names |= {key: content[key] for key in ("fingerprint", "direction") if key in content}
     return {"cfg": cfg, "edges_scores": values, "edges_in_graph": chosen, "listed": listed} | names | neurons
 
 

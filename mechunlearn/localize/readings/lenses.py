@@ -13,7 +13,15 @@ from mechunlearn.curve import Curve, lines
 from mechunlearn.model import Model, device_of, logits_at, preserved, shape
 from mechunlearn.model.running import running_from
 from mechunlearn.model.suffix import Run, base_run
-from mechunlearn.model.writers import final_norm, unembedding, unembedding_bias, writing_sites, written, written_along
+from mechunlearn.model.writers import (
+    check_written,
+    final_norm,
+    unembedding,
+    unembedding_bias,
+    writing_sites,
+    written,
+    written_along,
+)
 from mechunlearn.tasks.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -46,6 +54,7 @@ def direct_logit_attribution(
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
     writing_sites(chosen)
+    check_written(model, chosen)
     prompts = prompts.to(device_of(model))
     if prompts.answers.shape[1] > 1:
         raise ValueError(
@@ -115,6 +124,9 @@ def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), b
     check_batch_size(batch_size)
     sizes = shape(model)
     chosen = chosen_components(components, sizes) if components != () else ()
+    writing_sites(chosen)
+    if chosen:
+        check_written(model, chosen)
     batches = prompts.to(device_of(model)).batches(batch_size)
     with preserved(model), torch.no_grad():
         values = torch.cat([_measured(model, batch, chosen) for batch in batches]).cpu().double()
