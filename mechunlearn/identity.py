@@ -3,7 +3,7 @@
 import copyreg
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -113,8 +113,9 @@ def _parts(value: Any) -> list[Any]:
         return _module(value)
     if is_dataclass(value):
         return [type(value), *(getattr(value, field.name) for field in fields(value))]
-    if hasattr(value, "__wrapped__"):  # by functools.cache
-        return [value.__wrapped__]
+    wrapped = getattr(value, "__wrapped__", None)  # by functools.cache
+    if wrapped is not None:
+        return [wrapped]
     return _reduced(value)
 
 
@@ -151,7 +152,7 @@ def _module(module: torch.nn.Module) -> list[Any]:
 
 
 def _reduced(value: Any) -> list[Any]:
-    """What `copy` and `pickle` would make the object again from."""
+    """What the module `copy` would make the object again from."""
     try:
         reduce = copyreg.dispatch_table.get(type(value))
         made = value.__reduce_ex__(4) if reduce is None else reduce(value)
@@ -160,7 +161,7 @@ def _reduced(value: Any) -> list[Any]:
     if isinstance(made, str):  # the name of something global
         return [getattr(value, "__module__", ""), made]
     state, items = made[2:3], made[3:5]
-    if type(value) is object or hasattr(value, "__next__"):  # it is itself and no other; it changes as it is used
+    if type(value) is object or isinstance(value, Iterator):  # it is itself and no other; it changes as it is used
         raise _unidentified(value)
     return [*made[:2], *state, *(list(part) for part in items if part is not None)]
 
