@@ -22,14 +22,16 @@ from mechunlearn.edit.weight_masks import (
     magnitude,
     mask_value,
 )
-from mechunlearn.training import adamw, adamw_8bit
+from mechunlearn.training import adamw, adamw_8bit, constant_schedule, cosine_schedule, warmup_schedule
 from mechunlearn.weights import Edit, Editor
 
 __all__ = [
     "PAPER_PRODUCT", "PAPER_STAGES", "Edit", "EditSequence", "Editor", "KeyCovariance", "LearnedMask",
     "LocalizedTraining", "MaskTraining", "Search", "Trial", "adamw", "adamw_8bit", "alpha_edit", "combined",
-    "dampened", "distance_from_one", "distance_from_original", "eigenvalues_below", "finetune", "ft_l",
-    "generated_prefixes", "gradient_mask", "key_covariance", "learn_weight_mask", "learn_weight_mask_in_place",
+    "constant_schedule", "cosine_schedule", "dampened", "distance_from_one", "distance_from_original",
+    "eigenvalues_below", "finetune",
+    "ft_l", "generated_prefixes", "gradient_mask", "key_covariance", "learn_weight_mask", "learn_weight_mask_in_place",
     "learned_further", "lora", "magnitude", "mask_value", "mean_ablated", "memit", "paper_settings", "rome",
-    "scaled", "search", "sequence", "smallest_eigenvalues", "task_vector", "trials", "weight_mask", "zeroed",
+    "scaled", "search", "sequence", "smallest_eigenvalues", "task_vector", "trials", "warmup_schedule", "weight_mask",
+    "zeroed",
 ]  # fmt: skip

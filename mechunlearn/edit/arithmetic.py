@@ -15,7 +15,7 @@ from mechunlearn.losses import Loss, cross_entropy, needs
 from mechunlearn.model import Model, device_of, differentiable, fingerprint, preserved, recording, shape, site
 from mechunlearn.model.running import logits_at
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Task, text_of, text_test_of
 from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 
 
@@ -210,7 +210,7 @@ def mean_ablated(
         raise ValueError(f"expected a mask with a W_O or a W_out, got {mask!r}: use heads, MLPs or neurons.")
     values, explained = read(select(model, mask)), {}
     with preserved(model), torch.no_grad():
-        moments = _moments(model, task.text, entries, batch_size)
+        moments = _moments(model, text_of(task), entries, batch_size)
         maps: dict[str, Tensor] = {}
         for e in entries:
             (mean, square), weight = moments[e.label], values[e.label]
@@ -218,7 +218,7 @@ def mean_ablated(
             maps[e.label] = torch.linalg.lstsq(square + ridge, mean[:, None]).solution[:, 0]
             output = mean @ weight.flatten(0, 1).double()
             values[e.label] = torch.outer(maps[e.label], output).view_as(weight).to(weight.dtype)
-        for label, (mean, square) in _moments(model, task.text_test, entries, batch_size).items():
+        for label, (mean, square) in _moments(model, text_test_of(task), entries, batch_size).items():
             u = maps[label]
             explained[label] = float(2 * mean @ u - u @ square @ u)
     provenance = {

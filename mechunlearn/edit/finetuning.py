@@ -16,7 +16,7 @@ from mechunlearn.losses import Loss, cross_entropy, log_one_minus_probability, n
 from mechunlearn.model import Model, differentiable, fingerprint
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Task, text_of
 from mechunlearn.tasks.text import as_prompts, rows_of
 from mechunlearn.training import Checkpoints, Master, Moving, Term, fit
 from mechunlearn.training.movers import collect_gradient
@@ -155,7 +155,7 @@ def training_run(
     of_fit: dict[str, Any] = {name: options[name] for name in RunOptions.__annotations__ if name not in own}
     # By name in the provenance, for readers. Two functions of one name are told apart by their digests.
     functions = {term.name: term.loss for term in terms} | {"optimizer": options["optimizer"]}
-    functions |= {"penalty": penalty}
+    functions |= {"schedule": options["schedule"], "penalty": penalty}
     checkpoints = _checkpoints(weights, mask, terms, options, provenance, functions)
     try:
         with exclusively(model), differentiable(model):
@@ -190,7 +190,12 @@ def task_run(
     first = injected(task) if inject else task.forget
     preferred = None if inject else _preferred(task, forget_loss)
     length = None if text is None else options["text_length"]
-    rows = as_prompts(task.text) if text is None else rows_of(model, text, length=options["text_length"])
+    if text is not None:
+        rows = rows_of(model, text, length=options["text_length"])
+    elif task.text is None and not options["text_coefficient"]:
+        rows = None
+    else:
+        rows = as_prompts(text_of(task))
     terms = [
         Term("inject" if inject else "forget", first, forget_loss, options["forget_coefficient"], size, preferred),
         Term("retain", task.retain, options["retain_loss"], options["retain_coefficient"], size),
@@ -203,7 +208,7 @@ def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], opt
     """What decides the result, in values that a file can hold; `about` comes first."""
     settings = {term.name: [term.coefficient, described(term.loss), term.batch_size] for term in terms}
     for term in terms:
-        settings[term.name] += [] if isinstance(term.prompts, Prompts) else ["stream"]
+        settings[term.name] += [] if term.prompts is None or isinstance(term.prompts, Prompts) else ["stream"]
     return {
         **about,
         "task": task.name,
@@ -213,6 +218,7 @@ def _provenance(about: Mapping[str, Any], task: Task, terms: Sequence[Term], opt
         "compute_dtype": None if options["compute_dtype"] is None else str(options["compute_dtype"]),
         "steps": options["steps"],
         "learning_rate": options["learning_rate"],
+        "schedule": described(options["schedule"]),
         "micro_batch_size": options["micro_batch_size"],
         "clip": options["clip"],
         "seed": options["seed"],

@@ -19,7 +19,7 @@ from mechunlearn.losses import kl_to_original
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
 from mechunlearn.model import Model, check_model, device_of, preserved
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Task, text_test_of
 from mechunlearn.tasks.text import as_prompts
 
 Test: TypeAlias = Callable[..., Result]
@@ -72,7 +72,7 @@ def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probabilit
 
 def text_loss(model: Model, task: Task) -> Result:
     """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary)."""
-    result = measure(model, as_prompts(task.text_test), [per_token], batch_size=16)[0]
+    result = measure(model, as_prompts(text_test_of(task)), [per_token], batch_size=16)[0]
     return Result(-result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
@@ -95,7 +95,7 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     check_model(model)
     rows: list[Tensor] = []
     with torch.no_grad():
-        for batch in as_prompts(task.text_test).to(device_of(model)).batches(batch_size):
+        for batch in as_prompts(text_test_of(task)).to(device_of(model)).batches(batch_size):
             with original() as untouched, preserved(untouched):
                 before = batch.logits(untouched)
             with preserved(model):

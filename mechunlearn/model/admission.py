@@ -33,6 +33,12 @@ def check_model(model: Model) -> None:
             f"expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}: wrap a Hugging Face "
             f'model with TransformerBridge.boot_transformers("name", hf_model=model, tokenizer=tokenizer).'
         )
+    if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"expected torch's default device and dtype, got {torch.get_default_device()} and "
+            f"{torch.get_default_dtype()}: call torch.set_default_device(None) and "
+            f"torch.set_default_dtype(torch.float32) once the model is loaded; it stays where and what it is."
+        )
     if getattr(model.cfg, "num_experts", None):
         raise ValueError(
             f"expected a dense model, got a mixture of {model.cfg.num_experts} experts: an expert's weights have "

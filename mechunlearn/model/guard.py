@@ -8,23 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechunlearn.model.classes import Model, is_bridge, unchecked_shape
+from mechunlearn.model.classes import Model, device_of, is_bridge, unchecked_shape
 from mechunlearn.model.matrices import slots
 
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Inside, no parameter has or requires a gradient; after, each is as it was."""
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _, _ in flags:
+    with _flags(model) as parameters:
+        for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         yield
-    finally:
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
 
 
 @contextmanager
@@ -33,17 +28,11 @@ def preserved(model: Model) -> Iterator[None]:
 
     This holds after an exception or an interrupt, too. The values of weights are not touched.
     """
-    # A bridge does not register every module of its Hugging Face model (GPT-2's embedding dropout is missing).
-    inner = model.original_model.modules() if is_bridge(model) else ()
-    modes = [(module, module.training) for module in dict.fromkeys([*model.modules(), *inner])]
-    with frozen(model):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    _check_surroundings(model)
+    with frozen(model), _modes(model) as modules:
+        for module in modules:
+            module.training = False
+        yield
 
 
 @contextmanager
@@ -51,8 +40,60 @@ def differentiable(model: Model) -> Iterator[None]:
     """`preserved`, with gradients recorded even where a notebook has turned them off (but `torch.inference_mode`)."""
     if torch.is_inference_mode_enabled():
         raise ValueError("expected to be able to compute gradients, got torch.inference_mode: leave it for this call.")
+    if any(getattr(module, "gradient_checkpointing", False) for module in _modules(model)):
+        raise ValueError(
+            "expected a model without gradient checkpointing, which is off in eval mode and would save nothing here: "
+            "call gradient_checkpointing_disable() on the Hugging Face model, and use micro_batch_size to save memory."
+        )
     with preserved(model), torch.enable_grad():
         yield
+
+
+@contextmanager
+def undisturbed(model: Model) -> Iterator[None]:
+    """Inside, a function of the user may run; after, flags, gradients and modes are as before."""
+    with _flags(model), _modes(model), torch.enable_grad():
+        yield
+
+
+def _check_surroundings(model: Model) -> None:
+    """ValueError inside autocast, which changes numbers, and which no result would tell of."""
+    kind = device_of(model).type
+    if torch.is_autocast_enabled(kind):
+        raise ValueError(
+            f"expected to compute in the model's own dtype, got torch.autocast({kind!r}, "
+            f"{torch.get_autocast_dtype(kind)}): leave it for this call; load the model in bfloat16, or pass "
+            f"compute_dtype=torch.bfloat16 to an editor that trains."
+        )
+
+
+@contextmanager
+def _flags(model: Model) -> Iterator[list[torch.nn.Parameter]]:
+    """The parameters; after, each requires a gradient, and has one, as before."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        yield [parameter for parameter, _, _ in flags]
+    finally:
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _modes(model: Model) -> Iterator[list[torch.nn.Module]]:
+    """The modules; after, each is in training mode or not as before."""
+    modes = [(module, module.training) for module in _modules(model)]
+    try:
+        yield [module for module, _ in modes]
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _modules(model: Model) -> list[torch.nn.Module]:
+    """A bridge does not register every module of its Hugging Face model (GPT-2's embedding dropout is missing)."""
+    inner = model.original_model.modules() if is_bridge(model) else ()
+    return [*dict.fromkeys([*model.modules(), *inner])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,8 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
     forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
     # The order of the draws (forget, retain, text) is part of what a seed means.
     chosen = {"forget": _random_share(forget, share, rng), "retain": _random_share(retain, share, rng)}
-    text_rows = set(_random_share(range(len(task.text)), share, rng))
+    n_rows = 0 if task.text is None else len(task.text)
+    text_rows = set(_random_share(range(n_rows), share, rng)) if n_rows else set[int]()
     tested_on_itself = bool(set(forget) & _tested(task, "forget"))
     # Facts that are trained on and tested themselves are all trained on; of a whole kind, the chosen ones are held out.
     trained = [*forget] if tested_on_itself else [fact for fact in forget if fact not in chosen["forget"]]
@@ -89,14 +90,14 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
     validation = Format(
         _prompts_about(task.forget, chosen["forget"], forget), _prompts_about(task.retain, chosen["retain"], retain)
     )
-    is_trained = torch.tensor([row not in text_rows for row in range(len(task.text))])
+    is_trained = torch.tensor([row not in text_rows for row in range(n_rows)])
     trials = replace(
         _forgetting_only(task, trained),
         name=f"{task.name}, trials",
         retain=_prompts_about(task.retain, retained, retain),
         formats={next(iter(task.formats)): validation},
-        text=task.text[is_trained],
-        text_test=task.text[~is_trained],
+        text=None if task.text is None else task.text[is_trained],
+        text_test=None if task.text is None else task.text[~is_trained],
         knowledge=None,
         splits=Sides(trained, chosen["forget"], retained, chosen["retain"]).names(str),
     )

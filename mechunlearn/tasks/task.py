@@ -36,9 +36,9 @@ class Task:
     Whether the test split was trained on is the builder's choice (`sports_facts` splits a whole sport, and
     tests single athletes on themselves, as the paper does); see `splits`.
     """
-    text: Int[Tensor, "row pos"]
-    """General text to train on, packed to rows of equal length."""
-    text_test: Int[Tensor, "test_row pos"]
+    text: Int[Tensor, "row pos"] | None
+    """General text to train on, packed to rows of equal length; None where nothing asks for it."""
+    text_test: Int[Tensor, "test_row pos"] | None
     """Other general text, to measure the loss on."""
     injection: Prompts | None = None
     """`forget` with the answers that an edit should put in place of the true ones."""
@@ -58,3 +58,22 @@ class Task:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(names)}" for name, names in self.splits.items())
         return f"Task({self.name}; {sizes}; formats: {', '.join(self.formats)}; {self.special_tokens})"
+
+
+def text_of(task: Task) -> Int[Tensor, "row pos"]:
+    """`task.text`; ValueError for a task without."""
+    return _given(task.text, "text")
+
+
+def text_test_of(task: Task) -> Int[Tensor, "row pos"]:
+    """`task.text_test`; ValueError for a task without."""
+    return _given(task.text_test, "text_test")
+
+
+def _given(text: Int[Tensor, "row pos"] | None, name: str) -> Int[Tensor, "row pos"]:
+    if text is None:
+        raise ValueError(
+            f"expected a task with {name}, rows of tokens (tasks.pack), got None: replace(task, {name}=...), or do "
+            f"without what needs it (text_coefficient=0, or another test)."
+        )
+    return text

@@ -14,7 +14,7 @@ from mechunlearn.losses import cross_entropy, kl_to_original
 from mechunlearn.metrics import is_top_of_vocabulary
 from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts, joined
-from mechunlearn.tasks.task import Format, Task
+from mechunlearn.tasks.task import Format, Task, text_of
 from mechunlearn.tasks.text import as_prompts
 from mechunlearn.training import Term
 from mechunlearn.training.options import default_options
@@ -140,7 +140,7 @@ def _terms(
     terms += [Term(f"keep {i}", p, kl_to_original, 1.0, _part(p, others, half)) for i, p in enumerate(others)]
     if unknown is not None and coefficient:
         terms.append(Term("strangers", unknown, kl_to_original, coefficient, half))
-    return [*terms, Term("text", as_prompts(task.text), kl_to_original, 1.0, max(1, batch_size // 16))]
+    return [*terms, Term("text", as_prompts(text_of(task)), kl_to_original, 1.0, max(1, batch_size // 16))]
 
 
 def _made_up(prompts: Prompts, others: Prompts, *, seed: int) -> Prompts | None:

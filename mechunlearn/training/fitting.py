@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mechunlearn.model import Model
+from mechunlearn.model.guard import undisturbed
 from mechunlearn.training.checkpoints import Checkpoints
 from mechunlearn.training.movers import Master, Moving, collecting
-from mechunlearn.training.optimizers import MakesOptimizer, Steering, adamw
+from mechunlearn.training.optimizers import MakesOptimizer, Schedule, Steering, adamw, cosine_schedule
 from mechunlearn.training.options import Row
 from mechunlearn.training.terms import Source, Term
 from mechunlearn.training.trained_layers import Part
@@ -31,6 +32,7 @@ def fit(
     original: Values | None = None,
     steps: int,
     learning_rate: float,
+    schedule: Schedule = cosine_schedule,
     optimizer: MakesOptimizer = adamw,
     clip: float | None = 1.0,
     micro_batch_size: int | None = None,
@@ -75,7 +77,7 @@ def fit(
     for step in tqdm(range(len(history), steps), desc="training", disable=not progress, leave=False):
         if ended:
             break
-        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = learning_rate * schedule(step, steps)
         steering.set_rate(rate)
         with collecting(movers):
             row: dict[str, int | float] = {source.term.name: source.backward(step) for source in sources}
@@ -83,14 +85,15 @@ def fit(
             row["penalty"] = penalty()
         row["gradient_norm"] = _clipped(parameters, clip, step)
         steering.step()
-        torch.clear_autocast_cache()  # it may hold what the weights were, where the caller computes in bfloat16
+        torch.clear_autocast_cache()  # it may hold what the weights were, where `compute_dtype` is bfloat16
         history.append({"step": step, **row, "learning_rate": rate})
         _check_growth(history, sources, math.log(model.cfg.d_vocab) / 2)
-        if on_step is not None:
-            on_step(history[-1])
+        with undisturbed(model):
+            if on_step is not None:
+                on_step(history[-1])
+            ended = until is not None and until(history[-1])
         if checkpoints is not None:
             checkpoints.save(movers, steering, history, _skipped(sources, 0))
-        ended = until is not None and until(history[-1])
     return history
 
 

@@ -1,5 +1,6 @@
-"""Optimizers: anything called as `optimizer(parameters, lr=learning_rate)`, and the optimizers of one run."""
+"""Optimizers, anything called as `optimizer(parameters, lr=learning_rate)`; schedules; the optimizers of one run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -33,6 +34,25 @@ def adamw_8bit(parameters: Sequence[Tensor], *, lr: float) -> Optimizer:
     return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
 
 
+Schedule: TypeAlias = Callable[[int, int], float]
+"""(step, counted from 0; number of steps) -> what the learning rate is multiplied by in that step."""
+
+
+def cosine_schedule(step: int, steps: int) -> float:
+    """From 1 to 0 along half a cosine: (1 + cos(pi * step / steps)) / 2."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def constant_schedule(step: int, steps: int) -> float:
+    """1 in every step."""
+    return 1.0
+
+
+def warmup_schedule(step: int, steps: int, *, share: float = 0.1, then: Schedule = cosine_schedule) -> float:
+    """Another schedule, times a factor that rises in equal parts to 1 over the first `share` of the steps."""
+    return min(1.0, (step + 1) / max(1, round(share * steps))) * then(step, steps)
+
+
 class Steering:
     """The optimizers of a run: one for all movers that keep their memory, and one for each fleeting mover."""
 
@@ -41,8 +61,11 @@ class Steering:
         alone = [[mover] for mover in movers if isinstance(mover, Fleeting)]
         self.groups = [*([together] if together else []), *alone]
         self.optimizers = [optimizer([mover.tensor for mover in group], lr=learning_rate) for group in self.groups]
+        self.rate = learning_rate
 
     def set_rate(self, rate: float) -> None:
+        self._check_rate()
+        self.rate = rate
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -56,6 +79,17 @@ class Steering:
             optimizer.step()
             for mover in group:
                 mover.publish()
+        self._check_rate()
+
+    def _check_rate(self) -> None:
+        """ValueError if something else than `set_rate` has set a learning rate: the history would show another one."""
+        rates = {float(group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups}
+        if rates != {self.rate}:
+            raise ValueError(
+                f"expected an optimizer with the learning rate that it is given ({self.rate:.6g}), got one with "
+                f"{', '.join(f'{rate:.6g}' for rate in sorted(rates))}: pass schedule=..., a function of step and "
+                f"steps, in place of a scheduler or rates of your own."
+            )
 
     def state(self) -> list[dict[int, Any]]:
         """The state of each optimizer (moments, counts), by the number of the parameter."""

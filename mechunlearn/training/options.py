@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypedDict
 import torch
 
 from mechunlearn.losses import Loss, cross_entropy
-from mechunlearn.training.optimizers import MakesOptimizer, adamw
+from mechunlearn.training.optimizers import MakesOptimizer, Schedule, adamw, cosine_schedule
 
 Row = Mapping[str, int | float]
 """One step in the history of a training run."""
@@ -44,7 +44,13 @@ class RunOptions(TypedDict, total=False):
     """How an editor trains, whatever its terms are. Of each option: type, default, sentence."""
 
     steps: Annotated[int, 50, "The optimizer takes this many steps."]
-    learning_rate: Annotated[float, 1e-3, "The learning rate starts here and falls to 0 along a cosine."]
+    learning_rate: Annotated[float, 1e-3, "The learning rate, which `schedule` changes."]
+    schedule: Annotated[
+        Schedule,
+        cosine_schedule,
+        "In each step the learning rate is multiplied by schedule(step, steps): `mu.edit.constant_schedule`, "
+        "`mu.edit.warmup_schedule`, or a function of yours. The history shows the product.",
+    ]
     batch_size: Annotated[int, 64, "A batch of each term but text has this many prompts."]
     micro_batch_size: Annotated[
         int | None,

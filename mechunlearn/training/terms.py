@@ -27,8 +27,8 @@ class Term:
     """
 
     name: str
-    prompts: Prompts | Iterator[Int[Tensor, "pos"]]
-    """Prompts, or an iterator over rows of text of one length, each used once."""
+    prompts: Prompts | Iterator[Int[Tensor, "pos"]] | None
+    """Prompts, or an iterator over rows of text of one length, each used once; None where the coefficient is 0."""
     loss: Loss
     coefficient: float
     batch_size: int
@@ -100,6 +100,8 @@ class Source:
         self.wanted = _readings([name for name in self.names if not name.startswith("original_")])
         self.original = _readings([n.removeprefix("original_") for n in self.names if n.startswith("original_")])
         prompts, compares = term.prompts, any("alternative" in name for name in self.names)
+        if prompts is None:
+            raise ValueError(f"expected prompts for the {term.name} term, got None: give some, or a coefficient of 0.")
         if not isinstance(prompts, Prompts):
             if compares:
                 raise ValueError(

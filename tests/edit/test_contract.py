@@ -6,7 +6,9 @@ the padding change the edit.
 """
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -218,3 +220,76 @@ def test_both_classes_give_the_same_edit(architecture: str, name: str):
     for label, value in edits[0].values.items():
         differs = (value - edits[1].values[label]).abs() > 1e-4
         assert int(differs.sum()) <= (2 if name == "dampened" else 0), label
+
+
+def tried(model: Any, task: Any, name: str) -> Edit | None:
+    """The edit, or None where the editor refuses what is around it; any other error is one."""
+    try:
+        return EDITORS[name](model, task, mu.ComponentMask.of(["L1MLP"], mu.shape(model)))
+    except ValueError as error:
+        if not re.search("expected (to compute in the model's own|torch's default|a model without grad)", str(error)):
+            raise
+        return None
+
+
+@contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    model.original_model.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        model.original_model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def default(value: Any) -> Iterator[None]:
+    setting = torch.set_default_dtype if isinstance(value, torch.dtype) else torch.set_default_device
+    setting(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+SURROUNDINGS = {
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16),
+    "gradient checkpointing": checkpointed,
+    "default device": lambda model: default("meta"),
+    "default dtype": lambda model: default(torch.float64),
+    "no gradients": lambda model: torch.no_grad(),
+}
+
+
+@pytest.mark.parametrize("around", SURROUNDINGS.values(), ids=SURROUNDINGS)
+@every_editor
+def test_what_is_around_an_editor_does_not_change_its_edit_or_is_refused(llama: Any, name: str, around: Any):
+    if name in ("gradient_mask", "weight_mask"):
+        pytest.skip("the loop is the user's")
+    task = tiny.task(llama)
+    expected = tried(llama, task, name)
+    assert expected is not None
+    with around(llama), left_as_it_was(llama):
+        found = tried(llama, task, name)
+    assert found is None or all(torch.equal(found.values[label], expected.values[label]) for label in expected.values)
+
+
+@every_editor
+def test_a_task_without_text_is_enough_where_text_does_not_count(llama: Any, name: str):
+    edit, task = EDITORS[name], tiny.task(llama)
+    mask = mu.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    without = replace(task, text=None, text_test=None)
+    if name in ("rome", "memit", "alpha_edit"):
+        text = torch.randint(4, tiny.N_VOCAB, (20, 12), generator=torch.Generator().manual_seed(3))
+        edit = partial(getattr(mu.edit, name), covariance=mu.edit.key_covariance(llama, mask, text), **WRITTEN)
+    elif name == "mean_ablated":
+        with pytest.raises(ValueError, match=r"expected a task with text, .* got None: replace.task, text="):
+            edit(llama, without, mask)
+        return
+    elif name in BY_MICRO_BATCHES and name != "ft_l":
+        if name != "task_vector":  # which has a coefficient of 0
+            with left_as_it_was(llama), pytest.raises(ValueError, match="expected a task with text"):
+                edit(llama, without, mask, text_coefficient=1.0)
+        edit = partial(edit, text_coefficient=0.0)
+    expected, found = edit(llama, task, mask), edit(llama, without, mask)
+    assert all(torch.equal(found.values[label], expected.values[label]) for label in expected.values)

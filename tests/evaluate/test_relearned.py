@@ -17,7 +17,6 @@ from mechunlearn.evaluate import Question, halves, measure, relearn_and_ask
 from mechunlearn.evaluate.attacks import relearning
 from mechunlearn.evaluate.attacks.exam import Asked, strangers_to, worst_case
 from mechunlearn.evaluate.attacks.relearning import (
-    _warmed_up,
     measured_at,
     relearn,
     relearn_benign,
@@ -189,19 +188,18 @@ def test_the_model_is_as_it_was_after_an_interrupt(llama, name):
         ATTACKS[name](llama, tiny.task(llama))
 
 
-def test_the_rate_rises_then_falls():
-    """Half of 4 steps: shares 1/2 and 1; the scheduled rate is 1 throughout."""
+def test_the_rate_rises_then_falls(llama):
+    """Over half of 4 steps: shares 1/2 and 1, times the cosine."""
     rates = []
 
     class Recording(torch.optim.SGD):
         def step(self, closure=None):
             rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
 
-    made = _warmed_up(Recording, 2)([torch.zeros(1, requires_grad=True)], lr=1.0)
-    for _ in range(4):
-        made.param_groups[0]["lr"] = 1.0
-        made.step()
-    assert rates == [0.5, 1.0, 1.0, 1.0]
+    relearn(llama, tiny.task(llama), optimizer=Recording, warmup=0.5, steps=4, learning_rates=(1e-3,))
+    falling = [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]
+    assert rates == pytest.approx([1e-3 * share * part for share, part in zip((0.5, 1, 1, 1), falling, strict=True)])
 
 
 def test_the_curve_of_few_examples_is_over_their_number(llama):

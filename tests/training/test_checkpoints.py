@@ -213,10 +213,17 @@ def capped(cap):
 
 
 def slower(factor):
-    return lambda parameters, lr: torch.optim.SGD(parameters, lr=lr * factor)
+    return lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.1 * factor)
 
 
-@pytest.mark.parametrize(("option", "make"), [("forget_loss", capped), ("text_loss", capped), ("optimizer", slower)])
+def scheduled(factor):
+    return lambda step, steps: 0.2 * factor
+
+
+@pytest.mark.parametrize(
+    ("option", "make"),
+    [("forget_loss", capped), ("text_loss", capped), ("optimizer", slower), ("schedule", scheduled)],
+)
 def test_functions_of_one_name_do_not_share_a_checkpoint(llama, tmp_path, option, make):
     """Law: every option that decides the result and is a function, whatever is bound to it."""
     options = {**OPTIONS, "steps": 2}

@@ -9,6 +9,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn import losses
+from mechunlearn.identity import name_of
 from mechunlearn.weights import select
 
 finetune = partial(mu.edit.finetune, steps=3, batch_size=6, text_batch_size=4, progress=False)
@@ -49,16 +50,6 @@ def test_the_unedited_model_is_the_unedited_one_in_bfloat16_too(model, labels):
     for one, other in zip(kept.history, streamed.history, strict=True):
         assert one["text"] == pytest.approx(other["text"], rel=0.05, abs=1e-4)
     assert kept.history[-1]["text"] > 1e-3
-
-
-def test_autocast_of_the_caller_sees_each_step(llama):
-    task, mask = tiny.task(llama), masked(llama, "L0MLP")
-    inside = finetune(llama, task, mask, compute_dtype=torch.bfloat16, steps=5)
-    with torch.autocast("cpu", torch.bfloat16):
-        around = finetune(llama, task, mask, steps=5)
-    assert [row["retain"] for row in around.history] == pytest.approx(
-        [row["retain"] for row in inside.history], rel=0.02
-    )
 
 
 def test_a_stream_is_read_as_far_as_it_is_used(llama):
@@ -185,3 +176,72 @@ def test_a_stream_of_datasets_is_a_stream_of_text(llama):
     streamed = finetune(llama, tiny.task(llama), masked(llama, "L1MLP"), text=(row["text"] for row in stream))
     direct = finetune(llama, tiny.task(llama), masked(llama, "L1MLP"), text=[row["text"] for row in rows])
     assert difference(streamed, direct) == 0.0
+
+
+def wobbling(step, steps):
+    return 0.5 if step % 2 else 1.25
+
+
+SCHEDULES = {
+    mu.edit.cosine_schedule: [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5],
+    mu.edit.constant_schedule: [1, 1, 1, 1],
+    partial(mu.edit.warmup_schedule, share=0.5, then=mu.edit.constant_schedule): [0.5, 1, 1, 1],
+    partial(mu.edit.warmup_schedule, share=0.5): [0.5, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5],
+    wobbling: [1.25, 0.5, 1.25, 0.5],
+}
+
+
+@pytest.mark.parametrize(("schedule", "factors"), SCHEDULES.items())
+def test_the_rate_of_the_history_is_the_rate_of_the_step(llama, schedule, factors):
+    """Against a loop that sets the rates by hand: they are those of the optimizer when it takes its steps."""
+    rates, task, mask = [], tiny.task(llama), masked(llama, "L1MLP")
+
+    class Noting(torch.optim.SGD):
+        def step(self, *arguments):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    edit = finetune(llama, task, mask, schedule=schedule, optimizer=Noting, steps=4, learning_rate=0.2)
+    assert rates == [row["learning_rate"] for row in edit.history]
+    assert rates == pytest.approx([0.2 * factor for factor in factors])
+    assert edit.provenance["schedule"].startswith(name_of(schedule))
+
+
+def halving(parameters, lr):
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    return optimizer
+
+
+def before_each_step(parameters, lr):
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    optimizer.register_step_pre_hook(lambda own, *_: own.param_groups[0].update(lr=0.7 * lr))
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", [halving, before_each_step, lambda p, lr: torch.optim.SGD(p, lr=3 * lr)])
+def test_an_optimizer_with_rates_of_its_own_is_refused(llama, optimizer):
+    with left_as_it_was(llama), pytest.raises(ValueError, match=r"with the learning rate that it is given .*schedule="):
+        finetune(llama, tiny.task(llama), masked(llama, "L1MLP"), optimizer=optimizer)
+
+
+def test_what_is_done_in_on_step_does_not_reach_the_next_step(model):
+    """Law: gradients, modes, flags, and whether gradients are recorded at all."""
+    task, mask = tiny.task(model), masked(model, "L0ATTN", "L1MLP.W_out", "L2H1")
+
+    def meddling(row):
+        model.train()
+        logits = task.retain.logits(model)
+        if logits.requires_grad:
+            (1e3 * logits).sum().backward()
+        for parameter in model.parameters():
+            parameter.requires_grad_(not parameter.requires_grad)
+        torch.set_grad_enabled(False)
+
+    with left_as_it_was(model):
+        plain = finetune(model, task, mask)
+        for where in ("on_step", "until"):
+            found = finetune(model, task, mask, **{where: meddling})
+            assert found.history == plain.history
+            assert all(torch.equal(found.values[label], plain.values[label]) for label in plain.values)

@@ -19,7 +19,7 @@ from mechunlearn.model.mlp_values import MLPValues, adding_to_mlp, mlp_values
 from mechunlearn.model.running import residual_before, running_from
 from mechunlearn.tasks.building import n_opening
 from mechunlearn.tasks.prompts import Prompts, joined, with_subjects
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Task, text_of
 from mechunlearn.weights import Edit, Entries, exclusively, read, select, write
 
 Row = dict[str, int | float]
@@ -159,7 +159,7 @@ def facts_written(
     covariance, prefixes, seed = options["covariance"], options["prefixes"], options["seed"]
     if covariance is None:
         source = f"text and retained prompts of {task.name}"
-        covariance = key_covariance(model, mask, task.text, prompts=task.retain, source=source)
+        covariance = key_covariance(model, mask, text_of(task), prompts=task.retain, source=source)
     covariance.check(model, [e.slot.layer for e in outputs])
     if prefixes is None:
         prefixes = generated_prefixes(model, prepend_bos=n_opening(model, facts) > 0, seed=seed)

@@ -1,18 +1,17 @@
 """Relearning by full fine-tuning: on some forgotten facts, on a few of them, or on harmless text."""
 
-import itertools
 import operator
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mechunlearn.evaluate.attacks.exam import Asked, Scores, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
@@ -22,9 +21,9 @@ from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, differentiable
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
-from mechunlearn.tasks.task import Task
+from mechunlearn.tasks.task import Task, text_of
 from mechunlearn.tasks.text import as_prompts, pack
-from mechunlearn.training import MakesOptimizer, Term, adamw, fit
+from mechunlearn.training import MakesOptimizer, Term, adamw, fit, warmup_schedule
 from mechunlearn.weights import exclusively, read, write
 from mechunlearn.weights.rounding import every_entry
 
@@ -241,7 +240,8 @@ def _scores(
                     original=original,
                     steps=options["steps"],
                     learning_rate=rate,
-                    optimizer=_warmed_up(options["optimizer"], round(options["warmup"] * options["steps"])),
+                    schedule=partial(warmup_schedule, share=options["warmup"]),
+                    optimizer=options["optimizer"],
                     micro_batch_size=options["micro_batch_size"],
                     seed=options["seed"],
                     progress=False,
@@ -250,23 +250,6 @@ def _scores(
         finally:
             write(entries, original)
     return answers
-
-
-def _warmed_up(optimizer: MakesOptimizer, steps: int) -> MakesOptimizer:
-    """The same with a learning rate that rises to the scheduled one over the first steps."""
-
-    def make(parameters: Sequence[torch.Tensor], *, lr: float) -> Optimizer:
-        inner, step = optimizer(parameters, lr=lr), itertools.count(1)
-
-        def hold_back(stepping: Optimizer, *_: Any) -> None:
-            share = min(1.0, next(step) / max(1, steps))
-            for group in stepping.param_groups:
-                group["lr"] *= share  # `fit` sets the scheduled rate anew before each step
-
-        inner.register_step_pre_hook(hold_back)
-        return inner
-
-    return make
 
 
 def relearning_terms(
@@ -290,7 +273,7 @@ def relearning_terms(
             check_apart(prompts, tested)
             terms.append(Term(name, prompts, cross_entropy, factor, options["batch_size"]))
     if options["text_coefficient"]:
-        rows = as_prompts(unnamed(model, task.text if text is None else text, tested))
+        rows = as_prompts(unnamed(model, text_of(task) if text is None else text, tested))
         terms.append(Term("text", rows, cross_entropy, options["text_coefficient"], options["text_batch_size"]))
     if not terms:
         raise ValueError("expected an attack that trains on something, got coefficients of 0: raise one of them.")
