@@ -62,6 +62,7 @@ def audit(
     edits the place of the edit again.
     """
     plan, others = budget(task), dict(others or {})
+    task.check_length(model)
     names = random_rows(random)
     _check(model, edit, others, names if editor is not None else [])
     controls, note = random_controls(model, task, edit, editor, count=random)

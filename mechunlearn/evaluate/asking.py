@@ -17,7 +17,7 @@ from mechunlearn.evaluate.scoring import Side, measure, side_of, whole_answers
 from mechunlearn.identity import name_of
 from mechunlearn.losses import kl_to_original
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import as_prompts
@@ -93,7 +93,7 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     """
     original = required(original, text_kl)
     check_model(model)
-    batches = as_prompts(task.text_test).to(device_of(model)).batches(batch_size)
+    batches = as_prompts(task.text_test).on(model).batches(batch_size)
     values = torch.cat([_per_row(model, batch, original) for batch in batches])
     if not bool(torch.isfinite(values).all()):
         raise ValueError("expected finite predictions on task.text_test, got NaN or infinity: check the model's dtype.")

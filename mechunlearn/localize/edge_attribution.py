@@ -216,6 +216,7 @@ def edge_scores(
     settings: Mapping[str, Any] | None = None,
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
+    prompts.check_length(model)
     sizes, chosen = shape(model), edges_of(model, edges)
     if batch_size is None:
         batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))

@@ -17,7 +17,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.localize.edge_attribution import outputs_of_sources
 from mechunlearn.localize.sites import Direction
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
 from mechunlearn.model.suffix import through_layer
@@ -51,8 +51,8 @@ def edge_patching(
     """
     check(direction, min(batch_size, prompts_at_once), metric=metric)
     sizes = shape(model)
+    clean = prompts.on(model)
     chosen = edges_of(model, edges)
-    clean = prompts.to(device_of(model))
     patched = clean if direction == "noising" else clean.exchanged()
     rows = []
     with preserved(model), torch.no_grad():

@@ -28,7 +28,7 @@ from mechunlearn.localize.circuits.runs import circuit_values
 from mechunlearn.localize.replacement import Replacement, patched_run, replacement_values, resample
 from mechunlearn.localize.sites import Direction, Places, places_of
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
 from mechunlearn.model.hooks import layer_of
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
@@ -120,7 +120,7 @@ def _effects(
 ) -> Float[Tensor, "prompt component group"]:
     check(direction, batch_size, metric=metric, replacement=replacement, positions=positions)
     _check_groups(prompts, positions, batch_size)
-    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    patched = patched_run(prompts.on(model), direction, replacement)
     places = places_of(components, sizes)
     effects = []
     with preserved(model), torch.no_grad():
@@ -259,7 +259,7 @@ def set_patching(
     check(direction, batch_size, metric=metric, replacement=replacement, where=where)
     sizes = shape(model)
     masks = _masks(sets, sizes)
-    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    patched = patched_run(prompts.on(model), direction, replacement)
     options = {"metric": metric, "replacement": replacement, "where": where, "batch_size": batch_size}
     whole, values = circuit_values(model, patched, [mask.components for mask in masks.values()], sizes, **options)
     settings = {"direction": direction, "replacement": described(replacement), "where": described(where)}

@@ -49,11 +49,12 @@ def speaker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lla
     name, bos = request.param
     monkeypatch.setattr(llama, "_tokenizer", tokenizer(name))  # without _, TransformerLens would load it anew
     monkeypatch.setattr(llama.cfg, "default_prepend_bos", bos)
+    monkeypatch.setattr(llama.cfg, "n_ctx", 1000)
     return llama
 
 
 def plain(model: Any, text: str) -> list[int]:
-    """What the tokenizer says of the text and a BOS before it, as `model.to_tokens`, if model and tokenizer have one."""
+    """What the tokenizer says of the text, as `model.to_tokens`: behind a BOS, if model and tokenizer have one."""
     bos = model.tokenizer.bos_token if model.cfg.default_prepend_bos else None
     return model.tokenizer((bos or "") + text, add_special_tokens=False)["input_ids"]
 

@@ -14,7 +14,7 @@ from mechunlearn.curve import Curve
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import result_of, side_of
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -33,8 +33,8 @@ class Asked:
     @classmethod
     def of(cls, model: Model, task: Task, tested: Prompts, *, metric: Metric, seed: int) -> "Asked":
         check_model(model)
-        nobody, device = made_up(tested, task.retain, seed=seed), device_of(model)
-        return cls(tested.to(device), nobody and nobody.to(device), metric)
+        nobody = made_up(tested, task.retain, seed=seed)
+        return cls(tested.on(model), nobody and nobody.on(model), metric)
 
     def scores(self, logits: Callable[[Prompts], Tensor], *, batch_size: int = 64) -> Scores:
         """The scores of the model whose logits these are. FloatingPointError if they are not finite."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.curve import Curve, lines
-from mechunlearn.model import Model, device_of, logits_at, preserved, shape
+from mechunlearn.model import Model, logits_at, preserved, shape
 from mechunlearn.model.running import running_from
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import final_norm, unembedding, unembedding_bias, writing_sites, written, written_along
@@ -46,7 +46,7 @@ def direct_logit_attribution(
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
     writing_sites(chosen)
-    prompts = prompts.to(device_of(model))
+    prompts = prompts.on(model)
     if prompts.answers.shape[1] > 1:
         raise ValueError(
             f"expected answers of one token, got up to {prompts.answers.shape[1]}: the direct contribution to a longer "
@@ -115,7 +115,7 @@ def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), b
     check_batch_size(batch_size)
     sizes = shape(model)
     chosen = chosen_components(components, sizes) if components != () else ()
-    batches = prompts.to(device_of(model)).batches(batch_size)
+    batches = prompts.on(model).batches(batch_size)
     with preserved(model), torch.no_grad():
         values = torch.cat([_measured(model, batch, chosen) for batch in batches]).cpu().double()
     points = (*(str(layer) for layer in range(sizes.n_layers + 1)), *(str(component) for component in chosen))
