@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechunlearn.identity import name_of
-from mechunlearn.model import Hook, Model, base_run, device_of, preserved
+from mechunlearn.model import Hook, Model, base_run, preserved
 from mechunlearn.tasks.positions import Where, subject_last
 from mechunlearn.tasks.prompts import Prompts
 
@@ -32,7 +32,7 @@ def residuals_at(
     """The inputs of each layer and, last, of the final norm, at the places of each batch; on the CPU. Cost: 1F."""
     rows = []
     with preserved(model):
-        for batch in prompts.to(device_of(model)).batches(batch_size):
+        for batch in prompts.on(model).batches(batch_size):
             chosen = places(batch)
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, hooks=hooks)
             index = torch.arange(len(batch), device=chosen.device)[:, None]

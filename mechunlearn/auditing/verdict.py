@@ -65,6 +65,7 @@ def audit(
     edits the place of the edit again.
     """
     plan, others = budget(task), dict(others or {})
+    task.check_length(model)
     names = random_rows(random)
     # Before an edit is made again; `compare` checks the rest.
     taken = sorted({EDIT, NEVER_KNEW, *(names if editor is not None else [])} & set(others))

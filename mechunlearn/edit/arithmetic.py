@@ -12,7 +12,17 @@ from mechunlearn.components import Component, ComponentMask
 from mechunlearn.edit.finetuning import finetune
 from mechunlearn.identity import described, name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.model import Model, device_of, differentiable, fingerprint, preserved, recording, shape, site
+from mechunlearn.model import (
+    Model,
+    check_length,
+    device_of,
+    differentiable,
+    fingerprint,
+    preserved,
+    recording,
+    shape,
+    site,
+)
 from mechunlearn.model.running import logits_at
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task, text_of, text_test_of
@@ -174,7 +184,7 @@ def _importance(model: Model, prompts: Prompts, entries: list[Entries], loss: Lo
     total: dict[str, Tensor] = {}
     with exclusively(model), differentiable(model):
         parameters = [e.slot.parameter.requires_grad_(True) for e in entries]
-        for prompt in prompts.to(device_of(model)).batches(1):
+        for prompt in prompts.on(model).batches(1):
             real = prompt.answer_mask
             inputs = {"logits": prompt.logits(model)[real], "targets": prompt.answers[real]}
             value = loss(**{name: inputs[name] for name in needs(loss)}).mean()
@@ -238,6 +248,7 @@ def _moments(
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     parts = {e.label: Component(e.slot.layer, "H" if e.slot.matrix == "W_O" else "N", 0) for e in entries}
     names = {label: site(part, shape(model)) for label, part in parts.items()}
+    check_length(model, text.shape[1], "rows of text")
     for rows in text.to(device_of(model)).split(operator.index(batch_size)):
         last = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         with recording(model, list(names.values())) as recorded:

@@ -17,7 +17,7 @@ from mechunlearn.evaluate.scoring import Side, measure, side_of, whole_answers
 from mechunlearn.identity import name_of
 from mechunlearn.losses import kl_to_original
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task, text_test_of
 from mechunlearn.tasks.text import as_prompts
@@ -95,7 +95,7 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     check_model(model)
     rows: list[Tensor] = []
     with torch.no_grad():
-        for batch in as_prompts(text_test_of(task)).to(device_of(model)).batches(batch_size):
+        for batch in as_prompts(text_test_of(task)).on(model).batches(batch_size):
             with original() as untouched, preserved(untouched):
                 before = batch.logits(untouched)
             with preserved(model):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Side, measure, side_of
-from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
+from mechunlearn.model import Model, check_model, logits_at, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -50,7 +50,7 @@ def continuations(model: Model, prompts: Prompts, n_tokens: int, *, batch_size: 
             f"room for {room + 1}: shorten the prompts or generate fewer tokens."
         )
     with preserved(model), torch.no_grad():
-        batches = [_greedy(model, batch, n_tokens) for batch in prompts.to(device_of(model)).batches(batch_size)]
+        batches = [_greedy(model, batch, n_tokens) for batch in prompts.on(model).batches(batch_size)]
     return tuple(_text(model, row) for batch in batches for row in batch)
 
 

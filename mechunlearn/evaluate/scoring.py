@@ -17,7 +17,7 @@ from mechunlearn.metrics import (
     is_top_of_candidates,
     is_top_of_vocabulary,
 )
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.building import answer_texts, answered
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -56,7 +56,7 @@ def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_
     values: list[list[torch.Tensor]] = []
     order = prompts.attention_mask.sum(1).cpu().argsort(stable=True)  # rows of about one length need little padding
     with preserved(model), torch.no_grad():
-        for batch in prompts.to(device_of(model)).rows(order).batches(batch_size):
+        for batch in prompts.on(model).rows(order).batches(batch_size):
             logits = batch.logits(model)
             values.append([checked(metric, logits, batch).float().cpu() for metric in metrics])
     pairs = zip(zip(*values, strict=True), metrics, strict=True)

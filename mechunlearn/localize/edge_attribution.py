@@ -165,6 +165,7 @@ def edge_scores(
     method: str, factors: Factors, model: Model, prompts: Prompts, options: EdgeGradientOptions, **settings: Any
 ) -> EdgeScores:
     """The mean over prompts, and over pairs of factors, of the factors' products, for every edge."""
+    prompts.check_length(model)
     sizes, chosen, metric = shape(model), edges_of(model, options["edges"]), options["metric"]
     batch_size = options["batch_size"]
     if batch_size is None:

@@ -18,7 +18,7 @@ from mechunlearn.localize.edge_attribution import outputs_of_sources
 from mechunlearn.localize.options import EdgeOptions, settings_of
 from mechunlearn.localize.sites import passes
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape, slots
+from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
 from mechunlearn.model.edges import contributions, edges_of
 from mechunlearn.model.norms import norm_of
 from mechunlearn.model.suffix import through_layer
@@ -48,7 +48,7 @@ def edge_patching(
     metric, direction = options["metric"], options["direction"]
     check(direction, min(batch_size, prompts_at_once), metric=metric)
     chosen = edges_of(model, options["edges"])
-    clean = prompts.to(device_of(model))
+    clean = prompts.on(model)
     patched = clean if direction == "noising" else clean.exchanged()
     with preserved(model), torch.no_grad():
         rows = [_batch_effects(model, p, metric, chosen, batch_size).cpu() for p in patched.batches(prompts_at_once)]

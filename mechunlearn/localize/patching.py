@@ -20,7 +20,7 @@ from mechunlearn.localize.options import ActivationOptions, SetOptions, settings
 from mechunlearn.localize.replacement import patched_run, replacement_values
 from mechunlearn.localize.sites import Places, passes, places_of
 from mechunlearn.metrics import checked
-from mechunlearn.model import Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model import Model, Run, base_run, continued, preserved, shape
 from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import layer_of
 from mechunlearn.model.matrices import attention_change, is_plain, slots
@@ -87,7 +87,7 @@ def _effects(
     direction, batch_size, replacement = options["direction"], options["batch_size"], options["replacement"]
     check(direction, batch_size, metric=options["metric"], replacement=replacement, positions=positions)
     _check_groups(prompts, positions, batch_size)
-    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    patched = patched_run(prompts.on(model), direction, replacement)
     places = places_of(chosen, sizes)
     with preserved(model), torch.no_grad():
         effects = [_batch_effects(model, batch, places, positions, options) for batch in patched.batches(batch_size)]
@@ -193,7 +193,7 @@ def set_patching(
     where = options["where"]
     check(direction, options["batch_size"], metric=metric, replacement=replacement, where=where)
     masks = _masks(sets, shape(model))
-    patched = patched_run(prompts.to(device_of(model)), direction, replacement)
+    patched = patched_run(prompts.on(model), direction, replacement)
     members = [mask.components for mask in masks.values()]
     whole, values = circuit_values(model, patched, members, options=options, where=where)
     settings = settings_of(options, prompts, where=described(where))

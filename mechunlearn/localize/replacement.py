@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechunlearn.arguments import Direction
 from mechunlearn.identity import described, name_of
-from mechunlearn.model import Model, device_of, recording
+from mechunlearn.model import Model, recording
 from mechunlearn.tasks.prompts import Prompts
 
 Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
@@ -43,7 +43,7 @@ def gaussian(*, std: float, seed: int = 0) -> Replacement:
 def _mean_over(
     model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, reference: Prompts, positional: bool
 ) -> dict[str, Tensor]:
-    reference = reference.to(device_of(model))
+    reference = reference.on(model)
     activations = activations_at(model, reference, values)
     if positional:
         lengths = sorted({int(n) for p in (reference, prompts) for n in p.attention_mask.sum(1)})

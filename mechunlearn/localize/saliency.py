@@ -12,7 +12,7 @@ from mechunlearn.arguments import check_batch_size, check_functions, chosen_comp
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
 from mechunlearn.identity import name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
-from mechunlearn.model import Model, Slot, check_editable, device_of, differentiable, shape, slots
+from mechunlearn.model import Model, Slot, check_editable, differentiable, shape, slots
 from mechunlearn.tasks.prompts import Prompts
 
 Key: TypeAlias = tuple[int, str]
@@ -133,7 +133,7 @@ def _per_prompt(
     """`score(slot, gradient of one prompt)` summed over each component's weights; the mean over prompts."""
     rows = []
     with _covered_weights(model, components) as (weights, chosen, sizes):
-        for prompt in prompts.to(device_of(model)).batches(1):
+        for prompt in prompts.on(model).batches(1):
             gradients = _gradients(model, prompt, loss, weights)
             sums = {key: _unit_sums(slot, score(slot, gradients[key])) for key, slot in weights.items()}
             rows.append(_summed(sums, chosen, sizes))
@@ -147,7 +147,7 @@ def _mean_gradients(
 ) -> dict[Key, Tensor]:
     check_batch_size(batch_size)
     total: dict[Key, Tensor] = {}
-    for batch in prompts.to(device_of(model)).batches(batch_size):
+    for batch in prompts.on(model).batches(batch_size):
         for key, gradient in _gradients(model, batch, loss, weights).items():
             total[key] = total[key] + gradient / len(prompts) if key in total else gradient / len(prompts)
     return total

@@ -14,7 +14,7 @@ from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.identity import name_of
 from mechunlearn.localize.options import ComponentOptions, settings_of
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, device_of, differentiable, recording, shape, site
+from mechunlearn.model import Hook, Model, differentiable, recording, shape, site
 from mechunlearn.tasks.prompts import Prompts
 
 Places: TypeAlias = dict[str, dict[int, int | None]]
@@ -90,7 +90,7 @@ def run_pairs(
 ) -> list[tuple[Prompts, Prompts]]:
     """Batches of (the run that is patched, the run that the patch is from), on the model's device."""
     check(direction, batch_size, metric=metric)
-    clean = prompts.to(device_of(model))
+    clean = prompts.on(model)
     corrupt = clean.corrupted()
     patched, other = (clean, corrupt) if direction == "noising" else (corrupt, clean)
     return list(zip(patched.batches(batch_size), other.batches(batch_size), strict=True))

@@ -18,7 +18,7 @@ from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
-from mechunlearn.model import Hook, Model, Run, base_run, continued, device_of, preserved, shape
+from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
 from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.running import embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
@@ -70,7 +70,7 @@ def causal_tracing(
     check_batch_size(batch_size)
     check_functions(metric=metric)
     _check(noise, draws, window, kinds, sizes.n_layers)
-    prompts = prompts.to(device_of(model))
+    prompts = prompts.on(model)
     pieces: list[dict[str, Tensor]] = []
     with preserved(model), torch.no_grad():
         vectors = _noise(model, prompts, noise, draws, seed, batch_size)

@@ -25,11 +25,22 @@ def logits_at(
 ) -> Float[Tensor, "batch place d_vocab"]:
     """Logits at `positions` of each row (default: everywhere); those of other positions are never computed.
 
-    `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right.
+    `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right. ValueError for rows that are
+    longer than the model's context: rotary models would give numbers for them without a word.
     """
+    check_length(model, tokens.shape[1], "rows (with padding)")
     cut = nullcontext() if positions is None else only_at(model.unembed, positions)
     with cut, model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
         return model(tokens, attention_mask=mask.long(), return_type="logits")
+
+
+def check_length(model: Model, length: int, what: str) -> None:
+    """ValueError if `what` has more tokens than the model's context."""
+    if length > model.cfg.n_ctx:
+        raise ValueError(
+            f"expected {what} of at most {model.cfg.n_ctx} tokens, the model's context (cfg.n_ctx), got {length}: "
+            f"shorten them; if the model was trained on longer ones, load it with that context."
+        )
 
 
 def residual_before(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.model.tokens import Encoding, added_text, continuation, encode, encode_all, pad_token
 from mechunlearn.tasks.prompts import IGNORED, Prompts
 
@@ -54,7 +54,7 @@ def build(
         texts=tuple(texts),
         names=() if ranges is None else tuple(t[a:b] for t, (a, b) in zip(texts, ranges, strict=True)),
         added=tuple(added_text(model, encoding) for encoding in encodings),
-    ).to(device_of(model))
+    ).on(model)
 
 
 def answered(model: Model, prompts: Prompts, answer: str | Sequence[str]) -> Prompts:
@@ -113,7 +113,7 @@ def knows(
         )
     known = []
     with preserved(model), torch.no_grad():
-        for batch in prompts.to(device_of(model)).batches(batch_size):
+        for batch in prompts.on(model).batches(batch_size):
             logits, mask = batch.logits(model).float(), batch.answer_mask
             if threshold is None:
                 known.append(((logits.argmax(-1) == batch.answers) | ~mask).all(1).cpu())

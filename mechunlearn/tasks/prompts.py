@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.model import Hook, Model, logits_at
+from mechunlearn.model import Hook, Model, check_length, device_of, logits_at
 
 IGNORED = -100
 """Fills `answers` where a row's answer is shorter than the longest."""
@@ -124,6 +124,17 @@ class Prompts:
     def logits(self, model: Model, *, hooks: Sequence[Hook] = ()) -> Float[Tensor, "batch answer d_vocab"]:
         """What a metric takes: the logits that predict the answer tokens. One forward, answers teacher-forced."""
         return logits_at(model, self.tokens, self.attention_mask, self.positions, hooks=hooks)
+
+    def on(self, model: Model) -> "Prompts":
+        """On the model's device; ValueError if one, with its answer, is longer than the model's context."""
+        self.check_length(model)
+        return self.to(device_of(model))
+
+    def check_length(self, model: Model) -> None:
+        lengths = self.attention_mask.sum(1)
+        row = int(lengths.argmax())
+        example = f", such as {self.texts[row][:60]!r}" if self.texts else f", such as row {row}"
+        check_length(model, int(lengths[row]), f"prompts with their answers{example},")
 
     def to(self, device: torch.device | str) -> "Prompts":
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from jaxtyping import Int
 from torch import Tensor
 
+from mechunlearn.model import Model
 from mechunlearn.tasks.prompts import Prompts, added_before
+from mechunlearn.tasks.text import as_prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,15 @@ class Task:
         """In words, which special tokens the builder put before the prompts. Reports and edits say it too."""
         asked = [side for format in self.formats.values() for side in (format.forget, format.retain)]
         return added_before(self.forget, self.retain, *asked)
+
+    def check_length(self, model: Model) -> None:
+        """ValueError if a prompt or a row of text is longer than the model's context."""
+        texts = (self.text, self.text_test)
+        text = (as_prompts(rows) for rows in texts if rows is not None and rows.shape[1] > 1)
+        asked = [side for format in self.formats.values() for side in (format.forget, format.retain, format.injected)]
+        for prompts in (self.forget, self.retain, self.injection, self.knowledge, self.strangers, *asked, *text):
+            if prompts is not None:
+                prompts.check_length(model)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(names)}" for name, names in self.splits.items())

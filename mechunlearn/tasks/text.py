@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.model.classes import Model, device_of
+from mechunlearn.model import Model, check_length, device_of
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts
 from mechunlearn.tasks.prompts import Prompts
@@ -35,11 +35,18 @@ def rows_of(
 
     A text is a string (BOS before it as for `build`, by `prepend_bos`) or its tokens, taken as they are. `texts` may be
     any iterable, such as `(row["text"] for row in datasets.load_dataset(..., streaming=True))`: no more of it is read
-    than is used. ValueError for an empty text.
+    than is used. ValueError for an empty text, and for rows longer than the model's context.
     """
     if isinstance(texts, str) or length < 2:
         got = "a string" if isinstance(texts, str) else f"rows of length {length}"
         raise ValueError(f"expected an iterable of texts and rows of 2 tokens or more, got {got}: pass [text, ...].")
+    check_length(model, length, "rows of text")
+    return _rows(model, texts, length, prepend_bos)
+
+
+def _rows(
+    model: Model, texts: Iterable[str | Sequence[int] | Int[Tensor, "pos"]], length: int, prepend_bos: bool | None
+) -> Iterator[Int[Tensor, "pos"]]:
     waiting: list[int] = []
     for place, text in enumerate(texts):
         if isinstance(text, Mapping):
@@ -100,6 +107,7 @@ def train_and_test_text(
         rng = random.Random(f"text {seed}")
         text = [facts.running_text(rng) for _ in range(400)]
     packed = (text if isinstance(text, Tensor) else pack(model, text)).to(device_of(model))
+    check_length(model, packed.shape[1] - 1, "rows of text")
     n_test = max(1, len(packed) // 5)
     if len(packed) <= n_test:
         raise ValueError(

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from mechunlearn.model import Model
 from mechunlearn.model.guard import undisturbed
+from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.training.checkpoints import Checkpoints
 from mechunlearn.training.movers import Master, Moving, collecting
 from mechunlearn.training.optimizers import MakesOptimizer, Schedule, Steering, adamw, cosine_schedule
@@ -61,6 +62,9 @@ def fit(
     been more than log(d_vocab) / 2, half the loss of knowing nothing, above its first value for ten steps.
     """
     _check_positive(steps=steps, micro_batch_size=micro_batch_size)
+    for prompts in (p for term in terms if term.coefficient for p in (term.prompts, term.alternative)):
+        if isinstance(prompts, Prompts):
+            prompts.check_length(model)
     part = Part(model, entries, read(list(entries)) if original is None else original, compute_dtype)
     movers: list[Moving] = [Master.of(e) for e in entries] if moving is None else list(moving)
     parameters = [mover.tensor for mover in movers]

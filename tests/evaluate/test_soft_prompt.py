@@ -170,5 +170,5 @@ def test_options_and_prompts_that_do_not_fit_are_refused(llama):
         options: dict[str, Any] = {name: 0.0 if name == "radius" else 0}
         with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
             soft_prompt(llama, task, **options)
-    with pytest.raises(ValueError, match="expected prompts that fit into the context of 64 tokens"):
+    with pytest.raises(ValueError, match="expected prompts, with 60 vectors before them, of at most 64 tokens"):
         soft_prompt(llama, task, n_vectors=60)

@@ -27,7 +27,7 @@ def fake(*, bos: bool = True, trim_offsets: bool = False, pad: bool = True) -> A
     names = {"bos_token": "<bos>"} | ({"pad_token": "<pad>"} if pad else {})
     model: Any = nn.Linear(1, 1)
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    model.cfg = SimpleNamespace(default_prepend_bos=bos)
+    model.cfg = SimpleNamespace(default_prepend_bos=bos, n_ctx=1024)
     return model
 
 

@@ -49,6 +49,7 @@ def speaker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lla
     name, bos = request.param
     monkeypatch.setattr(llama, "_tokenizer", tokenizer(name))  # without _, TransformerLens would load it anew
     monkeypatch.setattr(llama.cfg, "default_prepend_bos", bos)
+    monkeypatch.setattr(llama.cfg, "n_ctx", 1000)
     return llama
 
 

@@ -13,7 +13,7 @@ from mechunlearn.edit.inject.memit import spread
 from mechunlearn.edit.inject.solving import NullSpace, in_null_space, null_space, smallest_eigenvalues
 from mechunlearn.edit.inject.targets import InjectOptions, facts_written
 from mechunlearn.identity import described
-from mechunlearn.model import Model, device_of
+from mechunlearn.model import Model
 from mechunlearn.model.mlp_values import mlp_values
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts, with_subjects
@@ -57,7 +57,7 @@ def alpha_edit(
     """
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}.")
-    kept = None if keep is None else with_subjects(keep, "facts to keep").to(device_of(model))
+    kept = None if keep is None else with_subjects(keep, "facts to keep").on(model)
 
     def solve(output: Entries, covariance: KeyCovariance, keys: Tensor, moves: Tensor) -> Tensor:
         layer, units = output.slot.layer, output.units

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.model import Model, device_of, logits_at, preserved
+from mechunlearn.model import Model, check_length, device_of, logits_at, preserved
 from mechunlearn.model.tokens import encode, encode_all, pad_token, special_tokens
 from mechunlearn.tasks.building import n_opening, padded
 from mechunlearn.tasks.positions import subject_last
@@ -82,6 +82,7 @@ def generated_prefixes(
     count, special = len(lengths), sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else []
     if not count:
         return ()
+    check_length(model, max(lengths) + 2, "texts to generate")  # after BOS and the first word
     words = [_BEGINNINGS[i % len(_BEGINNINGS)] for i in range(count)]
     begun = [list(encoding.tokens) for encoding in encode_all(model, words, prepend_bos=prepend_bos)]
     generator = torch.Generator().manual_seed(operator.index(seed))
@@ -142,4 +143,4 @@ def _prompts(
     """Prompts of these rows, padded on the right."""
     filled, mask = padded(tokens, pad_token(model), "right")
     marks = padded(subject, False, "right")[0].bool()
-    return Prompts(filled, mask, places.cpu(), answers.cpu(), subject=marks).to(device_of(model))
+    return Prompts(filled, mask, places.cpu(), answers.cpu(), subject=marks).on(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.files import Saved
-from mechunlearn.model import Model, device_of, fingerprint, preserved
+from mechunlearn.model import Model, check_length, device_of, fingerprint, preserved
 from mechunlearn.model.mlp_values import key_moments
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.text import pack
@@ -98,12 +98,13 @@ def key_covariance(
         raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}.")
     layers = [e.slot.layer for e in output_matrices(select(model, mask))]
     rows = (text if isinstance(text, Tensor) else pack(model, text)).to(device_of(model))
+    check_length(model, rows.shape[1], "rows of text")
     moments: dict[int, Tensor] = {}
     fourth = dict.fromkeys(layers, 0.0)
     count = 0
     batches = [(batch, torch.ones_like(batch, dtype=torch.bool)) for batch in rows.split(operator.index(batch_size))]
     if prompts is not None:
-        batches += [(batch.tokens, batch.attention_mask) for batch in prompts.to(rows.device).batches(batch_size)]
+        batches += [(batch.tokens, batch.attention_mask) for batch in prompts.on(model).batches(batch_size)]
     with preserved(model):
         for tokens, real in batches:
             count += int(real.sum())

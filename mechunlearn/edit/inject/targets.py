@@ -157,17 +157,17 @@ def facts_written(
     entries, original = select(model, mask), fingerprint(model)
     outputs, facts = output_matrices(entries), with_subjects(injected(task), "facts to inject")
     covariance, prefixes, seed = options["covariance"], options["prefixes"], options["seed"]
+    if prefixes is None:
+        prefixes = generated_prefixes(model, prepend_bos=n_opening(model, facts) > 0, seed=seed)
+    prefixes = tuple(prefixes)
+    in_their_contexts = [FactInContexts.of(model, fact, prefixes) for fact in facts.batches(1)]
     if covariance is None:
         source = f"text and retained prompts of {task.name}"
         covariance = key_covariance(model, mask, text_of(task), prompts=task.retain, source=source)
     covariance.check(model, [e.slot.layer for e in outputs])
-    if prefixes is None:
-        prefixes = generated_prefixes(model, prepend_bos=n_opening(model, facts) > 0, seed=seed)
-    prefixes = tuple(prefixes)
     before = read(entries)
     try:
         with exclusively(model), differentiable(model):
-            in_their_contexts = [FactInContexts.of(model, fact, prefixes) for fact in facts.batches(1)]
             history = write_facts(in_their_contexts, outputs, covariance)
         values = read(entries)
     finally:

@@ -99,7 +99,7 @@ def _residuals(model: Model, prompts: Prompts) -> list[Float[Tensor, "token d_mo
     """The residual stream at each place, for every real token of every prompt."""
     batches: list[list[Tensor]] = []
     with preserved(model):
-        for batch in prompts.to(device_of(model)).batches(64):
+        for batch in prompts.on(model).batches(64):
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions)
             batches.append([value[batch.attention_mask].float().cpu() for value in run.residuals])
     return [torch.cat(values) for values in zip(*batches, strict=True)]

@@ -13,7 +13,7 @@ from mechunlearn.curve import Curve
 from mechunlearn.evaluate.results import LIMITS, Result
 from mechunlearn.evaluate.scoring import result_of, side_of
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Model, check_model, device_of, preserved
+from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -32,8 +32,8 @@ class Asked:
     @classmethod
     def of(cls, model: Model, task: Task, tested: Prompts, *, metric: Metric, seed: int) -> "Asked":
         check_model(model)
-        nobody, device = strangers_to(model, tested, task, seed=seed), device_of(model)
-        return cls(tested.to(device), nobody and nobody.to(device), metric)
+        nobody = strangers_to(model, tested, task, seed=seed)
+        return cls(tested.on(model), nobody and nobody.on(model), metric)
 
     @torch.no_grad()
     def scores(self, logits: Callable[[Prompts], Tensor]) -> Scores:

@@ -11,7 +11,7 @@ from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import Metric, candidate_probability
 from mechunlearn.model import Model, device_of
-from mechunlearn.model.tokens import special_tokens
+from mechunlearn.model.tokens import encode_all, special_tokens
 from mechunlearn.tasks.building import answer_texts, build
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -53,15 +53,11 @@ def few_shot(
     orders = [drawn(facts, balanced, Random(f"few shot {seed} {name}")) for name in tested.names]
     runs = {"0": [asked.scores_of(model)]}
     for count in sorted({*shots} - {0}):
-        prompts = shown_before(model, tested, [order[:count] for order in orders])
-        length, context = prompts.tokens.shape[1], model.cfg.n_ctx
-        if count > len(facts) or length > context:
-            few = f"there are {len(facts)} facts for them"
-            reason = few if count > len(facts) else f"{length} tokens, context {context}"
-            warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=2)
-            continue
-        nobody = strangers_to(model, prompts, task, seed=seed)
-        runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
+        shown = [order[:count] for order in orders]
+        if _fits(model, tested, shown, count, len(facts)):
+            prompts = shown_before(model, tested, shown)
+            nobody = strangers_to(model, prompts, task, seed=seed)
+            runs[str(count)] = [replace(asked, tested=prompts, nobody=nobody).scores_of(model)]
     return worst_case(runs, asked, axis="demonstrations")
 
 
@@ -76,6 +72,19 @@ class Demonstration:
 
     def __str__(self) -> str:
         return f"{self.lines}{self.answer}{self.ending}"
+
+
+def _fits(model: Model, tested: Prompts, shown: Sequence[Sequence[Demonstration]], count: int, available: int) -> bool:
+    answers = _answers(model, tested)
+    texts, _ = _texts(model, tested, shown)
+    whole = [text + answer for text, answer in zip(texts, answers, strict=True)]
+    encodings = encode_all(model, whole, prepend_bos=tested.prepend_bos)
+    length, context = max(len(encoding.tokens) for encoding in encodings) - 1, model.cfg.n_ctx
+    if count <= available and length <= context:
+        return True
+    reason = f"there are {available} facts for them" if count > available else f"{length} tokens, context {context}"
+    warnings.warn(f"few_shot leaves out {count} demonstrations: {reason}.", stacklevel=3)
+    return False
 
 
 def demonstrations_for(
@@ -123,13 +132,8 @@ def drawn(demonstrations: Sequence[Demonstration], balanced: bool, rng: Random) 
 
 def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demonstration]]) -> Prompts:
     """The prompts with demonstrations above the line with their subject."""
-    answers, texts, ranges = _answers(model, prompts), [], []
-    for text, name, demonstrations in zip(prompts.texts, prompts.names, shown, strict=True):
-        start, _ = _turn(model, text, name)
-        # Below a system prompt or example, which stays on top, and above the line with the subject.
-        texts.append(text[:start] + "".join(map(str, demonstrations)) + text[start:])
-        begin = len(texts[-1]) - len(text) + text.rfind(name)
-        ranges.append((begin, begin + len(name)))
+    answers = _answers(model, prompts)
+    texts, ranges = _texts(model, prompts, shown)
     built = build(model, texts, answers, subjects=ranges, prepend_bos=prompts.prepend_bos)
     # Without their filling, of which some rows of a set with longer answers have more.
     before, after = ([row[row >= 0].tolist() for row in p.answers] for p in (prompts, built))
@@ -137,6 +141,20 @@ def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demons
         raise ValueError("expected answers of the same tokens behind demonstrations, got others: use another format.")
     candidates = None if prompts.candidates is None else prompts.candidates.to(device_of(model))
     return replace(built, candidates=candidates)
+
+
+def _texts(
+    model: Model, prompts: Prompts, shown: Sequence[Sequence[Demonstration]]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The texts with demonstrations, and where their subjects are."""
+    texts, ranges = [], []
+    for text, name, demonstrations in zip(prompts.texts, prompts.names, shown, strict=True):
+        start, _ = _turn(model, text, name)
+        # Below a system prompt or example, which stays on top, and above the line with the subject.
+        texts.append(text[:start] + "".join(map(str, demonstrations)) + text[start:])
+        begin = len(texts[-1]) - len(text) + text.rfind(name)
+        ranges.append((begin, begin + len(name)))
+    return texts, ranges
 
 
 def _reworded(model: Model, trained: Prompts, tested: Prompts) -> list[Demonstration]:

@@ -275,6 +275,9 @@ def relearning_terms(
     if options["text_coefficient"]:
         rows = as_prompts(unnamed(model, text_of(task) if text is None else text, tested))
         terms.append(Term("text", rows, cross_entropy, options["text_coefficient"], options["text_batch_size"]))
+    for term in terms:
+        assert isinstance(term.prompts, Prompts)
+        term.prompts.check_length(model)
     if not terms:
         raise ValueError("expected an attack that trains on something, got coefficients of 0: raise one of them.")
     return terms

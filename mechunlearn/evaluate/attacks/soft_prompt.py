@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, device_of, differentiable, preserved
+from mechunlearn.model import Model, check_length, differentiable, preserved
 from mechunlearn.model.running import embeddings, with_input_vectors
 from mechunlearn.tasks.building import n_opening
 from mechunlearn.tasks.prompts import Prompts, joined
@@ -67,8 +67,10 @@ def soft_prompt(
     check_apart(task.retain, tested)
     asked = Asked.of(model, task, tested, metric=metric, seed=seed)
     start = min(n_bos(model, prompts) for prompts in (trained, task.retain, tested))
-    reach = mean_norm(model, trained) if radius is None else radius
     sides = [with_room(model, prompts, n_vectors, start) for prompts in (trained, task.retain)]
+    nobody = asked.nobody and with_room(model, asked.nobody, n_vectors, start)
+    behind = replace(asked, tested=with_room(model, asked.tested, n_vectors, start), nobody=nobody)
+    reach = mean_norm(model, trained) if radius is None else radius
     training = VectorTraining(model, sides[0], sides[1], n_vectors, start, reach, retain_coefficient, batch_size)
     attempts = []
     for restart in tqdm(range(restarts), desc="soft prompt", disable=not progress, leave=False):
@@ -76,8 +78,6 @@ def soft_prompt(
         attempts.append((training.loss(snapshots[steps]), snapshots))
     best = min(attempts, key=lambda attempt: attempt[0])[1]
     runs = {"0": [asked.scores_of(model)]}
-    nobody = asked.nobody and with_room(model, asked.nobody, n_vectors, start)
-    behind = replace(asked, tested=with_room(model, asked.tested, n_vectors, start), nobody=nobody)
     for step, vectors in best.items():
         with with_input_vectors(model, vectors, start):
             runs[str(step)] = [behind.scores_of(model)]
@@ -153,15 +153,11 @@ def within(vectors: Float[Tensor, "vector d_model"], radius: float) -> Float[Ten
 
 def with_room(model: Model, prompts: Prompts, count: int, start: int) -> Prompts:
     """The prompts with room for `count` vectors after the first `start` tokens, padded on the right."""
-    prompts = prompts.to(device_of(model))
+    prompts = prompts.on(model)
     # Padding moves to the right first: then the room is in the same columns of every row.
     begin = prompts.attention_mask.int().argmax(1, keepdim=True)
     real = _inserted(_shifted(prompts.attention_mask, begin, fill=False), count, start)
-    if real.shape[1] > model.cfg.n_ctx:
-        raise ValueError(
-            f"expected prompts that fit into the context of {model.cfg.n_ctx} tokens with {count} more, got "
-            f"{real.shape[1]}: take fewer vectors or a shorter format."
-        )
+    check_length(model, int(real.sum(1).max()), f"prompts, with {count} vectors before them,")
     tokens = _inserted(_shifted(prompts.tokens, begin, fill=0), count, start)
     room = replace(prompts, subject=None, corrupt=None, texts=())
     return replace(room, tokens=tokens, attention_mask=real, positions=prompts.positions - begin + count)
@@ -177,7 +173,7 @@ def n_bos(model: Model, prompts: Prompts) -> int:
 
 def mean_norm(model: Model, prompts: Prompts) -> float:
     """The mean norm of the prompts' token embeddings, as the first layer sees them (without learned positions)."""
-    prompts = prompts.to(device_of(model))
+    prompts = prompts.on(model)
     with preserved(model):
         vectors = embeddings(model, prompts.tokens, prompts.attention_mask)[prompts.attention_mask]
     return float(vectors.float().norm(dim=1).mean())

@@ -94,6 +94,7 @@ class Grid:
         check_model(model)
         _check(edits, metrics, seeds, controls)
         edited = [_row_of_edits(model, name, edit, seeds) for name, edit in edits.items()]
+        task.check_length(model)
         others = [_row_of_control(model, name, control) for name, control in controls.items()]
         rows = (GridRow("original"), *edited, *others)
         return cls(model, task, rows, dict(metrics), tuple(map(index, seeds)), fingerprint(model), digest(task))

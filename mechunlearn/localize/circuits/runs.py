@@ -41,7 +41,7 @@ def circuit_values(
     late_first = places.lowest.argsort(descending=True, stable=True)
     whole, values = [], []
     with preserved(model), torch.no_grad():
-        for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "circuits", leave=False, disable=None):
+        for batch in tqdm(prompts.on(model).batches(batch_size), "circuits", leave=False, disable=None):
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=places.names)
             source = replacement_values(replacement, model, batch, run.values)
             tokens = where(batch) & batch.attention_mask
@@ -70,7 +70,7 @@ def edge_circuit_values(
     whole, values = [], []
     with preserved(model), torch.no_grad():
         circuits = EdgeCircuits(model)
-        for batch in tqdm(prompts.to(device_of(model)).batches(batch_size), "edge circuits", leave=False, disable=None):
+        for batch in tqdm(prompts.on(model).batches(batch_size), "edge circuits", leave=False, disable=None):
             with recording(model, source_sites(sizes)) as own:
                 whole.append(checked(metric, batch.logits(model), batch).double())
             other = contributions(model, source_outputs(model, replacement_values(replacement, model, batch, own)))

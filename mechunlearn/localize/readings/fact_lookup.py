@@ -18,7 +18,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
 from mechunlearn.localize.readings.probes import ProbeResult, probes
 from mechunlearn.metrics import Metric, checked, logit_difference
-from mechunlearn.model import Model, device_of, preserved, shape
+from mechunlearn.model import Model, preserved, shape
 from mechunlearn.model.running import constant, mean_activations
 from mechunlearn.tasks.positions import Where, subject_last
 from mechunlearn.tasks.prompts import Prompts
@@ -183,7 +183,7 @@ def _share(scores: ComponentScores, gap: float) -> ComponentScores:
 
 
 def _gap(model: Model, prompts: Prompts, metric: Metric, batch_size: int) -> float:
-    clean = prompts.to(device_of(model))
+    clean = prompts.on(model)
     means = []
     with preserved(model), torch.no_grad():
         for side in (clean, clean.corrupted()):

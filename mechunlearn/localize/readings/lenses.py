@@ -10,7 +10,7 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.curve import Curve, lines
-from mechunlearn.model import Model, device_of, logits_at, preserved, shape
+from mechunlearn.model import Model, logits_at, preserved, shape
 from mechunlearn.model.running import running_from
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import (
@@ -55,7 +55,7 @@ def direct_logit_attribution(
     chosen = chosen_components(components, sizes)
     writing_sites(chosen)
     check_written(model, chosen)
-    prompts = prompts.to(device_of(model))
+    prompts = prompts.on(model)
     if prompts.answers.shape[1] > 1:
         raise ValueError(
             f"expected answers of one token, got up to {prompts.answers.shape[1]}: the direct contribution to a longer "
@@ -127,7 +127,7 @@ def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), b
     writing_sites(chosen)
     if chosen:
         check_written(model, chosen)
-    batches = prompts.to(device_of(model)).batches(batch_size)
+    batches = prompts.on(model).batches(batch_size)
     with preserved(model), torch.no_grad():
         values = torch.cat([_measured(model, batch, chosen) for batch in batches]).cpu().double()
     points = (*(str(layer) for layer in range(sizes.n_layers + 1)), *(str(component) for component in chosen))
