@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mechunlearn.components import Component
 from mechunlearn.model.classes import Model
+from mechunlearn.model.hooks import SITES
 from mechunlearn.model.matrices import slots
 from mechunlearn.model.norms import FrozenNorm, norm_of, post_norm
 from mechunlearn.model.suffix import Run
-
-_SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N": "mlp.hook_post"}
 
 
 def writing_sites(components: Iterable[Component]) -> list[str]:
@@ -25,7 +24,7 @@ def writing_sites(components: Iterable[Component]) -> list[str]:
                 f"expected components that write to the residual stream, got {component}: use the head or MLP that "
                 f"it belongs to, or its W_O or W_out."
             )
-        sites[f"blocks.{component.layer}.{_SITES[component.part]}"] = None
+        sites[f"blocks.{component.layer}.{SITES[component.part]}"] = None
     return list(sites)
 
 
@@ -76,7 +75,7 @@ def _factors(
 
 
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
-    name = f"blocks.{component.layer}.{_SITES[component.part]}"
+    name = f"blocks.{component.layer}.{SITES[component.part]}"
     return run.values[name][torch.arange(len(places), device=places.device), places]
 
 
