@@ -1,9 +1,9 @@
-"""Of each row under each test: how much is left, and what an attack recovered; as frames, and the worst case."""
+"""Of each row under each test: how much is left, and what an attack recovered; and the worst case."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan, nan
-from typing import TYPE_CHECKING, Any, TypeAlias
+from math import isnan
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -12,10 +12,6 @@ from mechunlearn.evaluate.fractions import Fraction, Recovery, avoidance_fractio
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import by_row_and_test, first_results, interval_of, value_over_seeds
 from mechunlearn.evaluate.results import Result
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 
 ORIGINAL, EDIT, NEVER_KNEW = "original", "edit", "never knew"
 """Names of rows."""
@@ -145,37 +141,6 @@ def _difference(result: Result) -> Tensor | None:
     if own is None or control is None or own.points != control.points:
         return None
     return own.per_prompt - control.per_prompt if own.per_prompt.shape == control.per_prompt.shape else None
-
-
-WORST = "worst case"
-
-
-def table(findings: Sequence[Finding]) -> "DataFrame":
-    """A row for each model: its number under every test, the largest fraction left, and by which."""
-    import pandas as pd
-
-    rows: dict[str, dict[str, Any]] = {}
-    for finding in findings:
-        rows.setdefault(finding.row, {})[finding.test] = finding.value.value
-    for row, values in rows.items():
-        worst = worst_case(findings, row)
-        values |= {WORST: nan, "by": ""} if worst is None else {WORST: worst.left.value, "by": worst.test}
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def tidy(findings: Iterable[Finding]) -> "DataFrame":
-    """A row for each model and test."""
-    import pandas as pd
-
-    rows = []
-    for finding in findings:
-        fractions = {"value": finding.value, "left": finding.left, "of many": finding.of_many, "avoids": finding.avoids}
-        fractions |= {} if finding.recovery is None else vars(finding.recovery)
-        start = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
-        for name, one in fractions.items():
-            start |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high, f"{name} reason": one.reason}
-        rows.append(start)
-    return pd.DataFrame(rows)
 
 
 def worst_case(findings: Iterable[Finding], row: str, way: str = "") -> Finding | None:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechunlearn.auditing import page, words
-from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, Finding, findings, table, tidy
+from mechunlearn.auditing import words
+from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, ORIGINAL, Finding, findings, way_of, worst_case
 from mechunlearn.auditing.plans import Plan, quick
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.grid.rows import checked_edits
-from mechunlearn.evaluate.report.page import write_page
+from mechunlearn.evaluate.report.figures import INK, dressed, looks, shown, whiskers
+from mechunlearn.evaluate.report.page import View, results_table, write_page
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.evaluate.report.tradeoffs import damage_tests, forget_tests
 from mechunlearn.identity import name_of
@@ -109,11 +112,31 @@ class Audit:
     @property
     def table(self) -> "DataFrame":
         """A row for each model; columns: tests and attacks, the largest fraction left (`worst case`), `by` which."""
-        return table(self.findings)
+        import pandas as pd
+
+        rows: dict[str, dict[str, Any]] = {}
+        for finding in self.findings:
+            rows.setdefault(finding.row, {})[finding.test] = finding.value.value
+        for row, values in rows.items():
+            worst = worst_case(self.findings, row)
+            values |= {WORST: nan, "by": ""} if worst is None else {WORST: worst.left.value, "by": worst.test}
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def to_frame(self) -> "DataFrame":
         """A row for each row, test and attack: value, left, recovered, taught, net, each with its interval."""
-        return tidy(self.findings)
+        import pandas as pd
+
+        rows = []
+        for finding in self.findings:
+            fractions = {"value": finding.value, "left": finding.left, "of many": finding.of_many}
+            fractions |= {"avoids": finding.avoids}
+            fractions |= {} if finding.recovery is None else vars(finding.recovery)
+            numbers = {name: getattr(finding, name) for name in ("row", "test", "kind", "chance", "sense", "nobody")}
+            for name, one in fractions.items():
+                numbers |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
+                numbers[f"{name} reason"] = one.reason
+            rows.append(numbers)
+        return pd.DataFrame(rows)
 
     @property
     def verdict(self) -> str:
@@ -127,15 +150,15 @@ class Audit:
 
     def plot(self) -> "Figure":
         """The fraction left by each test in each model, with intervals."""
-        return page.picture(self.findings, list(self.report.weights), title="Fraction of the knowledge left")
+        return self._picture("Fraction of the knowledge left")
 
     def to_html(self, path: str | Path, *, title: str = "Is it gone?") -> None:
         """Write one page that needs nothing else: the verdict, the worst case by each way to look next to that of the
         same edit at random places, a picture, and then all that the report's page has."""
         cells, weights = self.report.cells, self.report.weights
-        opening = page.opening(self.verdict, self.findings, list(weights))
         about = (weights, self.report.provenance, forget_tests(cells), damage_tests(cells))
-        write_page(path, cells, *about, title=title, opening=opening, first=page.views(self.findings, list(weights)))
+        first = {"What is left, by each test": [View("Fraction left", READING, self._picture())]}
+        write_page(path, cells, *about, title=title, opening=self._opening(), first=first)
 
     def to_markdown(self) -> str:
         """The verdict, the worst cases, what each test found, what attacks recovered, side effects, and what the
@@ -144,6 +167,45 @@ class Audit:
 
     __repr__ = _repr_markdown_ = to_markdown
 
+    def _picture(self, title: str = "") -> "Figure":
+        """The fraction left by each test in each model but the original: points with their intervals."""
+        import plotly.graph_objects as go
+
+        order = [finding.test for way in words.WAYS for finding in self.findings if way_of(finding.kind) == way]
+        tests, figure = list(dict.fromkeys(order)), go.Figure()
+        for row, look in looks(self.report.weights).items():
+            known = {finding.test: finding.left for finding in self.findings if finding.row == row}
+            left = {test: known[test] for test in tests if row != ORIGINAL and not isnan(known[test].value)}
+            if left:
+                points = {"x": [one.value for one in left.values()], "y": [shown(test) for test in left]}
+                ends = whiskers([*left.values()], width=2, color=look.color)
+                marker = {"color": look.color, "symbol": look.symbol, "size": 9}
+                figure.add_scatter(**points, name=shown(row), mode="markers", marker=marker, error_x=ends)
+        for place in (0, 1):
+            figure.add_vline(x=place, line={"color": INK, "width": 1, "dash": "dot"})
+        dressed(figure, title=title, height=130 + 24 * len(tests))
+        figure.update_xaxes(title="fraction of the knowledge left")
+        labels = [shown(test) for test in reversed(tests)]
+        return figure.update_yaxes(categoryorder="array", categoryarray=labels)
+
+    def _opening(self) -> str:
+        """The verdict and the table of worst cases, in HTML."""
+        first, rest = self.verdict.split(". ", 1) if ". " in self.verdict else (self.verdict, "")
+        head, *lines = words.worst_cases(self.findings, list(self.report.weights))
+        return (
+            f'<p class="verdict"><strong>{escape(first)}.</strong> {escape(rest)}</p>'
+            f'<p class="reading">Of each way to look the test that leaves most, with an interval that allows for their '
+            f"number. 0: as in a model without the knowledge; 1: as in the original.</p>{results_table(head, lines)}"
+        )
+
+
+WORST = "worst case"
+
+READING = (
+    "Each point is a test of a model: 0 is what a model without the knowledge does, 1 what the original does. Points "
+    "right of 0 by more than their whisker (95 %) are found. Where the edit is not left of the same edit at random "
+    "places, the place does not matter. Attacks count beyond what they find about nobody."
+)
 
 RANDOM = "random places"
 """In the provenance of the report: what the audit has to say about the control at random places."""

@@ -35,7 +35,10 @@ def markdown(report: Report, findings: Sequence[Finding], kinds: Mapping[str, st
     damage = [name for name, kind in kinds.items() if kind == "damage"]
     parts = [verdict(report, findings, kinds), grid(worst_cases(findings, rows)), _values(findings, rows)]
     parts += [_fractions(findings, row) for row in rows if row not in ("original", NEVER_KNEW)]
-    parts += [_damage(report, damage)] if damage else []
+    if damage:
+        side_effects = [[name, *(_number(value) for value in report.table[name])] for name in damage]
+        weights = ["edited weights", *(f"{count:,}" for count in report.weights.values())]
+        parts.append(grid([["side effects", *report.table.index], *side_effects, weights]))
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(report, findings, random_note))])
 
 
@@ -57,16 +60,12 @@ def worst_cases(findings: Sequence[Finding], rows: Sequence[str]) -> list[list[s
 def _whether(findings: Sequence[Finding]) -> str:
     worst = {way: worst_case(findings, EDIT, way) for way in WAYS}
     ways = {"asked": "when asked", "latent": "in hidden states", "attack": "under attack"}
-    where = [ways[way] for way, one in worst.items() if one is not None and _is_found(one)]
+    # Found: clearly more than in a model without the knowledge, the number of tests allowed for.
+    where = [ways[way] for way, one in worst.items() if one is not None and one.of_many.low > 0]
     count = sum(finding.row == EDIT and not isnan(finding.left.value) for finding in findings)
     if where:
         return f"Not gone: it is found {', '.join(where)}."
     return f"None of {count} tests and attacks finds more than in a model without the knowledge. Others might."
-
-
-def _is_found(finding: Finding) -> bool:
-    """Clearly more than in a model without the knowledge, the number of tests allowed for."""
-    return finding.of_many.low > 0
 
 
 def _worst(findings: Sequence[Finding], row: str, way: str) -> str:
@@ -123,7 +122,8 @@ def _values(findings: Sequence[Finding], rows: Sequence[str]) -> str:
     lines = [["found by", "kind", *rows, "chance"]]
     for finding in findings:
         if finding.row == "original":
-            numbers = [_value(by_place[row, finding.test]) for row in rows]
+            shown = [by_place[row, finding.test] for row in rows]
+            numbers = [_number(f.value.value) + ("" if f.nobody is None else f" ({f.nobody:.3f})") for f in shown]
             chance = "" if finding.chance is None else f"{finding.chance:.3f}"
             lines.append([finding.test, finding.kind, *numbers, chance])
     return grid(lines)
@@ -137,13 +137,6 @@ def _fractions(findings: Sequence[Finding], row: str) -> str:
             rest = ["", "", ""] if own is None else [str(own.recovered), str(own.taught), str(own.net)]
             lines.append([finding.test, str(finding.left), *rest])
     return grid(lines)
-
-
-def _damage(report: Report, names: Sequence[str]) -> str:
-    table = report.table
-    lines = [["side effects", *table.index]]
-    lines += [[name, *(_number(value) for value in table[name])] for name in names]
-    return grid([*lines, ["edited weights", *(f"{count:,}" for count in report.weights.values())]])
 
 
 def notes(report: Report, findings: Sequence[Finding], random_note: str) -> list[str]:
@@ -182,10 +175,6 @@ def _missing(rows: Sequence[str], random_note: str) -> list[str]:
     elif random_note:
         notes.append(f"random places: {random_note}")
     return notes
-
-
-def _value(finding: Finding) -> str:
-    return _number(finding.value.value) + ("" if finding.nobody is None else f" ({finding.nobody:.3f})")
 
 
 def _number(value: float) -> str:

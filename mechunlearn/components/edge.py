@@ -132,7 +132,8 @@ def place_of(edge: Edge | str, shape: ModelShape) -> tuple[int, int]:
     for end in (wanted.source, wanted.destination):
         if isinstance(end, Component):
             shape.units_of(end)
-    return _row_of(shape)[wanted.source], _column_of(shape)[_shared(wanted.destination, shape)]
+    rows, columns = _places(shape)
+    return rows[wanted.source], columns[_shared(wanted.destination, shape)]
 
 
 def mask_of(chosen: Iterable[Edge | str], shape: ModelShape) -> Bool[Tensor, "source destination"]:
@@ -144,13 +145,9 @@ def mask_of(chosen: Iterable[Edge | str], shape: ModelShape) -> Bool[Tensor, "so
 
 
 @cache
-def _row_of(shape: ModelShape) -> dict[Source, int]:
-    return {source: row for row, source in enumerate(sources(shape))}
-
-
-@cache
-def _column_of(shape: ModelShape) -> dict[Destination, int]:
-    return {destination: column for column, destination in enumerate(destinations(shape))}
+def _places(shape: ModelShape) -> tuple[dict[Source, int], dict[Destination, int]]:
+    rows, columns = enumerate(sources(shape)), enumerate(destinations(shape))
+    return {source: row for row, source in rows}, {destination: column for column, destination in columns}
 
 
 def _shared(destination: Destination, shape: ModelShape) -> Destination:

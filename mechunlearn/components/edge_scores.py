@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
 from mechunlearn.components.mask import ComponentMask
-from mechunlearn.components.plot import edge_graph, edge_heat_map
+from mechunlearn.components.plot import signed_heat_map
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
 from mechunlearn.files import Saved
 
@@ -168,14 +168,33 @@ class EdgeScores(Mapping[Edge, float], Saved):
         to every head that reads it, so that paths from "embed" to "logits" are the model's. The other edges have an
         attribute `score`.
         """
-        chosen = self.scored if edges is None else self.scored & edges.tensor
-        return edge_graph({edge: self[edge] for edge in edges_where(chosen, self.shape)}, self.shape)
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        for edge in edges_where(self.scored if edges is None else self.scored & edges.tensor, self.shape):
+            graph.add_edge(str(edge.source), str(edge.destination), score=self[edge])
+            end = edge.destination
+            if isinstance(end, Component) and end.index is not None:
+                group = 1 if end.matrix == "W_Q" else self.shape.n_heads // self.shape.n_kv_heads
+                graph.add_edges_from((str(end), f"L{end.layer}H{end.index + i}") for i in range(group))
+        return graph
 
     def plot(self) -> "Figure":
         """Source x destination heat map; red is negative, blue positive, grey no edge."""
         title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
-        names = [str(end) for end in sources(self.shape)], [str(end) for end in destinations(self.shape)]
-        return edge_heat_map(self.tensor, self.scored, *names, title=title, unit=self.metric.replace("_", " "))
+        unit = self.metric.replace("_", " ")
+        rows, columns = (self.scored.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+        values = self.tensor.double().masked_fill(~self.scored, torch.nan)[rows][:, columns].tolist()
+        axes = {"xaxis": {"title": "destination"}, "yaxis": {"title": "source", "autorange": "reversed"}}
+        size = {"width": 300 + 12 * min(len(columns), 100), "height": 200 + 12 * min(len(rows), 70)}
+        return signed_heat_map(
+            [[None if value != value else value for value in row] for row in values],
+            [str(destinations(self.shape)[column]) for column in columns],
+            [str(sources(self.shape)[row]) for row in rows],
+            unit=unit,
+            hover="%{y}->%{x}: %{z:.4g} " + unit,
+            layout={"title": title, "plot_bgcolor": "#eee"} | axes | size,
+        )
 
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)

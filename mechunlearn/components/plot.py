@@ -1,17 +1,11 @@
-"""Figures of scores: heat maps of layer x component and source x destination, and graphs of edges."""
+"""Heat maps of scores: of layer x component, and of any rows and columns."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-
-from mechunlearn.components.component import Component, ModelShape
-from mechunlearn.components.edge import Edge
+from mechunlearn.components.component import Component
 
 if TYPE_CHECKING:
-    from networkx import DiGraph
     from plotly.graph_objects import Figure
 
 
@@ -54,41 +48,3 @@ def signed_heat_map(
 
 def _column(component: Component) -> str:
     return str(component).removeprefix(f"L{component.layer}")
-
-
-def edge_heat_map(
-    values: Float[Tensor, "source destination"],
-    scored: Bool[Tensor, "source destination"],
-    sources: Sequence[str],
-    destinations: Sequence[str],
-    *,
-    title: str = "",
-    unit: str = "",
-) -> "Figure":
-    """Heat map with one row per source and one column per destination that has an edge, zero at white."""
-    rows, columns = scored.any(1).nonzero().flatten().tolist(), scored.any(0).nonzero().flatten().tolist()
-    shown = values.double().masked_fill(~scored, torch.nan)[rows][:, columns]
-    axes = {"xaxis": {"title": "destination"}, "yaxis": {"title": "source", "autorange": "reversed"}}
-    size = {"width": 300 + 12 * min(len(columns), 100), "height": 200 + 12 * min(len(rows), 70)}
-    return signed_heat_map(
-        [[None if value != value else value for value in row] for row in shown.tolist()],
-        [destinations[column] for column in columns],
-        [sources[row] for row in rows],
-        unit=unit,
-        hover="%{y}->%{x}: %{z:.4g} " + unit,
-        layout={"title": title, "plot_bgcolor": "#eee"} | axes | size,
-    )
-
-
-def edge_graph(values: Mapping[Edge, float], shape: ModelShape) -> "DiGraph":
-    """A graph of the edges with their scores, and of an edge from each matrix that is read to the heads that use it."""
-    import networkx as nx
-
-    graph = nx.DiGraph()
-    for edge, score in values.items():
-        graph.add_edge(str(edge.source), str(edge.destination), score=score)
-        end = edge.destination
-        if isinstance(end, Component) and end.index is not None:
-            group = 1 if end.matrix == "W_Q" else shape.n_heads // shape.n_kv_heads
-            graph.add_edges_from((str(end), f"L{end.layer}H{end.index + i}") for i in range(group))
-    return graph

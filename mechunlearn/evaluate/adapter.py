@@ -10,11 +10,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mechunlearn.losses.tokens import at_least_float32
 from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
 from mechunlearn.model.tokens import encode, pad_token
+from mechunlearn.tasks.building import padded
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -166,9 +166,7 @@ class HarnessModel(TemplateLM):
 
 def _padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Tokens and mask, padded on the right."""
-    tensors = [torch.tensor(list(row)) for row in rows]
-    tokens = pad_sequence(tensors, batch_first=True, padding_value=pad_token(model))
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], batch_first=True)
+    tokens, mask = padded(rows, pad_token(model), "right")
     return tokens.to(device_of(model)), mask.to(device_of(model))
 
 

@@ -106,11 +106,11 @@ def multinomial_probe(
     labels = torch.cat([task.retain.answers[:, 0].cpu(), right])
     options = {"at": at, "splits": splits, "seed": seed, "penalty": penalty, "batch_size": batch_size}
     remedy = "where a whole class is forgotten, use binary_probes"
-    return _best_layer(model, task.retain, tested, labels, _is_named, sense, **options, remedy=remedy)
 
+    def is_named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
+        return guesses(features, labels, fit, penalty) == labels
 
-def _is_named(features: np.ndarray, labels: np.ndarray, fit: np.ndarray, penalty: float) -> np.ndarray:
-    return guesses(features, labels, fit, penalty) == labels
+    return _best_layer(model, task.retain, tested, labels, is_named, sense, **options, remedy=remedy)
 
 
 def _injected(task: Task, tested: Prompts, side: str) -> Int[Tensor, "prompt"]:

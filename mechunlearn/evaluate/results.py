@@ -117,13 +117,17 @@ def pooled(results: Sequence[Result]) -> Result:
         return first
     same = all((r.names, len(r.per_example)) == (first.names, len(first.per_example)) for r in results)
     controls = [r.control for r in results if r.control is not None]
+    curves, curve = [r.curve for r in results if r.curve is not None], None
+    if len(curves) == len(results) and len({c.points for c in curves}) == 1:
+        averaged = same and len({c.per_prompt.shape for c in curves}) == 1
+        curve = replace(curves[0], per_prompt=_merged([c.per_prompt for c in curves], averaged))
     return Result(
         _merged([r.per_example for r in results], same),
         first.sense,
         first.chance,
         first.unit,
         first.names if same else tuple(name for r in results for name in r.names),
-        _merged_curve([r.curve for r in results if r.curve is not None], same, len(results)),
+        curve,
         None if len(controls) < len(results) else pooled(controls),
     )
 
@@ -131,15 +135,6 @@ def pooled(results: Sequence[Result]) -> Result:
 def _merged(values: Sequence[Tensor], same: bool) -> Tensor:
     numbers = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
     return torch.stack(numbers).mean(0) if same else torch.cat(numbers)
-
-
-def _merged_curve(curves: Sequence[Curve], same: bool, count: int) -> Curve | None:
-    if len(curves) < count or len({curve.points for curve in curves}) > 1:
-        return None
-    first = curves[0]
-    averaged = same and len({curve.per_prompt.shape for curve in curves}) == 1
-    merged = _merged([curve.per_prompt for curve in curves], averaged)
-    return replace(first, per_prompt=merged)
 
 
 def interval_over_seeds(

@@ -2,13 +2,12 @@
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
 from random import Random
 
 import torch
 
 from mechunlearn.arguments import chosen_components
-from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, ModelShape
+from mechunlearn.components import Component, ComponentMask, Components, ComponentScores
 from mechunlearn.components.component import Cover, heads, heads_and_mlps, layers, matrices, mlps, neurons, resolve
 from mechunlearn.model import Model, shape
 
@@ -73,12 +72,21 @@ def everything(model: Model) -> ComponentMask:
 def _matching(
     mask: ComponentMask, members: list[Component], generator: Random, *, by_kind: bool
 ) -> frozenset[Component]:
-    """Members in random order for as long as they fit into the mask's number of weights."""
+    """Members in random order for as long as they fit into the mask's number of weights.
+
+    By kind, as many of each as the mask has come first, the largest kind first.
+    """
     sizes = mask.shape
+    left = Counter(component.kind for component in mask if by_kind)
+    first, rest = [], []
+    for member in generator.sample(members, len(members)):
+        (first if left[member.kind] > 0 else rest).append(member)
+        left[member.kind] -= 1
+    weights = {kind: sizes.n_parameters([member]) for kind, member in {m.kind: m for m in first}.items()}
     one_of_each = {member.kind: member for member in members}.values()
     target, smallest = mask.n_parameters, min((sizes.n_parameters([m]) for m in one_of_each), default=0)
     chosen, cover, count = [], Cover(sizes), 0
-    for member in _drawn(members, mask if by_kind else (), sizes, generator):
+    for member in sorted(first, key=lambda member: -weights[member.kind]) + rest:
         gain = cover.gain(member)
         if 0 < gain <= target - count:
             chosen.append(member)
@@ -90,17 +98,3 @@ def _matching(
             f"{count:,} out of {len(members)} components: pass a larger pool or one with smaller components."
         )
     return frozenset(chosen)
-
-
-def _drawn(
-    members: list[Component], mask: Iterable[Component], sizes: ModelShape, generator: Random
-) -> list[Component]:
-    """In random order; first as many of each kind as the mask has, the largest kind first, then the rest."""
-    shuffled = generator.sample(members, len(members))
-    left = Counter(component.kind for component in mask)
-    first, rest = [], []
-    for member in shuffled:
-        (first if left[member.kind] > 0 else rest).append(member)
-        left[member.kind] -= 1
-    weights = {member.kind: sizes.n_parameters([member]) for member in {m.kind: m for m in first}.values()}
-    return sorted(first, key=lambda member: -weights[member.kind]) + rest

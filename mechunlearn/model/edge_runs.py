@@ -199,7 +199,9 @@ class InputGradients:
             gradient = torch.cat(real[3 * layer : 3 * layer + 3], dim=2) / scale[..., None]
             # x . h(W g) = (W applied to weight * x) . g, a number per unit. The scale differs between runs, so g / s is
             # summed over runs before W; the part along x has another x in each run and is kept run by run.
-            along = (gradient * self._projected(layer, direction * norm.weight)).sum(-1) / self.sizes.d_model
+            weighted = direction * norm.weight
+            projected = [torch.einsum("bpd,uwd->bpuw", weighted, weight) for weight in self._weights(layer)]
+            along = (gradient * torch.cat(projected, dim=2)).sum(-1) / self.sizes.d_model
             self._along[layer].append((along, direction))
             heads.append(gradient)
         self._heads = [a + b for a, b in zip(self._heads, heads, strict=True)] if self._runs else heads
@@ -223,9 +225,6 @@ class InputGradients:
     def at_logits(self, rows: slice, places: slice) -> Float[Tensor, "1 batch pos d_model"]:
         """At the final norm's input."""
         return self._copies[-1][None, rows, places] / self._runs
-
-    def _projected(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos unit d_head"]:
-        return torch.cat([torch.einsum("bpd,uwd->bpuw", x, weight) for weight in self._weights(layer)], dim=2)
 
     def _weights(self, layer: int) -> list[Float[Tensor, "unit d_head d_model"]]:
         dtype = self.norms[layer].weight.dtype

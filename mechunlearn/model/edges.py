@@ -151,11 +151,14 @@ class SourceOutputs:
 
     def minus(self, other: "SourceOutputs", mask: Bool[Tensor, "batch pos"]) -> "SourceOutputs":
         """The difference at real tokens, 0 at padding."""
-        return SourceOutputs(
-            _difference(self.embed, other.embed, mask),
-            tuple(_difference(a, b, mask) for a, b in zip(self.heads, other.heads, strict=True)),
-            tuple(_difference(a, b, mask) for a, b in zip(self.mlps, other.mlps, strict=True)),
-        )
+
+        def difference(values: Tensor, others: Tensor) -> Tensor:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            padding = ~mask.view(*mask.shape, *[1] * (values.ndim - 2))
+            return (values.to(dtype) - others.to(dtype)).masked_fill(padding, 0.0)
+
+        heads, mlps = map(difference, self.heads, other.heads), map(difference, self.mlps, other.mlps)
+        return SourceOutputs(difference(self.embed, other.embed), tuple(heads), tuple(mlps))
 
     def at(self, rows: slice, places: slice) -> "SourceOutputs":
         """The outputs of these prompts at these positions."""
@@ -292,11 +295,3 @@ def _short_run(model: Model, start: int) -> tuple[SourceOutputs, DestinationInpu
     with recording_outputs(model) as outputs, recording_inputs(model) as inputs:
         logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
     return outputs(), inputs[0]
-
-
-def _difference(
-    values: Float[Tensor, "batch pos *unit"], other: Float[Tensor, "batch pos *unit"], mask: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos *unit"]:
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    real = mask.view(*mask.shape, *[1] * (values.ndim - 2))
-    return (values.to(dtype) - other.to(dtype)).masked_fill(~real, 0.0)

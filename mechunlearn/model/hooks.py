@@ -16,6 +16,10 @@ Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 """A TransformerLens forward hook: the hook point's name and `(value, hook) -> new value or None`."""
 
 
+SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N": "mlp.hook_post"}
+"""Part -> the hook point in a layer of what it writes."""
+
+
 def site(component: Component, shape: ModelShape) -> str:
     """The hook point whose value is the component's output.
 
@@ -23,18 +27,9 @@ def site(component: Component, shape: ModelShape) -> str:
     An MLP and its `W_out` share `hook_mlp_out` (after the post-norm in Gemma 2).
     """
     shape.units_of(component)
-    prefix = f"blocks.{component.layer}."
-    if component.part == "H":
-        return prefix + {"W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v"}.get(
-            component.matrix or "", "attn.hook_z"
-        )
-    if component.part == "N":
-        return prefix + "mlp.hook_post"
-    if component.part == "ATTN":
-        return prefix + "hook_attn_out"
-    if component.matrix == "W_in":
-        return prefix + ("mlp.hook_pre_linear" if shape.gated else "mlp.hook_pre")
-    return prefix + ("mlp.hook_pre" if component.matrix == "W_gate" else "hook_mlp_out")
+    inside = {"W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v", "W_gate": "mlp.hook_pre"}
+    inside["W_in"] = "mlp.hook_pre_linear" if shape.gated else "mlp.hook_pre"
+    return f"blocks.{component.layer}.{inside.get(component.matrix or '', SITES[component.part])}"
 
 
 def layer_of(name: str) -> int:

@@ -5,7 +5,6 @@ senders' changes, and no forward pass is needed unless MLPs between them are to 
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,10 @@ from torch import Tensor
 from mechunlearn.components import Component
 from mechunlearn.model.classes import Model, unchecked_shape
 from mechunlearn.model.decomposition import scales_of
-from mechunlearn.model.hooks import Hook, recording
+from mechunlearn.model.hooks import Hook
 from mechunlearn.model.matrices import attention_change
 from mechunlearn.model.norms import post_norm
-from mechunlearn.model.running import identity, logits_at, replaced_forwards, running_from
-from mechunlearn.model.suffix import Run, fixed_attention, through_layer
+from mechunlearn.model.suffix import Run, run_from, through_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,18 +126,11 @@ def _after_responses(
     fixed |= {layer: fixed[layer] + change for layer, change in sent.attention.items() if layer in fixed}
     unneeded = [*list(model.blocks)[highest:], model.unembed]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in layers if first < layer < min(highest, n_layers)]
-    final: list[Tensor] = []
-    with ExitStack() as stack:
-        stack.enter_context(running_from(model, first, base.residuals[first][sent.rows]))
-        stack.enter_context(fixed_attention(model, fixed))
-        stack.enter_context(replaced_forwards(dict.fromkeys(unneeded, identity)))
-        stack.enter_context(model.hooks(fwd_hooks=_sending_mlps(base, sent)))
-        # The blocks above are identities, so the final norm gets what enters the highest layer.
-        stack.callback(model.ln_final.register_forward_pre_hook(lambda m, inputs: final.append(inputs[0])).remove)
-        recorded = stack.enter_context(recording(model, names))
-        logits_at(model, base.tokens[sent.rows], base.attention_mask[sent.rows], base.positions[sent.rows])
+    options = {"fixed": fixed, "idle": unneeded, "hooks": _sending_mlps(base, sent), "names": names}
+    # The blocks above are identities, so the final norm gets what enters the highest layer.
+    final, recorded = run_from(model, base, sent.rows, first, base.residuals[first][sent.rows], **options)
     entering |= {layer: recorded[f"blocks.{layer}.hook_resid_pre"] for layer in layers if first < layer < highest}
-    return entering | {highest: final[0]}
+    return entering | {highest: final}
 
 
 def _sending_mlps(base: Run, sent: Changes) -> list[Hook]:

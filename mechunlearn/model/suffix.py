@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mechunlearn.model.classes import Model, is_bridge
 from mechunlearn.model.hooks import Hook, recording
@@ -55,7 +56,7 @@ def base_run(
     final: list[Tensor] = []
     with ExitStack() as stack:
         for block in model.blocks:
-            stack.callback(_keep_output(block.attn, attention))
+            stack.enter_context(_keeping_output(block.attn, attention))
         stack.callback(model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0])).remove)
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))  # before the recording, which sees what they change
         recorded = stack.enter_context(recording(model, [*entering, *names]))
@@ -88,8 +89,13 @@ def continued(
         with running_from(model, layer, residual), fixed_attention(model, fixed):
             return logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows], hooks=hooks)
     if layer < last or (layer == last and attention is None):
-        residual, attention = _up_to_last_attention(model, run, rows, layer, residual, attention, hooks)
-        layer = last
+        # Up to what the last attention gives: its MLP and the unembedding do not run.
+        outputs, block, name = list[Tensor](), model.blocks[last], f"blocks.{last}.hook_resid_pre"
+        fixed = {} if attention is None else {layer: attention}
+        with _keeping_output(block.attn, outputs):
+            idle = (block.mlp, model.unembed)
+            values = run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=[name])[1]
+        residual, attention, layer = values[name], outputs[0], last
     # Only attention mixes positions. What is left after the last one runs at the answers' positions alone, as if they
     # were the whole prompt.
     index, places = torch.arange(len(rows), device=rows.device)[:, None], run.positions[rows]
@@ -115,44 +121,37 @@ def through_layer(
 
     `with_mlp=False` leaves the MLP out: then only values from before the MLP mean something.
     """
-    leaving: list[Tensor] = []
     residual = run.residuals[layer][rows] if residual is None else residual
+    fixed = {} if attention is None else {layer: attention}
     idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     idle += [] if with_mlp else [model.blocks[layer].mlp]
-    with ExitStack() as stack:
-        stack.enter_context(running_from(model, layer, residual))
-        stack.enter_context(fixed_attention(model, {} if attention is None else {layer: attention}))
-        stack.callback(model.ln_final.register_forward_pre_hook(lambda m, inputs: leaving.append(inputs[0])).remove)
-        stack.enter_context(replaced_forwards(dict.fromkeys(idle, identity)))
-        stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
-        recorded = stack.enter_context(recording(model, names))
-        logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
-    return leaving[0], dict(recorded)
+    return run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=names)
 
 
-def _up_to_last_attention(
+def run_from(
     model: Model,
     run: Run,
     rows: Int[Tensor, "row"],
     layer: int,
-    residual: Tensor,
-    attention: Tensor | None,
-    hooks: Sequence[Hook],
-) -> tuple[Float[Tensor, "row pos d_model"], Float[Tensor, "row pos d_model"]]:
-    """The last layer's input, and what its attention gives; its MLP and the unembedding do not run."""
-    outputs: list[Tensor] = []
-    last = len(model.blocks) - 1
-    block = model.blocks[last]
-    name = f"blocks.{last}.hook_resid_pre"
-    with ExitStack() as stack:
-        stack.enter_context(running_from(model, layer, residual))
-        stack.enter_context(fixed_attention(model, {} if attention is None else {layer: attention}))
-        stack.enter_context(replaced_forwards({block.mlp: identity, model.unembed: identity}))
-        stack.callback(_keep_output(block.attn, outputs))
-        stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
-        recorded = stack.enter_context(recording(model, [name]))
+    residual: Float[Tensor, "row pos d_model"],
+    *,
+    fixed: dict[int, Float[Tensor, "row pos d_model"]],
+    idle: Iterable[nn.Module],
+    hooks: Sequence[Hook] = (),
+    names: Iterable[str] = (),
+) -> tuple[Float[Tensor, "row pos d_model"], dict[str, Tensor]]:
+    """A run from `layer` on in which attention is fixed and modules are idle: the final norm's input, and values."""
+    final: list[Tensor] = []
+    with (
+        running_from(model, layer, residual),
+        fixed_attention(model, fixed),
+        replaced_forwards(dict.fromkeys(idle, identity)),
+        model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0])),
+        model.hooks(fwd_hooks=list(hooks)),
+        recording(model, names) as recorded,
+    ):
         logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows])
-    return recorded[name], outputs[0]
+    return final[0], dict(recorded)
 
 
 @contextmanager
@@ -170,10 +169,10 @@ def fixed_attention(model: Model, outputs: dict[int, Float[Tensor, "row pos d_mo
         yield
 
 
-def _keep_output(attention: nn.Module, outputs: list[Tensor]) -> Callable[[], None]:
-    """Append the module's outputs to `outputs`; the returned function ends that."""
+def _keeping_output(attention: nn.Module, outputs: list[Tensor]) -> RemovableHandle:
+    """Inside this context, the module's outputs are appended to `outputs`."""
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    return attention.register_forward_hook(keep).remove
+    return attention.register_forward_hook(keep)

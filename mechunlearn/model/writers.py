@@ -10,11 +10,10 @@ from torch import Tensor
 from mechunlearn.components import Component
 from mechunlearn.model.classes import Model
 from mechunlearn.model.decomposition import scales_of
+from mechunlearn.model.hooks import SITES
 from mechunlearn.model.matrices import check_plain, slots
 from mechunlearn.model.norms import FrozenNorm, norm_of, post_norm
 from mechunlearn.model.suffix import Run
-
-_SITES = {"H": "attn.hook_z", "ATTN": "hook_attn_out", "MLP": "hook_mlp_out", "N": "mlp.hook_post"}
 
 
 def writing_sites(components: Iterable[Component]) -> list[str]:
@@ -26,7 +25,7 @@ def writing_sites(components: Iterable[Component]) -> list[str]:
                 f"expected components that write to the residual stream, got {component}: use the head or MLP that "
                 f"it belongs to, or its W_O or W_out."
             )
-        sites[f"blocks.{component.layer}.{_SITES[component.part]}"] = None
+        sites[f"blocks.{component.layer}.{SITES[component.part]}"] = None
     return list(sites)
 
 
@@ -90,7 +89,7 @@ def _scale(model: Model, component: Component) -> float:
 
 
 def _at(run: Run, component: Component, places: Int[Tensor, "batch"]) -> Tensor:
-    name = f"blocks.{component.layer}.{_SITES[component.part]}"
+    name = f"blocks.{component.layer}.{SITES[component.part]}"
     return run.values[name][torch.arange(len(places), device=places.device), places]
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,7 +11,6 @@ from mechunlearn.tasks import facts
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -49,8 +48,30 @@ def hooked(model: Any, vocabulary: Any) -> Any:
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
             " mechunlearn.testbed.load(backend=mechunlearn.testbed.bridge)."
         ) from error
-    build: Any = HookedTransformer
-    wrapped = build(HookedTransformerConfig(**_hooked_options(model)), vocabulary)
+    build, config = cast(Any, HookedTransformer), model.config
+    head = config.hidden_size // config.num_attention_heads
+    options = {
+        "model_name": NAME,
+        "device": str(model.device),
+        "original_architecture": "LlamaForCausalLM",
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "d_head": head,
+        "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.rms_norm_eps,
+        "act_fn": config.hidden_act,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": head,
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "rotary_adjacent_pairs": False,
+    }
+    wrapped = build(HookedTransformerConfig(**options), vocabulary)
     wrapped.load_and_process_state_dict(
         convert_llama_weights(model, wrapped.cfg),
         fold_ln=False,
@@ -78,7 +99,7 @@ def load(
 def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> tuple[Any, Any]:
     """The shipped `LlamaForCausalLM` (or its twin) in float32 and evaluation mode, and its tokenizer."""
     from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     path = folder / ("model.safetensors" if without is None else f"without_{without}.safetensors")
     if not path.is_file():
@@ -88,7 +109,10 @@ def load_huggingface(folder: Path = WEIGHTS, *, without: str | None = None) -> t
     weights = {name: value.float() for name, value in load_file(path).items()}
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    return model.eval(), tokenizer_in(folder / "tokenizer.json")
+    # With the name and the `add_bos_token` that TransformerLens asks for.
+    named = {"pad_token": PAD, "bos_token": BOS, "eos_token": BOS, "name_or_path": NAME, "add_bos_token": True}
+    file = str(folder / "tokenizer.json")
+    return model.eval(), PreTrainedTokenizerFast(tokenizer_file=file, padding_side="right", **named)
 
 
 def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -122,21 +146,6 @@ def counterfact(*, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, 
     return records, questions
 
 
-def tokenizer_in(path: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a file, with the name and the `add_bos_token` that TransformerLens asks for."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(path),
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=BOS,
-        padding_side="right",
-        name_or_path=NAME,
-        add_bos_token=True,
-    )
-
-
 def save(model: Any, vocabulary: "Tokenizer", folder: Path = WEIGHTS) -> None:
     """Writes what `load_huggingface` reads; weights are rounded to float16."""
     from transformers import LlamaForCausalLM
@@ -147,32 +156,6 @@ def save(model: Any, vocabulary: "Tokenizer", folder: Path = WEIGHTS) -> None:
     rounded.load_state_dict(model.state_dict())
     rounded.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-
-
-def _hooked_options(model: Any) -> dict[str, Any]:
-    config = model.config
-    head = config.hidden_size // config.num_attention_heads
-    return {
-        "model_name": NAME,
-        "device": str(model.device),
-        "original_architecture": "LlamaForCausalLM",
-        "n_layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "d_head": head,
-        "n_heads": config.num_attention_heads,
-        "d_mlp": config.intermediate_size,
-        "n_ctx": config.max_position_embeddings,
-        "d_vocab": config.vocab_size,
-        "eps": config.rms_norm_eps,
-        "act_fn": config.hidden_act,
-        "normalization_type": "RMS",
-        "final_rms": True,
-        "gated_mlp": True,
-        "positional_embedding_type": "rotary",
-        "rotary_dim": head,
-        "rotary_base": config.rope_parameters["rope_theta"],
-        "rotary_adjacent_pairs": False,
-    }
 
 
 def _record(case: int, fact: facts.FactRow, injected: str, neighbours: Sequence[str]) -> dict[str, Any]:

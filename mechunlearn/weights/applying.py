@@ -54,21 +54,29 @@ def taken_back(model: Model, to: str) -> Iterator[Model]:
     It is exact to the bit, it nests, and an edit may be left inside. ValueError if taking edits back does not lead to
     that fingerprint, as in a model that is being trained. Cost: a fingerprint for each edit, and one more.
     """
+    with _lifted(model, to) as since:
+        if since is None:
+            raise ValueError(
+                f"expected a model that has the weights with the fingerprint {to} when the edits applied to it are "
+                f"taken back, got {fingerprint(model)}: undo what else has changed its weights first."
+            )
+        yield model
+
+
+@contextmanager
+def _lifted(model: Model, to: str) -> Iterator[list[_Layer] | None]:
+    """As `taken_back`; gives the edits that are taken back, or None if all were and that did not lead to `to`."""
     lifted: list[tuple[_Layer, Values]] = []
     try:
+        reached = fingerprint(model)
         # From the top down, since a layer remembers what was there before it, with all layers below it in place.
         for layer in reversed(_applied.get(model, [])):
-            if fingerprint(model) == to:
+            if reached == to:
                 break
             lifted.append((layer, read(layer.entries)))
             write(layer.entries, layer.before)
-        reached = fingerprint(model)
-        if reached != to:
-            raise ValueError(
-                f"expected a model that has the weights with the fingerprint {to} when the edits applied to it are "
-                f"taken back, got {reached}: undo what else has changed its weights first."
-            )
-        yield model
+            reached = fingerprint(model)
+        yield [layer for layer, _ in lifted] if reached == to else None
     finally:
         for layer, values in reversed(lifted):
             # An edit that was left meanwhile stays out.
@@ -78,14 +86,13 @@ def taken_back(model: Model, to: str) -> Iterator[Model]:
 
 def check_made_for(model: Model, entries: Sequence[Entries], expected: str, values: Mapping[str, Tensor]) -> None:
     """ValueError unless the weights have the fingerprint `expected`, but for later edits of other entries."""
-    own = fingerprint(model)
-    if own == expected:
-        return
-    since = _applied_since(model, expected)
+    with _lifted(model, expected) as since:
+        pass
     if since is None:
         raise ValueError(
-            f"expected the weights that the edit was made for (fingerprint {expected}), got others ({own}): load "
-            f"the original model, or apply earlier edits of a sequence first.{_other_dtype(entries, values)}"
+            f"expected the weights that the edit was made for (fingerprint {expected}), got others "
+            f"({fingerprint(model)}): load the original model, or apply earlier edits of a sequence first."
+            f"{_other_dtype(entries, values)}"
         )
     shared = [e.label for e in entries if any(bool((e.units & layer.units(e)).any()) for layer in since)]
     if shared:
@@ -120,22 +127,6 @@ def _take_out(layers: list[_Layer], layer: _Layer) -> None:
                 above.before[e.label][shared[own]] = values[shared[e.units]]
             open_units &= ~own
         Entries(e.slot, open_units).write(values if torch.equal(open_units, e.units) else values[open_units[e.units]])
-
-
-def _applied_since(model: Model, expected: str) -> list[_Layer] | None:
-    """The edits applied since the weights had this fingerprint; None if taking them back does not lead to it."""
-    layers = _applied.get(model, [])
-    # What the layers' entries are now: where layers overlap, all have the topmost value, so the order does not matter.
-    now = [read(layer.entries) for layer in layers]
-    try:
-        for place in reversed(range(len(layers))):
-            write(layers[place].entries, layers[place].before)
-            if fingerprint(model) == expected:
-                return layers[place:]
-        return None
-    finally:
-        for layer, values in zip(layers, now, strict=True):
-            write(layer.entries, values)
 
 
 def _other_dtype(entries: Sequence[Entries], values: Mapping[str, Tensor]) -> str:

@@ -14,6 +14,7 @@ from mechunlearn.evaluate.results import LIMITS, Result
 from mechunlearn.evaluate.scoring import result_of, side_of
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, check_model, preserved
+from mechunlearn.tasks.building import padded
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 
@@ -105,28 +106,22 @@ def _second_word(model: Model, subject: Sequence[int]) -> int:
 def _about(prompts: Prompts, subjects: Sequence[Sequence[int]]) -> Prompts:
     """The prompts with other subjects in the place of their own, padded on the same side."""
     assert prompts.subject is not None
-    rows, positions = [], prompts.positions.clone()
+    rows, marks, positions = [], [], prompts.positions.clone()
     for number, (subject, where) in enumerate(zip(subjects, prompts.subject, strict=True)):
         real = prompts.attention_mask[number]
         tokens, inside = prompts.tokens[number][real].tolist(), where[real].tolist()
         first, old = (inside.index(True), sum(inside)) if any(inside) else (0, 0)
         new = list(subject) if old else []
-        rows.append((tokens[:first] + new + tokens[first + old :], first, len(new)))
+        rows.append(tokens[:first] + new + tokens[first + old :])
+        marks.append([0] * first + [1] * len(new) + [0] * (len(tokens) - first - old))
         places = real.cumsum(0)[prompts.positions[number]] - 1
         positions[number] = places + (len(new) - old) * (places >= first + old - 1)
-    width = max(len(tokens) for tokens, _, _ in rows)
-    on_the_left = not bool(prompts.attention_mask[:, 0].all())
-    grid = torch.zeros(len(rows), width, dtype=prompts.tokens.dtype)
-    mask, subject_mask = torch.zeros_like(grid, dtype=torch.bool), torch.zeros_like(grid, dtype=torch.bool)
-    for number, (tokens, first, count) in enumerate(rows):
-        start = width - len(tokens) if on_the_left else 0
-        grid[number, start : start + len(tokens)] = torch.tensor(tokens)
-        mask[number, start : start + len(tokens)] = True
-        subject_mask[number, start + first : start + first + count] = True
-        positions[number] += start
-    device = prompts.tokens.device
-    masks = {"attention_mask": mask.to(device), "subject": subject_mask.to(device)}
-    return replace(prompts, tokens=grid.to(device), **masks, positions=positions, corrupt=None, texts=())
+    side = "right" if bool(prompts.attention_mask[:, 0].all()) else "left"
+    tokens, mask = (values.to(prompts.tokens.device) for values in padded(rows, 0, side))
+    marked = padded(marks, 0, side)[0].bool().to(mask.device)
+    positions += mask.int().argmax(1, keepdim=True)  # what stands before the first real token
+    about = {"tokens": tokens.to(prompts.tokens.dtype), "attention_mask": mask, "subject": marked}
+    return replace(prompts, **about, positions=positions, corrupt=None, texts=())
 
 
 def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Prompts, Prompts]:

@@ -4,7 +4,6 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
 
@@ -56,12 +55,11 @@ def relearn_lora(
     trained = some_of(trained, examples, seed=seed)
     terms = relearning_terms(model, task, trained, tested, options, coefficient=relearn_coefficient)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
-    points = measured_at(options["steps"], options["at"])
-    runs: dict[str, list[Scores]] = {str(step): [] for step in points}
+    runs: dict[str, list[Scores]] = {str(step): [] for step in measured_at(options["steps"], options["at"])}
     with differentiable(model), exported(model) as copy:
         for rate in check_rates(options["learning_rates"]):
             with adapted(copy, seed) as factors:
-                for step, scores in _Training(copy, terms, factors, rate, options).scores(asked, points):
+                for step, scores in _scores_in_training(copy, terms, factors, rate, options, asked):
                     runs[str(step)].append(scores)
     return worst_case(runs, asked, axis="steps")
 
@@ -100,55 +98,52 @@ def _peft(rank: int, alpha: float, dropout: float) -> Callable[..., Any]:
     return adapted
 
 
-@dataclass(frozen=True, eq=False)
-class _Training:
-    """Of the adapters in a copy: AdamW without weight decay, cosine schedule, no clipping."""
+def _scores_in_training(
+    copy: Any, terms: Sequence[Term], factors: list[nn.Parameter], rate: float, options: LoraOptions, asked: Asked
+) -> Iterator[tuple[int, Scores]]:
+    """The scores after each step that is measured, for as long as logits and losses are finite.
 
-    copy: Any
-    terms: Sequence[Term]
-    factors: list[nn.Parameter]
-    learning_rate: float
-    options: LoraOptions
+    The adapters are trained by AdamW without weight decay, with a cosine schedule and no clipping.
+    """
+    at = measured_at(options["steps"], options["at"])
+    optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options["steps"])
+    batches = [(term, shuffled(term, _prompts(term), options["seed"])) for term in terms]
 
-    def scores(self, asked: Asked, at: Sequence[int]) -> Iterator[tuple[int, Scores]]:
-        """After each of the steps `at`, for as long as logits and losses are finite."""
-        optimizer = torch.optim.AdamW(self.factors, lr=self.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.options["steps"])
-        batches = [(term, shuffled(term, _prompts(term), self.options["seed"])) for term in self.terms]
-        try:
-            for step in range(self.options["steps"] + 1):
-                if step in at:
-                    self._drop(False)
-                    yield step, asked.scores(self._logits)
-                if step < self.options["steps"]:
-                    self._drop(True)
-                    for term, rows in batches:
-                        self._backward(term, next(rows))
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    schedule.step()
-        except FloatingPointError:
-            return
+    def logits(prompts: Prompts) -> Tensor:
+        return exported_logits(copy, prompts.tokens, prompts.attention_mask, prompts.positions)
 
-    def _backward(self, term: Term, rows: Tensor) -> None:
+    def backward(term: Term, batch: Prompts) -> None:
         """The gradient of a term on a batch, a mean over its answer tokens."""
-        batch = _prompts(term).rows(rows)
         total = int(batch.answer_mask.sum())
-        for part in batch.batches(self.options["micro_batch_size"] or len(batch)):
-            part = part.to(self.copy.device)
-            values = term.loss(logits=self._logits(part)[part.answer_mask], targets=part.answers[part.answer_mask])
+        for part in batch.batches(options["micro_batch_size"] or len(batch)):
+            part = part.to(copy.device)
+            values = term.loss(logits=logits(part)[part.answer_mask], targets=part.answers[part.answer_mask])
             loss = term.coefficient * values.sum() / total
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"expected a finite {term.name} loss, got {loss.item()}.")
             loss.backward()
 
-    def _logits(self, prompts: Prompts) -> Tensor:
-        return exported_logits(self.copy, prompts.tokens, prompts.attention_mask, prompts.positions)
+    try:
+        for step in range(options["steps"] + 1):
+            if step in at:
+                _drop(copy, False)
+                yield step, asked.scores(logits)
+            if step < options["steps"]:
+                _drop(copy, True)
+                for term, rows in batches:
+                    backward(term, _prompts(term).rows(next(rows)))
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    except FloatingPointError:
+        return
 
-    def _drop(self, dropping: bool) -> None:
-        """Whether the adapters' dropout is in training mode, as nothing else of the copy is."""
-        for name, module in self.copy.named_modules():
-            module.training = dropping and "lora_dropout" in name
+
+def _drop(copy: nn.Module, dropping: bool) -> None:
+    """Whether the adapters' dropout is in training mode, as nothing else of the copy is."""
+    for name, module in copy.named_modules():
+        module.training = dropping and "lora_dropout" in name
 
 
 def _prompts(term: Term) -> Prompts:

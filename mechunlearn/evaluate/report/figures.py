@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechunlearn.curve import LAYERS
+from mechunlearn.evaluate.fractions import Fraction
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import Grouped, by_row_and_test, curve_over_seeds, first_results, pooled_frame
 
@@ -26,6 +27,14 @@ class Look(NamedTuple):
     color: str
     symbol: str
     dash: str
+
+
+class Point(NamedTuple):
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 # Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
@@ -72,16 +81,14 @@ def bars(cells: Sequence[Cell], panels: Mapping[str, Mapping[str, str]], *, titl
 def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: Look) -> dict[str, Any]:
     numbers_of = [numbers.loc[(row, test)] if (row, test) in numbers.index else None for test in tests]
     values = [None if one is None or one["seeds"] == 0 else float(one["value"]) for one in numbers_of]
-    ends = [
-        (float(one["high"]) - value, value - float(one["low"])) if one is not None and value is not None else (0.0, 0.0)
+    points = [
+        Point(0.0, 0.0, 0.0) if one is None or value is None else Point(value, float(one["low"]), float(one["high"]))
         for one, value in zip(numbers_of, values, strict=True)
     ]
-    whiskers = {"type": "data", "array": [high for high, _ in ends], "arrayminus": [low for _, low in ends]}
-    whiskers |= {"symmetric": False, "thickness": 1, "width": 2, "color": INK}
     named = {"name": shown(row), "legendgroup": row, "orientation": "h", "marker": {"color": look.color}}
     text = "%{y}: %{x:.3f}<extra>" + shown(row) + "</extra>"
     names = [shown(name, 17) for name in tests.values()]
-    return {**named, "x": values, "y": names, "error_x": whiskers, "hovertemplate": text}
+    return {**named, "x": values, "y": names, "error_x": whiskers(points, width=2), "hovertemplate": text}
 
 
 def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str], column: int) -> None:
@@ -185,6 +192,12 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
 def shown(text: str, width: int = 0) -> str:
     """Text for plotly, with its tags escaped and lines broken at `width` characters."""
     return "<br>".join(map(escape, wrap(text, width))) if width else escape(text)
+
+
+def whiskers(points: Sequence[Point | Fraction], *, width: int, color: str = INK) -> dict[str, Any]:
+    """The intervals of points, as plotly draws them."""
+    ends = {"array": [p.high - p.value for p in points], "arrayminus": [p.value - p.low for p in points]}
+    return {"type": "data", "symmetric": False, "thickness": 1, "width": width, "color": color} | ends
 
 
 def is_new(figure: "Figure", row: str) -> bool:

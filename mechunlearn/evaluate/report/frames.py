@@ -1,6 +1,6 @@
-"""The numbers of a report as DataFrames: one row per cell, per example, per point of a curve, per row and test."""
+"""The numbers of a report over seeds: of rows and tests, of curves, and of paired differences."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,62 +43,13 @@ def interval_of(cells: Sequence[Cell]) -> tuple[float, float]:
     return interval_over_seeds([result for result, _ in pairs], [seed for _, seed in pairs])
 
 
-def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "DataFrame":
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=list(columns))
-
-
-def cell_frame(cells: Iterable[Cell]) -> "DataFrame":
-    """One row per cell."""
-    columns = ["row", "test", "seed", "value", "low", "high", "chance", "n", "sense", "unit", "control", "error"]
-    return _frame([_numbers(cell) for cell in cells], [*columns, "seconds"])
-
-
-def example_frame(cells: Iterable[Cell]) -> "DataFrame":
-    """One row per example of each cell."""
-    rows = [
-        {"row": cell.row, "test": cell.test, "seed": cell.seed, "example": i, "name": name, "value": value}
-        for cell in cells
-        if cell.result is not None
-        for i, value in enumerate(cell.result.per_example.tolist())
-        for name in [cell.result.names[i] if cell.result.names else ""]
-    ]
-    return _frame(rows, ["row", "test", "seed", "example", "name", "value"])
-
-
-def curve_frame(cells: Iterable[Cell]) -> "DataFrame":
-    """One row per point of each curve."""
-    rows = []
-    for cell in cells:
-        if cell.result is not None and cell.result.curve is not None:
-            curve, control = cell.result.curve, cell.result.control and cell.result.control.curve
-            beside = {} if control is None else dict(zip(control.points, control.mean.tolist(), strict=True))
-            labels = {"row": cell.row, "test": cell.test, "seed": cell.seed, "axis": curve.axis, "unit": curve.unit}
-            shared = {"chance": curve.chance, "n": len(curve.per_prompt)}
-            for point, value, low, high in curve.interval().itertuples():
-                own = {"point": point, "value": value, "low": low, "high": high, "control": beside.get(point)}
-                rows.append(labels | own | shared)
-    columns = ["row", "test", "seed", "axis", "point", "value", "low", "high", "chance", "control", "n", "unit"]
-    return _frame(rows, columns)
-
-
 def pooled_frame(cells: Iterable[Cell]) -> "DataFrame":
     """One row per row and test: mean over seeds, interval over facts and seeds."""
+    import pandas as pd
+
     rows = [{"row": row, "test": test} | _pooled(same) for (row, test), same in by_row_and_test(cells).items()]
     columns = ["row", "test", "value", "low", "high", "chance", "n", "seeds", "sense", "unit"]
-    return _frame(rows, columns).set_index(["row", "test"])
-
-
-def difference_frame(cells: Iterable[Cell], reference: str) -> "DataFrame":
-    """One row per other row and test: mean minus the reference on the same facts, paired; NaN where one failed."""
-    grouped = by_row_and_test(cells)
-    rows = [
-        {"row": row, "test": test} | paired_difference(same, grouped.get((reference, test), []))
-        for (row, test), same in grouped.items()
-        if row != reference
-    ]
-    return _frame(rows, ["row", "test", "difference", "low", "high"]).set_index(["row", "test"])
+    return pd.DataFrame(rows, columns=columns).set_index(["row", "test"])
 
 
 def paired_difference(cells: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, float]:
@@ -147,34 +98,6 @@ def curve_over_seeds(cells: Sequence[Cell]) -> "DataFrame":
     return pd.DataFrame(columns, index=pd.Index(points, name="point"))
 
 
-def pooled_curve_frame(cells: Iterable[Cell]) -> "DataFrame":
-    """One row per row, test and point of a curve: mean over seeds, interval over facts and seeds, and the control's."""
-    import pandas as pd
-
-    found = []
-    with_curves = [cell for cell in cells if cell.result is not None and cell.result.curve is not None]
-    for (row, test), alike in by_row_and_test(with_curves).items():
-        curve = alike[0].result.curve if alike[0].result else None
-        assert curve is not None  # by the choice of cells above
-        about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
-        controls = [cell.result.control.curve for cell in alike if cell.result and cell.result.control]
-        means = [control.mean for control in controls if control is not None]
-        mean = torch.stack(means).mean(0).tolist() if len(means) == len(alike) else None
-        found.append(curve_over_seeds(alike).reset_index().assign(**about, control=mean))
-    columns = ["row", "test", "axis", "point", "value", "low", "high", "chance", "control"]
-    return pd.concat(found).reindex(columns=columns) if found else pd.DataFrame(columns=columns)
-
-
-def _numbers(cell: Cell) -> dict[str, Any]:
-    labels, result = {name: value for name, value in vars(cell).items() if name != "result"}, cell.result
-    if result is None:
-        return labels
-    low, high = result.interval()
-    control = None if result.control is None else result.control.value
-    numbers = {"value": result.value, "low": low, "high": high, "n": len(result.per_example), "control": control}
-    return labels | numbers | _shared(result)
-
-
 def _pooled(cells: Sequence[Cell]) -> dict[str, Any]:
     results = [cell.result for cell in cells if cell.result is not None]
     if not results:
@@ -182,8 +105,9 @@ def _pooled(cells: Sequence[Cell]) -> dict[str, Any]:
     low, high = interval_of(cells)
     n = max(len(result.per_example) for result in results)
     numbers = {"value": value_over_seeds(cells), "low": low, "high": high, "n": n, "seeds": len(results)}
-    return numbers | _shared(results[0])
+    return numbers | meaning_of(results[0])
 
 
-def _shared(result: Result) -> dict[str, Any]:
+def meaning_of(result: Result) -> dict[str, Any]:
+    """Its columns chance, sense and unit."""
     return {"chance": result.chance, "sense": result.sense, "unit": result.unit}

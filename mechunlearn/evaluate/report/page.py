@@ -30,8 +30,19 @@ def write_page(
     first: Mapping[str, Sequence["View"]] = MappingProxyType({}),
 ) -> None:
     """The page of a report, in UTF-8; `opening` (HTML) and the plots of `first` come before its table."""
-    plots = {**first, **_views(cells, weights, forgetting, damage)}
+    views = {
+        "Every way to ask": _bars(cells),
+        "Attacks over their budget": _curves(cells, layers=False, reading=_ATTACKS),
+        "What is left in each layer": _curves(cells, layers=True, reading=_LAYERS),
+        "Size of the edit": _sizes(cells, weights, forgetting, damage),
+        "Forgetting against damage": _pareto(cells, forgetting, damage),
+    }
+    # Sections for which there are no numbers are left out.
+    plots = {**first, **{section: views_of for section, views_of in views.items() if views_of}}
     sections = list(_sections(plots))
+    failed = failures(cells)
+    items = [f"<li>{escape(note)}</li>" for note in notes(cells) if note not in failed]
+    items += [f'<li class="failed">{escape(note)}</li>' for note in failed]
     body = [
         "<main>",
         f"<h1>{escape(title)}</h1>",
@@ -40,7 +51,7 @@ def write_page(
         _summary(cells, weights, provenance),
         '<section aria-labelledby="table"><h2 id="table">Table</h2>',
         table(cells, weights, intervals=True),
-        _notes(cells),
+        f'<p class="reading">Below each number: its interval of 95 %.</p><ul class="notes">{"".join(items)}</ul>',
         "</section>",
         *sections[len(first) :],
         _provenance(provenance),
@@ -78,20 +89,6 @@ class View(NamedTuple):
     title: str
     reading: str
     figure: "Figure"
-
-
-def _views(
-    cells: Sequence[Cell], weights: Mapping[str, int], forgetting: Sequence[str], damage: Sequence[str]
-) -> dict[str, list[View]]:
-    """Section -> its plots; sections for which there are no numbers are left out."""
-    sections = {
-        "Every way to ask": _bars(cells),
-        "Attacks over their budget": _curves(cells, layers=False, reading=_ATTACKS),
-        "What is left in each layer": _curves(cells, layers=True, reading=_LAYERS),
-        "Size of the edit": _sizes(cells, weights, forgetting, damage),
-        "Forgetting against damage": _pareto(cells, forgetting, damage),
-    }
-    return {section: plots for section, plots in sections.items() if plots}
 
 
 _BARS = {
@@ -180,28 +177,19 @@ def _summary(cells: Sequence[Cell], weights: Mapping[str, int], provenance: Mapp
     return f"<p>{escape(name)}{text}; {failed or 'no'} result{'' if failed == 1 else 's'} failed.</p>"
 
 
-def _notes(cells: Sequence[Cell]) -> str:
-    failed = failures(cells)
-    items = [f"<li>{escape(note)}</li>" for note in notes(cells) if note not in failed]
-    items += [f'<li class="failed">{escape(note)}</li>' for note in failed]
-    return f'<p class="reading">Below each number: its interval of 95 %.</p><ul class="notes">{"".join(items)}</ul>'
-
-
 def _sections(plots: Mapping[str, Sequence[View]]) -> Iterator[str]:
     count = 0
     for section, views_of in plots.items():
-        drawn = [_plot(view, f"plot-{count + i}") for i, view in enumerate(views_of)]
-        count += len(drawn)
+        drawn = []
+        for view in views_of:
+            label = escape(f"Plot: {view.title}. {view.reading}", quote=True)
+            height = int(view.figure.to_dict()["layout"]["height"])
+            drawn.append(
+                f'<figure><h3>{escape(view.title)}</h3><figcaption class="reading">{escape(view.reading)}</figcaption>'
+                f'<div id="plot-{count}" role="img" aria-label="{label}" style="height: {height}px"></div></figure>'
+            )
+            count += 1
         yield f'<section><h2>{escape(section)}</h2><div class="plots">{"".join(drawn)}</div></section>'
-
-
-def _plot(view: View, name: str) -> str:
-    label = escape(f"Plot: {view.title}. {view.reading}", quote=True)
-    height = int(view.figure.to_dict()["layout"]["height"])
-    return (
-        f'<figure><h3>{escape(view.title)}</h3><figcaption class="reading">{escape(view.reading)}</figcaption>'
-        f'<div id="{name}" role="img" aria-label="{label}" style="height: {height}px"></div></figure>'
-    )
 
 
 def _drawing(plots: Mapping[str, Sequence[View]]) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mechunlearn import files
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report import frames, page, text
@@ -66,28 +68,81 @@ class Report:
 
     def to_frame(self) -> "DataFrame":
         """One line per row, test and seed: value, low, high, chance, n, sense, unit, control, error, seconds."""
-        return frames.cell_frame(self.cells)
+        import pandas as pd
+
+        rows = []
+        for cell in self.cells:
+            labels, result = {name: value for name, value in vars(cell).items() if name != "result"}, cell.result
+            if result is not None:
+                low, high = result.interval()
+                control = None if result.control is None else result.control.value
+                labels |= {"value": result.value, "low": low, "high": high, "n": len(result.per_example)}
+                labels |= {"control": control} | frames.meaning_of(result)
+            rows.append(labels)
+        columns = ["row", "test", "seed", "value", "low", "high", "chance", "n", "sense", "unit", "control", "error"]
+        return pd.DataFrame(rows, columns=[*columns, "seconds"])
 
     def per_example(self) -> "DataFrame":
         """One line per row, test, seed and example: its name and value."""
-        return frames.example_frame(self.cells)
+        import pandas as pd
+
+        rows = [
+            (cell.row, cell.test, cell.seed, i, cell.result.names[i] if cell.result.names else "", value)
+            for cell in self.cells
+            if cell.result is not None
+            for i, value in enumerate(cell.result.per_example.tolist())
+        ]
+        return pd.DataFrame(rows, columns=["row", "test", "seed", "example", "name", "value"])
 
     def curves(self) -> "DataFrame":
         """One line per row, test, seed and point of a curve (budget of an attack, layer of a probe): value, low, high,
         chance, the value of the control there, n, unit."""
-        return frames.curve_frame(self.cells)
+        import pandas as pd
+
+        rows = []
+        for cell in self.cells:
+            if cell.result is not None and cell.result.curve is not None:
+                curve, control = cell.result.curve, cell.result.control and cell.result.control.curve
+                beside = {} if control is None else dict(zip(control.points, control.mean.tolist(), strict=True))
+                labels, n = (cell.row, cell.test, cell.seed, curve.axis), len(curve.per_prompt)
+                for point, *ends in curve.interval().itertuples():
+                    rows.append((*labels, point, *ends, curve.chance, beside.get(point), n, curve.unit))
+        columns = ["row", "test", "seed", "axis", "point", "value", "low", "high", "chance", "control", "n", "unit"]
+        return pd.DataFrame(rows, columns=columns)
 
     @property
     def curve_intervals(self) -> "DataFrame":
         """One line per row, test and point of a curve: value, low, high over facts and seeds, chance, axis, and the
         control's value there, of the tests whose every result has one."""
-        return frames.pooled_curve_frame(self.cells)
+        import pandas as pd
+
+        pooled_curves = []
+        with_curves = [cell for cell in self.cells if cell.result is not None and cell.result.curve is not None]
+        for (row, test), alike in frames.by_row_and_test(with_curves).items():
+            curve = alike[0].result.curve if alike[0].result else None
+            assert curve is not None  # by the choice of cells above
+            about = {"row": row, "test": test, "axis": curve.axis, "chance": curve.chance}
+            controls = [cell.result.control.curve for cell in alike if cell.result and cell.result.control]
+            means = [control.mean for control in controls if control is not None]
+            mean = torch.stack(means).mean(0).tolist() if len(means) == len(alike) else None
+            pooled_curves.append(frames.curve_over_seeds(alike).reset_index().assign(**about, control=mean))
+        columns = ["row", "test", "axis", "point", "value", "low", "high", "chance", "control"]
+        return pd.concat(pooled_curves).reindex(columns=columns) if pooled_curves else pd.DataFrame(columns=columns)
 
     def against(self, row: str) -> "DataFrame":
         """Each other row minus `row` on the same facts: difference, low, high (95 %, paired), NaN where one failed."""
+        import pandas as pd
+
         if row not in self.weights:
             raise ValueError(f"expected a row of the report ({', '.join(self.weights)}), got {row!r}.")
-        return frames.difference_frame(self.cells, row)
+        grouped = frames.by_row_and_test(self.cells)
+        rows = [
+            {"row": other, "test": test} | frames.paired_difference(same, grouped.get((row, test), []))
+            for (other, test), same in grouped.items()
+            if other != row
+        ]
+        columns = ["row", "test", "difference", "low", "high"]
+        return pd.DataFrame(rows, columns=columns).set_index(["row", "test"])
 
     def select(self, *, rows: Sequence[str] | None = None, tests: Sequence[str] | None = None) -> "Report":
         """The same report with fewer rows and columns, in the order given; ValueError for one that it lacks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
-from mechunlearn.curve import Curve
+from mechunlearn.curve import Curve, lines
 from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
@@ -221,13 +222,9 @@ def _checked_layers(layers: Iterable[int], sizes: ModelShape) -> list[int]:
     return chosen
 
 
-_MARGIN = 0.2
-"""A value within this share of its threshold is borderline."""
-
-
 def _borderline(values: Mapping[str, float], threshold: float) -> dict[str, float]:
     """Label -> value, for the values that lie within 20 % of the threshold, on either side of it."""
-    return {label: value for label, value in values.items() if abs(value - threshold) <= _MARGIN * threshold}
+    return {label: value for label, value in values.items() if abs(value - threshold) <= 0.2 * threshold}
 
 
 def _borderline_in_words(values_by_threshold: Mapping[str, Mapping[str, float]]) -> str:
@@ -301,22 +298,22 @@ class FactLookup(Saved):
         """One panel for the curves, and one for each kind of scores, with 95 % intervals and thresholds."""
         from plotly.subplots import make_subplots
 
-        from mechunlearn.curve import lines
-
         panels = (["probes"] if self.curves else []) + list(self.scores)
         figure = make_subplots(rows=len(panels), cols=1, subplot_titles=panels)
+        dashed: Any = partial(figure.add_hline, line_dash="dash", line_color="grey", col=1)  # type: ignore[arg-type]
         if self.curves:
             figure.add_traces(lines(self.curves).data, rows=1, cols=1)
             figure.update_xaxes(type="category", title="residual stream that enters layer", row=1, col=1)
             if "rise" in self.findings:
-                _dashed(figure, 1, self.findings["chance"] + self.findings["rise"])
+                dashed(y=self.findings["chance"] + self.findings["rise"], row=1)
         for row, (name, scores) in enumerate(self.scores.items(), start=1 + bool(self.curves)):
             ends = scores.interval()
             up, down = ends["high"] - ends["score"], ends["score"] - ends["low"]
             error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0}
             figure.add_bar(x=list(ends.index), y=ends["score"], error_y=error, name=name, row=row, col=1)
             if name == "mlps" and "threshold" in self.findings:
-                _dashed(figure, row, self.findings["threshold"], -self.findings["threshold"])
+                for sign in (1, -1):
+                    dashed(y=sign * self.findings["threshold"], row=row)
         shown = ", ".join(str(component) for component in self.mask) or "none"
         return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
 
@@ -328,11 +325,6 @@ class FactLookup(Saved):
         rows += [f"  {name}: {curve}" for name, curve in self.curves.items()]
         rows += [f"  {name}: {scores}" for name, scores in self.scores.items()]
         return "\n".join([f"FactLookup({self.method}; {self.mask})", *rows])
-
-
-def _dashed(figure: "Figure", row: int, *heights: float) -> None:
-    for height in heights:
-        figure.add_hline(y=height, line_dash="dash", line_color="grey", row=row, col=1)  # type: ignore[arg-type]
 
 
 PAPER_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {

@@ -10,8 +10,8 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.curve import Curve, lines
-from mechunlearn.model import Model, logits_at, preserved, shape
-from mechunlearn.model.running import running_from
+from mechunlearn.model import Model, preserved, shape
+from mechunlearn.model.running import unembedded
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import (
     check_written,
@@ -181,24 +181,13 @@ class LogitLens:
 def _measured(model: Model, batch: Prompts, components: tuple[Component, ...]) -> Float[Tensor, "batch point quantity"]:
     """Log-probability, rank and logit difference (if there are candidates) at every point."""
     run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=writing_sites(components))
-    points = [_stream(model, run, residual) for residual in run.residuals]
-    points += [_alone(model, run, component) for component in components]
+    places = batch.positions[:, 0]
+    rows = torch.arange(len(places), device=places.device)
+    points = [unembedded(model, residual[rows, places]) for residual in run.residuals]
+    for component in components:
+        normed = final_norm(model, run, places)(written(model, run, component, places)[:, None])[:, 0]
+        points.append(normed.to(run.residuals[0].dtype) @ unembedding(model))
     return torch.stack([_quantities(logits.float(), batch) for logits in points], 1)
-
-
-def _stream(model: Model, run: Run, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the model's own last steps, applied to a residual stream at the prompt's last token."""
-    places = run.positions[:, :1]
-    rows = torch.arange(len(places), device=places.device)[:, None]
-    tokens = run.tokens[rows, places]
-    with running_from(model, len(model.blocks), residual[rows, places]):
-        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0]
-
-
-def _alone(model: Model, run: Run, component: Component) -> Float[Tensor, "batch d_vocab"]:
-    places = run.positions[:, 0]
-    normed = final_norm(model, run, places)(written(model, run, component, places)[:, None])[:, 0]
-    return normed.to(run.residuals[0].dtype) @ unembedding(model)
 
 
 def _quantities(logits: Float[Tensor, "batch d_vocab"], batch: Prompts) -> Float[Tensor, "batch quantity"]:
