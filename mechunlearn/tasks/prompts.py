@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.model import Hook, Model, check_length, device_of, logits_at
+from mechunlearn.model import Hook, Model, device_of, logits_at
+from mechunlearn.model.running import check_length
 
 IGNORED = -100
 """Fills `answers` where a row's answer is shorter than the longest."""
