@@ -47,8 +47,8 @@ def edge_patching(
     """
     metric, direction = options["metric"], options["direction"]
     check(direction, min(batch_size, prompts_at_once), metric=metric)
-    chosen = edges_of(model, options["edges"])
     clean = prompts.on(model)
+    chosen = edges_of(model, options["edges"])
     patched = clean if direction == "noising" else clean.exchanged()
     with preserved(model), torch.no_grad():
         rows = [_batch_effects(model, p, metric, chosen, batch_size).cpu() for p in patched.batches(prompts_at_once)]

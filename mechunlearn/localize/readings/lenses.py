@@ -54,8 +54,8 @@ def direct_logit_attribution(
     sizes = shape(model)
     chosen = chosen_components(components, sizes)
     writing_sites(chosen)
-    check_written(model, chosen)
     prompts = prompts.on(model)
+    check_written(model, chosen)
     if prompts.answers.shape[1] > 1:
         raise ValueError(
             f"expected answers of one token, got up to {prompts.answers.shape[1]}: the direct contribution to a longer "
