@@ -33,7 +33,7 @@ def check_model(model: Model) -> None:
             f"expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}: wrap a Hugging Face "
             f'model with TransformerBridge.boot_transformers("name", hf_model=model, tokenizer=tokenizer).'
         )
-    if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
+    if torch.get_default_device().type != "cpu" or torch.get_default_dtype().itemsize != 4:
         raise ValueError(
             f"expected torch's default device and dtype, got {torch.get_default_device()} and "
             f"{torch.get_default_dtype()}: call torch.set_default_device(None) and "
