@@ -14,7 +14,8 @@ from mechunlearn.localize import sites
 from mechunlearn.localize.options import EdgeGradientOptions, settings_of
 from mechunlearn.localize.replacement import activations_at
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, differentiable, shape
+from mechunlearn.model import Hook, Model, device_of, differentiable, shape
+from mechunlearn.model.classes import element_size, free_memory
 from mechunlearn.model.edge_runs import InputGradients
 from mechunlearn.model.edges import (
     SourceOutputs,
@@ -157,8 +158,11 @@ Factors: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[SourceOutputs, 
 _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""
 
-_ACTIVATIONS = 400_000
-"""Entries of all layers' residual streams in a batch; a backward pass keeps about 40 times as many activations."""
+_KEPT = 40
+"""Activations that a backward pass keeps for each entry of all layers' residual streams."""
+
+_CACHED = 64_000_000
+"""Bytes of these activations at once on a CPU, where larger batches are not faster."""
 
 
 def edge_scores(
@@ -168,7 +172,8 @@ def edge_scores(
     sizes, chosen, metric = shape(model), edges_of(model, options["edges"]), options["metric"]
     batch_size = options["batch_size"]
     if batch_size is None:
-        batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
+        of_prompt = _KEPT * prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model * element_size(model)
+        batch_size = max(1, (free_memory(device_of(model)) // 4 or _CACHED) // of_prompt)
     batches = sites.run_pairs(model, prompts, metric, options["direction"], batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):

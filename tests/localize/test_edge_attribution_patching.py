@@ -65,15 +65,18 @@ def test_by_default_long_prompts_of_large_models_come_one_by_one(llama, monkeypa
     prompts, passes = tiny.prompts(llama), []
     whole = edge_attribution_patching(llama, prompts)
     handle = llama.blocks[1].register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(shared, "_ACTIVATIONS", 2 * prompts.tokens.shape[1] * 3 * 32)
+    of_two = 2 * 40 * 4 * prompts.tokens.shape[1] * 3 * 32
+    monkeypatch.setattr(shared, "_CACHED", of_two)
     try:
         two = edge_attribution_patching(llama, prompts)
-        monkeypatch.setattr(shared, "_ACTIVATIONS", 1)
+        monkeypatch.setattr(shared, "_CACHED", 1)
         one = edge_attribution_patching(llama, prompts)
+        monkeypatch.setattr(shared, "free_memory", lambda device: 4 * 2 * of_two)
+        of_gpu = edge_attribution_patching(llama, prompts)
     finally:
         handle.remove()
-    assert [scores.settings["batch_size"] for scores in (two, one)] == [2, 1]
-    assert len(passes) == 2 * 3 + 2 * 6
+    assert [scores.settings["batch_size"] for scores in (two, one, of_gpu)] == [2, 1, 4]
+    assert len(passes) == 2 * 3 + 2 * 6 + 2 * 2
     assert torch.allclose(one.per_prompt, whole.per_prompt, atol=1e-5)
     with pytest.raises(ValueError, match="expected a batch_size of at least 1, got 0"):
         edge_attribution_patching(llama, prompts, batch_size=0)

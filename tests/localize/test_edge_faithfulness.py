@@ -203,7 +203,9 @@ def test_a_circuit_with_other_replacements_is_the_model_reader_by_reader(llama, 
         _, logits = hand.run(prompts.tokens[0], inside, other)
         expected = float(logit_difference(logits[-1][None, None], prompts))
         assert float(values[0, 1]) == pytest.approx(expected, abs=NORMED_ROUNDING if replacement is zero else 3e-5)
-    assert found.settings["replacement"] == ("zero" if replacement is zero else "mean_over(positional=False)")
+    assert found.settings["replacement"] == (
+        "zero" if replacement is zero else "mean_over(positional=False, batch_size=64)"
+    )
 
 
 def test_prompts_without_a_corrupted_side_are_enough_for_other_replacements(llama):
