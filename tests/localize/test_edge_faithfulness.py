@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from full_pass import with_replaced
-from one_edge import at, some_edges, with_one_edge_moved, written_by
+from one_edge import at, change_to, site_of, some_edges, with_one_edge_moved
 from state import left_as_it_was
 from torch.nn.functional import rms_norm, silu
 
@@ -158,32 +158,15 @@ def test_without_one_edge_its_reader_alone_is_moved_by_the_difference(model, rep
     moved = 0.0
     for place, circuit in enumerate(found.circuits[1:-1], 1):
         (edge,) = circuit
-        change = replaced_by(model, prompts, edge.source, replacement) - written_by(model, prompts, edge.source)
-        change = change * prompts.attention_mask[..., None]
+        own = at(model, prompts, site_of(edge.source))
+        value = replacement(model, prompts, {site_of(edge.source): own})[site_of(edge.source)]
+        change = change_to(model, edge.source, own, value).detach() * prompts.attention_mask[..., None]
         with torch.no_grad():
             expected = with_one_edge_moved(model, prompts, edge, change, logit_difference).double()
         rounding = NORMED_ROUNDING / 10 if replacement is zero else 3e-5  # one of the reader's sources alone is moved
         assert torch.allclose(found.without[:, place], expected, atol=rounding), edge
         moved = max(moved, float((expected - found.whole).abs().max()))
     assert moved > 1e-2
-
-
-def replaced_by(model, prompts, source, replacement):
-    """What the source writes when the outputs of its layer's heads, or of its MLP, are replaced."""
-    if source == "embed" or source.part == "MLP":
-        name = "blocks.0.hook_resid_pre" if source == "embed" else f"blocks.{source.layer}.hook_mlp_out"
-        return replacement(model, prompts, {name: at(model, prompts, name)})[name]
-    name = f"blocks.{source.layer}.attn.hook_z"
-    z = replacement(model, prompts, {name: at(model, prompts, name)})[name]
-    slot = slots(model)[source.layer, "W_O"]
-    parts = torch.einsum("bphw,hwd->bphd", z, slot.view(slot.parameter.detach()))
-    post = dict(model.blocks[source.layer].named_children()).get("ln1_post")
-    if post is None:
-        return parts[:, :, source.index]
-    whole = parts.sum(2)
-    scale = (whole.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-    ones = torch.ones_like(whole)
-    return post(ones) * (1 + model.cfg.eps) ** 0.5 * parts[:, :, source.index] / scale
 
 
 @torch.no_grad()

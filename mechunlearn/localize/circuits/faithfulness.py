@@ -173,8 +173,8 @@ def edge_faithfulness(
     the outputs of all sources are replaced; with `resample`, it is the metric of the corrupt run.
 
     - The embedding is a source too: with `zero`, destinations outside the circuit see no tokens.
-    - Edges, and what a head adds in Gemma 2, are those of `edge_attribution_patching`; a'_u has the post-norm's scale
-      for the replaced outputs of all of the layer's heads.
+    - Edges are those of `edge_attribution_patching`. In Gemma 2 a norm follows attention: there v reads what the norm
+      makes of the layer's heads, those with a removed edge to v replaced; one such edge has its `edge_patching` effect.
     - `sizes` are shares of the number of edges scored (without scores, of all edges). Edges without a score always
       carry the circuit's own run.
     - Edges on no path from the embedding to the logits change nothing, but count in a circuit's size.
