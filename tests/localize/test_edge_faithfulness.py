@@ -1,6 +1,7 @@
 """The references: exact edge patching for single edges; for circuits, the model written out reader by reader."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import tiny
@@ -23,7 +24,7 @@ from mechunlearn.components import (
     sources,
 )
 from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
-from mechunlearn.localize.replacement import mean_over, zero
+from mechunlearn.localize.replacement import mean_over, resample, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots
 from mechunlearn.model.edges import edges_of, is_parallel
@@ -82,8 +83,19 @@ class ByHand:
         cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
         return x * cos + torch.cat([-x[:, half:], x[:, :half]], 1) * sin
 
+    def pruned(self, kept):
+        """Without the edges from sources that none enters, again and again."""
+        readers = {f"L{i}MLP": (f"L{i}MLP",) for i in range(self.sizes.n_layers)}
+        for i, head in product(range(self.sizes.n_layers), range(self.sizes.n_heads)):
+            shared = head - head % (self.sizes.n_heads // self.sizes.n_kv_heads)
+            readers[f"L{i}H{head}"] = f"L{i}H{head}.W_Q", f"L{i}H{shared}.W_K", f"L{i}H{shared}.W_V"
+        entered = {edge.split("->")[1] for edge in kept}
+        left = {e for e in kept if e.startswith("embed") or entered & set(readers[e.split("->")[0]])}
+        return left if left == kept else self.pruned(left)
+
     def run(self, tokens, kept=None, other=None):
         """What every source adds, and what the final norm reads."""
+        kept = None if kept is None else self.pruned(kept)
         added = {"embed": self.model.embed(tokens[None])[0].detach()}
 
         def read(destination, before):
@@ -207,6 +219,25 @@ def test_an_edge_that_lies_on_no_path_changes_nothing(llama):
     less = dead - {"L1H2->logits", "L1H2->L2MLP"}
     found = edge_faithfulness(llama, tiny.prompts(llama), [less, more], random_circuits=0)
     assert torch.allclose(found.alone[:, 1], found.alone[:, 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("replacement", [resample, zero, "mean"], ids=["resample", "zero", "mean"])
+def test_a_source_that_nothing_enters_writes_its_replacement(model, replacement):
+    """Whatever leaves it, also through others that only such sources enter: as if those edges were out too."""
+    replacement = given(replacement, model)
+    entered = ("L1MLP", "L2H3.W_Q", "L2H3.W_K", "L2H3.W_V", "L2H2.W_K", "L2H2.W_V")  # KV heads may be shared
+    leaving = ("L1MLP", "L2H3")
+    alive = [e for e in everything(model) if str(e.destination) not in entered and str(e.source) not in leaving]
+    out = [e for e in everything(model) if str(e.source) in leaving and str(e.destination) in (*entered, "logits")]
+    assert any(str(e.source) == "L1MLP" and str(e.destination) == "L2H3.W_Q" for e in out)
+    circuits = [EdgeMask.of(alive, shape(model)), EdgeMask.of([*alive, *out], shape(model))]
+    prompts = tiny.prompts(model, n=3)
+    found = edge_faithfulness(model, prompts, circuits, replacement=replacement, random_circuits=0)
+    assert torch.allclose(found.alone[:, 1], found.alone[:, 2], atol=1e-5)
+    entering = [e for e in everything(model) if str(e) in ("L0MLP->L1MLP", "embed->L1MLP")]
+    with_entry = EdgeMask.of([*alive, *out, *entering], shape(model))
+    other = edge_faithfulness(model, prompts, with_entry, replacement=replacement, random_circuits=0)
+    assert (other.alone[:, 1] - found.alone[:, 1]).abs().max() > 1e-3
 
 
 def test_answers_of_several_tokens(model):
