@@ -8,20 +8,35 @@ from mechunlearn.components import Edge
 from mechunlearn.model import logits_at, preserved, recording, shape, slots
 
 
-def written_by(model, prompts, source):
-    """What the source adds to the residual stream in a run on the prompts, [batch, pos, d_model]."""
+def heads_of(model, z, layer):
+    """What each head gives, before a post-norm, [batch, pos, head, d_model]."""
+    slot = slots(model)[layer, "W_O"]
+    return torch.einsum("bphw,hwd->bphd", z, slot.view(slot.parameter.detach()))
+
+
+def site_of(source):
     if source == "embed":
-        return at(model, prompts, "blocks.0.hook_resid_pre")
-    if source.part == "MLP":
-        return at(model, prompts, f"blocks.{source.layer}.hook_mlp_out")
-    slot = slots(model)[source.layer, "W_O"]
-    z = at(model, prompts, f"blocks.{source.layer}.attn.hook_z")
-    parts = torch.einsum("bphw,hwd->bphd", z, slot.view(slot.parameter.detach()))
+        return "blocks.0.hook_resid_pre"
+    return f"blocks.{source.layer}." + ("hook_mlp_out" if source.part == "MLP" else "attn.hook_z")
+
+
+def change_to(model, source, own, value, *, first_order=False):
+    """What the residual stream gains when the source's own output, and no other's, becomes the value at its site.
+
+    Where a post-norm follows (Gemma 2), it normalizes the sum of all heads anew; to first order, its derivative acts.
+    """
+    if source == "embed" or source.part == "MLP":
+        return value - own
+    heads = heads_of(model, own, source.layer)
+    change = (heads_of(model, value, source.layer) - heads)[:, :, source.index]
     post = dict(model.blocks[source.layer].named_children()).get("ln1_post")
     if post is None:
-        return parts[:, :, source.index]
-    whole = parts.sum(2)  # Gemma 2 has no output bias, and an RMSNorm multiplies each coordinate by something
-    return post(whole) / whole * parts[:, :, source.index]
+        return change
+    whole = heads.sum(2)  # Gemma 2 has no output bias
+    if first_order:
+        with torch.enable_grad():
+            return torch.autograd.functional.jvp(post, whole, change)[1].detach()
+    return post(whole + change) - post(whole)
 
 
 @torch.no_grad()
@@ -81,10 +96,11 @@ def slope(model, prompts, edge, metric, direction="noising", hooks=(), change=No
         return torch.autograd.grad(values.sum(), share)[0].flatten()
 
 
-def change_of(model, patched, other, source):
+def change_of(model, patched, other, source, *, first_order=True):
     """What the source writes in the other run minus what it writes in the patched one; nothing at padding."""
-    change = written_by(model, other, source) - written_by(model, patched, source)
-    return change * patched.attention_mask[..., None]
+    own, value = (at(model, prompts, site_of(source)) for prompts in (patched, other))
+    change = change_to(model, source, own, value, first_order=first_order)
+    return change.detach() * patched.attention_mask[..., None]
 
 
 def some_edges(model):

@@ -14,7 +14,8 @@ from mechunlearn.localize import sites
 from mechunlearn.localize.options import EdgeGradientOptions, settings_of
 from mechunlearn.localize.replacement import activations_at
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, differentiable, shape
+from mechunlearn.model import Hook, Model, device_of, differentiable, shape
+from mechunlearn.model.classes import element_size, free_memory
 from mechunlearn.model.edge_runs import InputGradients
 from mechunlearn.model.edges import (
     SourceOutputs,
@@ -42,8 +43,7 @@ def edge_attribution_patching(model: Model, prompts: Prompts, **options: Unpack[
     in the metric's unit.
 
     A source's scores sum over its destinations to its `attribution_patching` (`EdgeScores.nodes()`). In Gemma 2 a norm
-    follows attention. There a_u has each run's own scale, so that heads sum to what their layer adds, and the sum holds
-    for MLPs and attention layers; a head's `attribution_patching`, which moves the scale too, differs.
+    follows attention: there a head's difference is what the norm makes of it to first order, in the run x.
 
     Cost: 2F + 1B and matrix products that grow as sources x destinations x d_model. Memory: the backward pass of a
     batch (about 40 floats per layer, position and d_model in GPT-2), 32 MiB of sources' contributions, and the result.
@@ -76,7 +76,8 @@ def edge_integrated_gradients(
     `edge_attribution_patching`. The midpoint rule makes "noising" and "denoising" differ in sign alone; the authors'
     code takes left end points (the corrupt end included, the clean one not), which tend to the same as steps grow.
     An edge whose gradient vanishes at both ends, as behind a saturated softmax, still gets its score. A source's scores
-    sum over its destinations to its `integrated_gradients` (in Gemma 2: those of MLPs and attention layers).
+    sum over its destinations to its `integrated_gradients` (in Gemma 2, those of MLPs: a post-norm is linearised in the
+    mean of the two runs).
 
     Cost: 2F + steps * (F + B), and the products of `edge_attribution_patching` once. Memory: as there, and for each
     step one residual stream of every layer.
@@ -89,7 +90,7 @@ def edge_integrated_gradients(
         here, there = outputs_of_sources(model, patched), outputs_of_sources(model, other)
         between = [torch.lerp(here.embed, there.embed, point) for point in points]
         gradients = _gradients_over(model, patched, metric, sites.EMBEDDING, between)
-        return [(there.minus(here, patched.attention_mask), gradients)]
+        return [(there.minus(here, patched.attention_mask, at=(here, there)), gradients)]
 
     return edge_scores("edge_integrated_gradients", factors, model, prompts, options, steps=steps, rule="midpoint")
 
@@ -120,7 +121,8 @@ def edge_integrated_gradients_of_activations(
     names = [sites.EMBEDDING, *(f"blocks.{layer}.{part}" for layer in layers for part in parts)]
 
     def factors(patched: Prompts, other: Prompts) -> Iterator[tuple[SourceOutputs, InputGradients]]:
-        difference = outputs_of_sources(model, other).minus(outputs_of_sources(model, patched), patched.attention_mask)
+        runs = outputs_of_sources(model, patched), outputs_of_sources(model, other)
+        difference = runs[1].minus(runs[0], patched.attention_mask, at=runs)
         here, there = activations_at(model, patched, names), activations_at(model, other, names)
         for name in names:
             between = [torch.lerp(here[name], there[name], point) for point in points]
@@ -137,16 +139,16 @@ def edge_clean_corrupted(model: Model, prompts: Prompts, **options: Unpack[EdgeG
         score(u -> v) = mean over prompts of the sum over positions and d of
                         (a_u(x') - a_u(x)) * (d metric / d r_v at x + d metric / d r_v at x') / 2
 
-    Sign, unit, arguments, memory and errors as in `edge_attribution_patching`. Cost: 2F + 2B.
+    Sign, unit, arguments, memory and errors as in `edge_attribution_patching`. Cost: 2F + 2B, and its products twice.
 
     Hanna et al. 2024, https://arxiv.org/abs/2403.17806 ("clean-corrupted").
     """
 
     def factors(patched: Prompts, other: Prompts) -> list[tuple[SourceOutputs, InputGradients]]:
-        gradients = InputGradients(model, patched.attention_mask)
-        here = add_run(gradients, model, patched, options["metric"])
-        there = add_run(gradients, model, other, options["metric"])
-        return [(there.minus(here, patched.attention_mask), gradients)]
+        mask = patched.attention_mask
+        ends = InputGradients(model, mask), InputGradients(model, mask)
+        here, there = (add_run(g, model, run, options["metric"]) for g, run in zip(ends, (patched, other), strict=True))
+        return [(there.minus(here, mask, at=(run,)), g) for run, g in zip((here, there), ends, strict=True)]
 
     return edge_scores("edge_clean_corrupted", factors, model, prompts, options)
 
@@ -157,8 +159,11 @@ Factors: TypeAlias = Callable[[Prompts, Prompts], Iterable[tuple[SourceOutputs, 
 _TEMPORARY = 32 * 2**20
 """Bytes of sources' contributions to the residual stream at once."""
 
-_ACTIVATIONS = 400_000
-"""Entries of all layers' residual streams in a batch; a backward pass keeps about 40 times as many activations."""
+_KEPT = 40
+"""Activations that a backward pass keeps for each entry of all layers' residual streams."""
+
+_CACHED = 64_000_000
+"""Bytes of these activations at once on a CPU, where larger batches are not faster."""
 
 
 def edge_scores(
@@ -169,7 +174,8 @@ def edge_scores(
     sizes, chosen, metric = shape(model), edges_of(model, options["edges"]), options["metric"]
     batch_size = options["batch_size"]
     if batch_size is None:
-        batch_size = max(1, _ACTIVATIONS // (prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model))
+        of_prompt = _KEPT * prompts.tokens.shape[1] * sizes.n_layers * sizes.d_model * element_size(model)
+        batch_size = max(1, (free_memory(device_of(model)) // 4 or _CACHED) // of_prompt)
     batches = sites.run_pairs(model, prompts, metric, options["direction"], batch_size)
     rows, total = [], torch.zeros(chosen.shape, dtype=torch.float64)
     with differentiable(model):

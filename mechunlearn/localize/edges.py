@@ -1,7 +1,7 @@
 """Edge patching: the effect of patching every edge, each alone, measured by running the model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, Unpack
 
 import torch
@@ -19,7 +19,7 @@ from mechunlearn.localize.options import EdgeOptions, settings_of
 from mechunlearn.localize.sites import passes
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
-from mechunlearn.model.edges import contributions, edges_of
+from mechunlearn.model.edges import behind_post_norms, contributions, edges_of
 from mechunlearn.model.norms import norm_of
 from mechunlearn.model.suffix import through_layer
 from mechunlearn.options import with_options
@@ -35,8 +35,9 @@ def edge_patching(
         score(u -> v) = mean over prompts of metric(x, v reads r_v + a_u(x') - a_u(x)) - metric(x)
 
     in the metric's unit, where r_v is the residual stream as v alone reads it (before its norm) and a_u what u adds to
-    it; nothing else about x is changed. Errors and what a head adds in Gemma 2 are as in `edge_attribution_patching`,
-    which is this effect's first-order estimate.
+    it; nothing else about x is changed. In Gemma 2 a norm follows attention: there a_u(x') - a_u(x) is what the norm's
+    output gains when head u alone is that of x', as in `path_patching`. Errors are those of
+    `edge_attribution_patching`, which is this effect's first-order estimate.
 
     Cost: for an edge into layer l, the MLP of layer l and the layers above it (of the last one only its attention and,
     at the answers' positions, the rest). One pass of a layer's attention serves a source's edges to all of its heads.
@@ -83,7 +84,8 @@ def _batch_effects(
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(sizes.n_layers)]
     run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=names)
     own, other = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
-    change = contributions(model, other.minus(own, prompts.attention_mask)).to(run.residuals[0].dtype)
+    change = contributions(model, replace(other.minus(own, prompts.attention_mask), attention={}))
+    change = behind_post_norms(model, change, run.attention).to(run.residuals[0].dtype)
     column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
     base = _Base(model, prompts, run, change, chosen, column, batch_size)
     unpatched = checked(metric, run.logits, prompts).double()

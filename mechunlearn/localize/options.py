@@ -99,8 +99,8 @@ class EdgeGradientOptions(EdgeOptions, total=False):
     batch_size: Annotated[
         int | None,
         None,
-        "A pass has this many prompts; None: as many as need about 65 MB (2 of 20 tokens in GPT-2 small); a GPU wants "
-        "more.",
+        "A pass has this many prompts; None: as many as need a quarter of a GPU's free memory, or on a CPU about 65 MB "
+        "(2 of 20 tokens in GPT-2 small).",
     ]
     per_prompt: Annotated[bool, True, "False leaves out each prompt's scores, and with them intervals."]
 

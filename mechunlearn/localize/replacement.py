@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mechunlearn.arguments import Direction
+from mechunlearn.arguments import Direction, check_batch_size
 from mechunlearn.identity import described, name_of
 from mechunlearn.model import Model, recording
 from mechunlearn.tasks.prompts import Prompts
@@ -27,12 +27,13 @@ def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[s
     return {name: torch.zeros_like(value) for name, value in values.items()}
 
 
-def mean_over(reference: Prompts, *, positional: bool = False) -> Replacement:
+def mean_over(reference: Prompts, *, positional: bool = False, batch_size: int = 64) -> Replacement:
     """The mean over a reference set: over all its real tokens, or at each position (rows of one length).
 
-    Cost: 1F of the reference for each batch of prompts.
+    Cost: 1F of the reference, `batch_size` rows at a time, for each batch of prompts.
     """
-    return partial(_mean_over, reference=reference, positional=positional)
+    check_batch_size(batch_size)
+    return partial(_mean_over, reference=reference, positional=positional, batch_size=batch_size)
 
 
 def gaussian(*, std: float, seed: int = 0) -> Replacement:
@@ -41,10 +42,15 @@ def gaussian(*, std: float, seed: int = 0) -> Replacement:
 
 
 def _mean_over(
-    model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, reference: Prompts, positional: bool
+    model: Model,
+    prompts: Prompts,
+    values: Mapping[str, Tensor],
+    *,
+    reference: Prompts,
+    positional: bool,
+    batch_size: int,
 ) -> dict[str, Tensor]:
     reference = reference.on(model)
-    activations = activations_at(model, reference, values)
     if positional:
         lengths = sorted({int(n) for p in (reference, prompts) for n in p.attention_mask.sum(1)})
         if len(lengths) > 1 or reference.tokens.shape[1] != prompts.tokens.shape[1]:
@@ -52,9 +58,13 @@ def _mean_over(
                 f"expected a reference set and prompts that all have one length for positional means, got lengths "
                 f"{lengths}: pad nothing, choose prompts of one length, or leave out positional=True."
             )
-        return {name: value.mean(0).expand_as(values[name]) for name, value in activations.items()}
-    means = {name: value[reference.attention_mask].mean(0) for name, value in activations.items()}
-    return {name: value.expand_as(values[name]) for name, value in means.items()}
+    sums: dict[str, Tensor] = {}
+    for batch in reference.batches(batch_size):
+        for name, value in activations_at(model, batch, values).items():
+            rows = value if positional else value[batch.attention_mask]
+            sums[name] = sums.get(name, 0) + rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    count = len(reference) if positional else int(reference.attention_mask.sum())
+    return {name: (total / count).to(values[name]).expand_as(values[name]) for name, total in sums.items()}
 
 
 def _gaussian(

@@ -40,7 +40,7 @@ def causal_tracing(
     metric: Metric = answer_probability,
     noise: float = 3.0,
     draws: int = 10,
-    window: int = 10,
+    window: int | None = None,
     kinds: tuple[Kind, ...] = ("residual", "MLP", "ATTN"),
     seed: int = 0,
     batch_size: int = 64,
@@ -56,7 +56,8 @@ def causal_tracing(
 
     in the metric's unit (default: the answer's probability); positive = brings the answer back. For
     `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
-    l - window // 2 ... l + (window - 1) // 2 that exist: one layer's output alone changes little.
+    l - window // 2 ... l + (window - 1) // 2 that exist: one layer's output alone changes little. The default window is
+    the paper's 10 layers, or a third of the layers where that is less.
 
     `trace.scores("MLP")` are component scores for `.top()`; a layer's score is that of its window.
 
@@ -69,6 +70,7 @@ def causal_tracing(
     sizes = shape(model)
     check_batch_size(batch_size)
     check_functions(metric=metric)
+    window = default_window(sizes.n_layers) if window is None else window
     _check(noise, draws, window, kinds, sizes.n_layers)
     prompts = prompts.on(model)
     pieces: list[dict[str, Tensor]] = []
@@ -85,6 +87,11 @@ def causal_tracing(
         for name, fill in (("effects", 0), ("roles", -1))
     )
     return CausalTrace(clean, corrupt, effects, roles_, kinds, sizes, name_of(metric), settings)
+
+
+def default_window(n_layers: int) -> int:
+    """The paper's 10 layers, or in models of fewer than 30 a third of the layers."""
+    return max(1, min(10, round(n_layers / 3)))
 
 
 def _noise(

@@ -56,3 +56,14 @@ def unchecked_shape(model: Model) -> ModelShape:
 def device_of(model: Model) -> torch.device:
     """The device of the model's first parameter, to which tokens are moved."""
     return next(model.parameters()).device
+
+
+def element_size(model: Model) -> int:
+    """Bytes of one entry of an activation, which has the weights' dtype; 4 where that is packed."""
+    dtype = next(model.parameters()).dtype
+    return torch.finfo(dtype).bits // 8 if dtype.is_floating_point else 4
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 0 for other devices, which do not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -60,26 +60,28 @@ def _measured(model: Model) -> Scales:
     except (AttributeError, RuntimeError) as error:
         raise _not_a_sum(model, f"its parts cannot be read ({str(error)[:200]})") from error
     bias = getattr(model.unembed, "b_U", None)
-    linear = linear.double() if bias is None else linear.double() + bias.double()
+    linear = (linear if bias is None else linear + bias.to(linear)).double().cpu()
     tolerance = 1e-3 if run.logits.dtype in (torch.float32, torch.float64) else 5e-2
-    stream = torch.stack(run.residuals).double()
-    attention, mlp = (torch.stack([run.values[name].double() for name in part]) for part in (names[::2], names[1::2]))
+    stream = torch.stack([residual.double().cpu() for residual in run.residuals])
+    hooked = [run.values[name].double().cpu() for name in names]
+    attention, mlp = torch.stack(hooked[::2]), torch.stack(hooked[1::2])
     writes, changes = attention + mlp, stream.diff(dim=0)
     written = _factor(writes, changes)
     if bool(((changes - written * writes).abs().amax((1, 2, 3)) > tolerance * stream.abs().amax()).any()):
         raise _not_a_sum(model, "embedding and writes do not add up to it, whatever one scale they have")
-    inside = [_factor(values, hooked) for values, hooked in zip(given, (attention, mlp), strict=True)]
-    for factor, values, hooked in zip(inside, given, (attention, mlp), strict=True):
-        if not torch.allclose(factor * values, hooked, atol=tolerance * float(hooked.abs().max())):
+    inside = []
+    for values, added in zip(given, (attention, mlp), strict=True):
+        inside.append(_factor(values, added))
+        if not torch.allclose(inside[-1] * values, added, atol=tolerance * float(added.abs().max())):
             raise _not_a_sum(model, "what its attention or MLP gives is changed before it is written")
-    logits = _logit_scale(model, linear, run.logits.double(), tolerance)
+    logits = _logit_scale(model, linear, run.logits.double().cpu(), tolerance)
     return Scales(written, written * inside[0], written * inside[1], logits)
 
 
 def _after_post_norms(model: Model, outputs: Sequence[Tensor], part: str) -> Float[Tensor, "layer batch pos d_model"]:
     norms = [post_norm(model, layer, part) for layer in range(len(outputs))]
     pairs = zip(outputs, norms, strict=True)
-    return torch.stack([(output if norm is None else norm(output)).double() for output, norm in pairs])
+    return torch.stack([(output if norm is None else norm(output)).double().cpu() for output, norm in pairs])
 
 
 def _logit_scale(model: Model, linear: Tensor, logits: Tensor, tolerance: float) -> float:

@@ -75,7 +75,7 @@ class _Pass:
         # other - own, filled in source by source. No source is read before it has written: zeros do until then.
         self.change = torch.zeros_like(other)
         self.residual: dict[int, Tensor] = {}
-        self.z: dict[int, Tensor] = {}
+        self.attention: dict[int, Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -86,14 +86,14 @@ class _Pass:
             for layer in range(sizes.n_layers):
                 prefix = f"blocks.{layer}."
                 hooks += [(f"{prefix}attn.hook_{x}", self._changed_projection(layer, m)) for m, x in PROJECTIONS]
-                hooks.append((f"{prefix}attn.hook_z", partial(self._keep_z, layer)))
+                hooks.append((f"{prefix}attn.hook_z", partial(self._keep_heads, layer)))
                 hooks.append((f"{prefix}hook_mlp_out", partial(self._keep_mlp, layer)))
                 mlp_hook = partial(self._changed_input, self.circuits.column[Component(layer, "MLP")])
                 module_hooks: dict[nn.Module, Any] = {model.blocks[layer].ln1: partial(self._keep_residual, layer)}
                 module_hooks[mlp_norm(model, layer)] = mlp_hook
                 module = post_norm(model, layer, "ATTN")
                 if module is not None:
-                    module_hooks[module] = partial(self._keep_heads_before_post_norm, layer)
+                    module_hooks[module] = partial(self._keep_attention, layer)
                 for module, hook in module_hooks.items():
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             logits_hook = partial(self._changed_input, self.circuits.column["logits"])
@@ -119,7 +119,7 @@ class _Pass:
                 return value
             norm, slot, own = circuits.norms[layer], circuits.slots[layer, matrix], self.residual[layer]
             # The residual stream as each head's matrix reads it, normalized as in the model: scales differ by head.
-            read = own + einsum(removed, self.change, "row source unit, source row pos model -> unit row pos model")
+            read = own + self._gained(removed)
             difference = norm.without_bias(read) - norm.without_bias(own)
             weight = slot.weight.to(difference.dtype)
             added = einsum(difference, weight, "unit row pos model, unit width model -> row pos unit width")
@@ -127,22 +127,12 @@ class _Pass:
 
         return add
 
-    def _keep_z(self, layer: int, value: Tensor, hook: object) -> None:
-        self.z[layer] = value
-        if self.circuits.outputs[layer] is None:
-            self._keep_heads(layer, value, None)
+    def _keep_attention(self, layer: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.attention[layer] = arguments[0]
 
-    def _keep_heads_before_post_norm(self, layer: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Where a post-norm follows (Gemma 2), heads are known only once the sum of all is: it decides the scale."""
-        norm = self.circuits.outputs[layer]
-        assert norm is not None
-        self._keep_heads(layer, self.z[layer], norm.direction_and_scale(arguments[0])[1])
-
-    def _keep_heads(self, layer: int, z: Tensor, scale: Tensor | None) -> None:
-        slot, norm = self.circuits.slots[layer, "W_O"], self.circuits.outputs[layer]
-        weight = slot.weight.to(self.other.dtype) * self.circuits.scales.heads
-        if norm is not None and scale is not None:
-            weight, z = norm.numerator(weight), z / scale[..., None]
+    def _keep_heads(self, layer: int, z: Tensor, hook: object) -> None:
+        """What heads write; where a post-norm follows (Gemma 2), before it."""
+        weight = self.circuits.slots[layer, "W_O"].weight.to(self.other.dtype) * self.circuits.scales.heads
         places = self._head_places(layer)
         written = einsum(z.to(weight.dtype), weight, "row pos unit width, unit width model -> unit row pos model")
         self.change[places] = self.other[places] - written.to(self.other.dtype)
@@ -154,8 +144,23 @@ class _Pass:
     def _changed_input(self, column: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook by which a norm gets its reader's residual stream; the stream itself goes on as it is."""
         removed = self.removed[:, :, column]
-        added = einsum(removed, self.change, "row source, source row pos model -> row pos model")
+        added = self._gained(removed[:, :, None])[0]
         return (arguments[0] + added.to(arguments[0].dtype), *arguments[1:])
+
+    def _gained(self, removed: Float[Tensor, "row source unit"]) -> Float[Tensor, "unit row pos model"]:
+        """What a destination reads more along its removed edges, by their changes."""
+        sums = "row source unit, source row pos model -> unit row pos model"
+        if not self.attention:
+            return einsum(removed, self.change, sums)
+        # The heads of a layer with a post-norm (Gemma 2) change together what enters it: it normalizes anew.
+        linear, gained = removed.clone(), 0
+        for layer, entering in self.attention.items():
+            heads, norm = self._head_places(layer), self.circuits.outputs[layer]
+            assert norm is not None
+            if bool(removed[:, heads].any()):
+                gained = gained + norm.change(entering, einsum(removed[:, heads], self.change[heads], sums))
+            linear[:, heads] = 0
+        return gained + einsum(linear, self.change, sums)
 
     def _head_places(self, layer: int) -> slice:
         """The layer's heads among the sources; its MLP comes after them."""

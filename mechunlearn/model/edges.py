@@ -1,13 +1,12 @@
 """Edges of a model: what every destination reads, what every source adds, and whether their sum is the model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakSet
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -145,25 +144,33 @@ class SourceOutputs:
     embed: Float[Tensor, "batch pos d_model"]
     """The residual stream that enters layer 0."""
     heads: tuple[Float[Tensor, "batch pos head d_head"], ...]
-    """Each layer's z by head, divided by the scale of the post-norm that follows in Gemma 2."""
+    """Each layer's z by head."""
     mlps: tuple[Float[Tensor, "batch pos d_model"], ...]
     """Each MLP's output, after its post-norm."""
+    attention: dict[int, tuple[Float[Tensor, "batch pos d_model"], ...]]
+    """Layer -> what enters the post-norm of its attention (Gemma 2), in the runs at which it is linearised."""
 
-    def minus(self, other: "SourceOutputs", mask: Bool[Tensor, "batch pos"]) -> "SourceOutputs":
-        """The difference at real tokens, 0 at padding."""
+    def minus(
+        self, other: "SourceOutputs", mask: Bool[Tensor, "batch pos"], *, at: Sequence["SourceOutputs"] = ()
+    ) -> "SourceOutputs":
+        """The difference at real tokens, 0 at padding; post-norms are linearised `at` these runs (default: `other`)."""
 
         def difference(values: Tensor, others: Tensor) -> Tensor:
             dtype = torch.promote_types(values.dtype, torch.float32)
             padding = ~mask.view(*mask.shape, *[1] * (values.ndim - 2))
             return (values.to(dtype) - others.to(dtype)).masked_fill(padding, 0.0)
 
+        runs = at or (other,)
+        attention = {layer: tuple(run.attention[layer][0] for run in runs) for layer in other.attention}
         heads, mlps = map(difference, self.heads, other.heads), map(difference, self.mlps, other.mlps)
-        return SourceOutputs(difference(self.embed, other.embed), tuple(heads), tuple(mlps))
+        return SourceOutputs(difference(self.embed, other.embed), tuple(heads), tuple(mlps), attention)
 
     def at(self, rows: slice, places: slice) -> "SourceOutputs":
         """The outputs of these prompts at these positions."""
         here = rows, places
-        return SourceOutputs(self.embed[here], tuple(x[here] for x in self.heads), tuple(x[here] for x in self.mlps))
+        attention = {layer: tuple(x[here] for x in runs) for layer, runs in self.attention.items()}
+        heads, mlps = tuple(x[here] for x in self.heads), tuple(x[here] for x in self.mlps)
+        return SourceOutputs(self.embed[here], heads, mlps, attention)
 
 
 def source_sites(sizes: ModelShape) -> list[str]:
@@ -176,25 +183,15 @@ def source_sites(sizes: ModelShape) -> list[str]:
 def source_outputs(
     model: Model, values: Mapping[str, Tensor], attention: Mapping[int, Tensor] | None = None
 ) -> SourceOutputs:
-    """What the sources write when these are the values at `source_sites`, whatever run they are from.
+    """What the sources write when these are the values at `source_sites`.
 
-    Where a post-norm follows attention (Gemma 2), its scale is that of `attention`, by layer what enters the norm in a
-    run; without `attention`, that of the heads' own sum.
+    `attention`: layer -> what enters its post-norm; without it, heads are seen before their post-norm.
     """
-    layers, heads = range(unchecked_shape(model).n_layers), []
-    for layer in layers:
-        z, norm = values[f"blocks.{layer}.attn.hook_z"], output_norm(model, layer)
-        if norm is not None:
-            z = z.to(norm.weight.dtype)
-            if attention is None:
-                weight = slots(model)[layer, "W_O"].weight.to(z.dtype)
-                whole = einsum(z, weight, "batch pos head width, head width model -> batch pos model")
-            else:
-                whole = attention[layer]
-            z = z / norm.direction_and_scale(whole)[1][..., None]
-        heads.append(z)
+    layers = range(unchecked_shape(model).n_layers)
+    heads = tuple(values[f"blocks.{layer}.attn.hook_z"] for layer in layers)
     mlps = tuple(values[f"blocks.{layer}.hook_mlp_out"] for layer in layers)
-    return SourceOutputs(values["blocks.0.hook_resid_pre"], tuple(heads), mlps)
+    entering = {layer: (value,) for layer, value in (attention or {}).items()}
+    return SourceOutputs(values["blocks.0.hook_resid_pre"], heads, mlps, entering)
 
 
 @contextmanager
@@ -221,11 +218,11 @@ def recording_outputs(model: Model) -> Iterator[Callable[[], SourceOutputs]]:
 
 
 def contributions(model: Model, outputs: SourceOutputs) -> Float[Tensor, "source batch pos d_model"]:
-    """What each source adds to the residual stream, in the order of `sources(shape)`.
+    """What each source adds to the residual stream, in the order of `sources(shape)`, for differences of outputs.
 
     Their sum is the residual stream, up to the biases of the output projections, which belong to no head. Where a
-    post-norm follows attention (Gemma 2), a head's contribution is its part after the norm with the norm's scale held
-    at its value in this run; the scale depends on all heads of the layer.
+    post-norm follows attention (Gemma 2), a head adds what the norm makes of it to first order, in the mean over the
+    runs of `outputs.attention`; without any, heads are left as they are before the norm.
 
     The result is large: pass a few prompts at a time (`outputs.at(...)`).
     """
@@ -239,11 +236,27 @@ def contributions(model: Model, outputs: SourceOutputs) -> Float[Tensor, "source
         start = 1 + layer * (sizes.n_heads + 1)
         stop, norm = start + sizes.n_heads, output_norm(model, layer)
         weight = matrices[layer, "W_O"].weight.to(dtype) * scale.heads
-        weight = weight if norm is None else norm.numerator(weight)
         z = outputs.heads[layer].to(dtype).permute(2, 0, 1, 3).flatten(1, 2)
         torch.bmm(z, weight, out=added[start:stop].flatten(1, 2))
+        runs = outputs.attention.get(layer, ())
+        if norm is not None and runs:
+            heads = added[start:stop].clone()
+            added[start:stop] = sum(norm.differential(run, heads) for run in runs) / len(runs)
         added[stop] = outputs.mlps[layer] * scale.written
     return added
+
+
+def behind_post_norms(
+    model: Model, change: Float[Tensor, "source batch pos d_model"], attention: Sequence[Tensor]
+) -> Float[Tensor, "source batch pos d_model"]:
+    """What the residual stream gains by each source's change alone; `attention`: by layer what enters its post-norm."""
+    n_heads = unchecked_shape(model).n_heads
+    for layer, entering in enumerate(attention):
+        norm = output_norm(model, layer)
+        if norm is not None:
+            heads = slice(1 + layer * (n_heads + 1), 1 + layer * (n_heads + 1) + n_heads)
+            change[heads] = norm.change(entering, change[heads].clone())
+    return change
 
 
 def output_norm(model: Model, layer: int) -> Norm | None:
@@ -272,7 +285,15 @@ def _equations(
     """What is wrong if two tensors differ, and the two: differences between the runs, so that biases drop out."""
     (outputs, inputs), (other_outputs, other) = first, second
     real = torch.ones_like(outputs.embed[..., 0], dtype=torch.bool)
-    change = contributions(model, outputs.minus(other_outputs, real))
+    change = contributions(model, replace(outputs.minus(other_outputs, real), attention={}))
+    for layer in outputs.attention:
+        # A post-norm is not linear: heads must add up before it, and as a layer behind it.
+        start, norm = 1 + layer * (model.cfg.n_heads + 1), output_norm(model, layer)
+        (here,), (there,) = outputs.attention[layer], other_outputs.attention[layer]
+        heads = slice(start, start + model.cfg.n_heads)
+        yield f"the heads of layer {layer} do not sum to its attention", change[heads].sum(0), here - there
+        assert norm is not None
+        change[heads] = (norm.without_bias(here) - norm.without_bias(there)) / model.cfg.n_heads
     yield "sources do not sum to the last residual stream", change.sum(0), inputs.logits - other.logits
     matrices, heads = slots(model), model.cfg.n_heads
     for layer, block in enumerate(model.blocks):

@@ -47,6 +47,21 @@ class Norm:
         """The norm's output for x, less its bias."""
         return self.direction_and_scale(x)[0] * self.weight
 
+    def change(
+        self, x: Float[Tensor, "*rows d_model"], more: Float[Tensor, "*any d_model"]
+    ) -> Float[Tensor, "*any d_model"]:
+        """What the output gains when the input x becomes x + more."""
+        x = x.to(self.weight.dtype)
+        return self.without_bias(x + more) - self.without_bias(x)
+
+    def differential(
+        self, x: Float[Tensor, "*rows d_model"], more: Float[Tensor, "*any d_model"]
+    ) -> Float[Tensor, "*any d_model"]:
+        """The first-order part of `change`: the derivative at x, applied to `more`."""
+        direction, scale = self.direction_and_scale(x)
+        centred = self._centre(more.to(self.weight.dtype)) / scale
+        return self.weight * (centred - direction * (direction * centred).mean(-1, keepdim=True))
+
     def frozen(self, x: Float[Tensor, "*rows d_model"]) -> "FrozenNorm":
         """The norm with its scale held at s(x), which makes it linear up to the bias."""
         return FrozenNorm(self, self.direction_and_scale(x)[1])

@@ -1,5 +1,6 @@
 """The slow, obvious reference: for every component one full forward pass with one hook."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,28 @@ def test_a_positional_mean_is_that_of_each_position(llama):
         mean_over(tiny.prompts(llama), positional=True)(llama, prompts, values)
 
 
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_mean_over_batches_of_the_reference_is_the_same(llama, positional):
+    prompts = tiny.prompts(llama, n=12)
+    prompts = prompts[[0, 6]] if positional else prompts
+    name = "blocks.1.attn.hook_z"
+    values = {name: torch.zeros(*prompts.tokens.shape, 4, 8)}
+    with full_rows(llama) as rows:
+        found = [mean_over(prompts, positional=positional, batch_size=n)(llama, prompts, values)[name] for n in (64, 1)]
+    torch.testing.assert_close(*found)
+    assert rows == [len(prompts), *[1] * len(prompts)]
+    with pytest.raises(ValueError, match="batch_size of at least 1"):
+        mean_over(prompts, batch_size=0)
+
+
+@contextmanager
+def full_rows(model):
+    """How many rows each forward has."""
+    rows = []
+    with model.blocks[0].register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0]))):
+        yield rows
+
+
 @pytest.mark.parametrize("where", [subject, subject_last, answer])
 def test_a_patch_at_some_tokens(llama, where):
     prompts = tiny.prompts(llama)
@@ -167,7 +190,7 @@ def test_settings_tell_two_replacements_apart(llama):
 
     assert settings(gaussian(std=0.1)) == "gaussian(std=0.1, seed=0)"
     assert settings(gaussian(std=5.0, seed=3)) == "gaussian(std=5.0, seed=3)"
-    assert settings(mean_over(tiny.prompts(llama, seed=9))) == "mean_over(positional=False)"
+    assert settings(mean_over(tiny.prompts(llama, seed=9))) == "mean_over(positional=False, batch_size=64)"
     assert settings(resample) == "resample"
 
 

@@ -8,6 +8,7 @@ import torch
 from state import left_as_it_was
 
 from mechunlearn.localize import causal_tracing
+from mechunlearn.localize.tracing import default_window
 from mechunlearn.metrics import answer_log_probability, answer_probability
 from mechunlearn.model import preserved, recording
 from mechunlearn.model.running import embeddings
@@ -178,10 +179,18 @@ def test_the_plot_of_one_prompt_has_a_row_for_each_of_its_tokens(llama, padding)
             trace.plot_prompt(prompt)
 
 
+def test_the_default_window_is_ten_layers_or_a_third_of_them(llama):
+    prompts = tiny.prompts(llama)
+    default, one = causal_tracing(llama, prompts, draws=1), causal_tracing(llama, prompts, draws=1, window=1)
+    assert default.settings == one.settings
+    assert torch.equal(default.effects, one.effects)
+    assert [default_window(n) for n in (1, 2, 3, 6, 12, 28, 30, 48)] == [1, 1, 1, 2, 4, 9, 10, 10]
+
+
 def test_bad_input(llama, unchecked):
     prompts = tiny.prompts(llama)
     with pytest.raises(ValueError, match=r"window must lie in 1..3 \(the number of layers\), got 10"):
-        causal_tracing(llama, prompts)
+        causal_tracing(llama, prompts, window=10)
     with pytest.raises(ValueError, match=r"expected prompts that say where their subject is"):
         causal_tracing(llama, replace(prompts, subject=None), window=1)
     with pytest.raises(ValueError, match=r"expected noise of at least 0"):

@@ -44,11 +44,11 @@ def test_summed_over_destinations_scores_are_node_attribution(model):
     prompts = tiny.prompts(model)
     nodes = edge_attribution_patching(model, prompts).nodes()
     expected = attribution_patching(model, prompts)
-    post_norm = "ln1_post" in dict(model.blocks[0].named_children())
     largest = float(expected.tensor.abs().max())
     for component, score in expected.items():
-        if component.part == "MLP" or not post_norm:
-            assert nodes[component] == pytest.approx(score, rel=1e-5, abs=1e-6 * largest), component
+        assert nodes[component] == pytest.approx(score, rel=1e-4, abs=1e-5 * largest), component
+    if "ln1_post" in dict(model.blocks[0].named_children()):
+        return  # what a layer adds differs by more than first order in its heads
     whole = attribution_patching(model, prompts, components=layers)
     for layer in range(3):
         heads = sum(nodes[f"L{layer}H{head}"] for head in range(4))
@@ -65,15 +65,18 @@ def test_by_default_long_prompts_of_large_models_come_one_by_one(llama, monkeypa
     prompts, passes = tiny.prompts(llama), []
     whole = edge_attribution_patching(llama, prompts)
     handle = llama.blocks[1].register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(shared, "_ACTIVATIONS", 2 * prompts.tokens.shape[1] * 3 * 32)
+    of_two = 2 * 40 * 4 * prompts.tokens.shape[1] * 3 * 32
+    monkeypatch.setattr(shared, "_CACHED", of_two)
     try:
         two = edge_attribution_patching(llama, prompts)
-        monkeypatch.setattr(shared, "_ACTIVATIONS", 1)
+        monkeypatch.setattr(shared, "_CACHED", 1)
         one = edge_attribution_patching(llama, prompts)
+        monkeypatch.setattr(shared, "free_memory", lambda device: 4 * 2 * of_two)
+        of_gpu = edge_attribution_patching(llama, prompts)
     finally:
         handle.remove()
-    assert [scores.settings["batch_size"] for scores in (two, one)] == [2, 1]
-    assert len(passes) == 2 * 3 + 2 * 6
+    assert [scores.settings["batch_size"] for scores in (two, one, of_gpu)] == [2, 1, 4]
+    assert len(passes) == 2 * 3 + 2 * 6 + 2 * 2
     assert torch.allclose(one.per_prompt, whole.per_prompt, atol=1e-5)
     with pytest.raises(ValueError, match="expected a batch_size of at least 1, got 0"):
         edge_attribution_patching(llama, prompts, batch_size=0)

@@ -1,12 +1,13 @@
 """The references: exact edge patching for single edges; for circuits, the model written out reader by reader."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import tiny
 import torch
 from full_pass import with_replaced
-from one_edge import at, some_edges, with_one_edge_moved, written_by
+from one_edge import at, change_to, site_of, some_edges, with_one_edge_moved
 from state import left_as_it_was
 from torch.nn.functional import rms_norm, silu
 
@@ -23,7 +24,7 @@ from mechunlearn.components import (
     sources,
 )
 from mechunlearn.localize import attribution_patching, edge_attribution_patching, edge_faithfulness, edge_patching
-from mechunlearn.localize.replacement import mean_over, zero
+from mechunlearn.localize.replacement import mean_over, resample, zero
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import shape, slots
 from mechunlearn.model.edges import edges_of, is_parallel
@@ -82,8 +83,19 @@ class ByHand:
         cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)
         return x * cos + torch.cat([-x[:, half:], x[:, :half]], 1) * sin
 
+    def pruned(self, kept):
+        """Without the edges from sources that none enters, again and again."""
+        readers = {f"L{i}MLP": (f"L{i}MLP",) for i in range(self.sizes.n_layers)}
+        for i, head in product(range(self.sizes.n_layers), range(self.sizes.n_heads)):
+            shared = head - head % (self.sizes.n_heads // self.sizes.n_kv_heads)
+            readers[f"L{i}H{head}"] = f"L{i}H{head}.W_Q", f"L{i}H{shared}.W_K", f"L{i}H{shared}.W_V"
+        entered = {edge.split("->")[1] for edge in kept}
+        left = {e for e in kept if e.startswith("embed") or entered & set(readers[e.split("->")[0]])}
+        return left if left == kept else self.pruned(left)
+
     def run(self, tokens, kept=None, other=None):
         """What every source adds, and what the final norm reads."""
+        kept = None if kept is None else self.pruned(kept)
         added = {"embed": self.model.embed(tokens[None])[0].detach()}
 
         def read(destination, before):
@@ -158,32 +170,15 @@ def test_without_one_edge_its_reader_alone_is_moved_by_the_difference(model, rep
     moved = 0.0
     for place, circuit in enumerate(found.circuits[1:-1], 1):
         (edge,) = circuit
-        change = replaced_by(model, prompts, edge.source, replacement) - written_by(model, prompts, edge.source)
-        change = change * prompts.attention_mask[..., None]
+        own = at(model, prompts, site_of(edge.source))
+        value = replacement(model, prompts, {site_of(edge.source): own})[site_of(edge.source)]
+        change = change_to(model, edge.source, own, value).detach() * prompts.attention_mask[..., None]
         with torch.no_grad():
             expected = with_one_edge_moved(model, prompts, edge, change, logit_difference).double()
         rounding = NORMED_ROUNDING / 10 if replacement is zero else 3e-5  # one of the reader's sources alone is moved
         assert torch.allclose(found.without[:, place], expected, atol=rounding), edge
         moved = max(moved, float((expected - found.whole).abs().max()))
     assert moved > 1e-2
-
-
-def replaced_by(model, prompts, source, replacement):
-    """What the source writes when the outputs of its layer's heads, or of its MLP, are replaced."""
-    if source == "embed" or source.part == "MLP":
-        name = "blocks.0.hook_resid_pre" if source == "embed" else f"blocks.{source.layer}.hook_mlp_out"
-        return replacement(model, prompts, {name: at(model, prompts, name)})[name]
-    name = f"blocks.{source.layer}.attn.hook_z"
-    z = replacement(model, prompts, {name: at(model, prompts, name)})[name]
-    slot = slots(model)[source.layer, "W_O"]
-    parts = torch.einsum("bphw,hwd->bphd", z, slot.view(slot.parameter.detach()))
-    post = dict(model.blocks[source.layer].named_children()).get("ln1_post")
-    if post is None:
-        return parts[:, :, source.index]
-    whole = parts.sum(2)
-    scale = (whole.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-    ones = torch.ones_like(whole)
-    return post(ones) * (1 + model.cfg.eps) ** 0.5 * parts[:, :, source.index] / scale
 
 
 @torch.no_grad()
@@ -203,7 +198,9 @@ def test_a_circuit_with_other_replacements_is_the_model_reader_by_reader(llama, 
         _, logits = hand.run(prompts.tokens[0], inside, other)
         expected = float(logit_difference(logits[-1][None, None], prompts))
         assert float(values[0, 1]) == pytest.approx(expected, abs=NORMED_ROUNDING if replacement is zero else 3e-5)
-    assert found.settings["replacement"] == ("zero" if replacement is zero else "mean_over(positional=False)")
+    assert found.settings["replacement"] == (
+        "zero" if replacement is zero else "mean_over(positional=False, batch_size=64)"
+    )
 
 
 def test_prompts_without_a_corrupted_side_are_enough_for_other_replacements(llama):
@@ -222,6 +219,25 @@ def test_an_edge_that_lies_on_no_path_changes_nothing(llama):
     less = dead - {"L1H2->logits", "L1H2->L2MLP"}
     found = edge_faithfulness(llama, tiny.prompts(llama), [less, more], random_circuits=0)
     assert torch.allclose(found.alone[:, 1], found.alone[:, 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("replacement", [resample, zero, "mean"], ids=["resample", "zero", "mean"])
+def test_a_source_that_nothing_enters_writes_its_replacement(model, replacement):
+    """Whatever leaves it, also through others that only such sources enter: as if those edges were out too."""
+    replacement = given(replacement, model)
+    entered = ("L1MLP", "L2H3.W_Q", "L2H3.W_K", "L2H3.W_V", "L2H2.W_K", "L2H2.W_V")  # KV heads may be shared
+    leaving = ("L1MLP", "L2H3")
+    alive = [e for e in everything(model) if str(e.destination) not in entered and str(e.source) not in leaving]
+    out = [e for e in everything(model) if str(e.source) in leaving and str(e.destination) in (*entered, "logits")]
+    assert any(str(e.source) == "L1MLP" and str(e.destination) == "L2H3.W_Q" for e in out)
+    circuits = [EdgeMask.of(alive, shape(model)), EdgeMask.of([*alive, *out], shape(model))]
+    prompts = tiny.prompts(model, n=3)
+    found = edge_faithfulness(model, prompts, circuits, replacement=replacement, random_circuits=0)
+    assert torch.allclose(found.alone[:, 1], found.alone[:, 2], atol=1e-5)
+    entering = [e for e in everything(model) if str(e) in ("L0MLP->L1MLP", "embed->L1MLP")]
+    with_entry = EdgeMask.of([*alive, *out, *entering], shape(model))
+    other = edge_faithfulness(model, prompts, with_entry, replacement=replacement, random_circuits=0)
+    assert (other.alone[:, 1] - found.alone[:, 1]).abs().max() > 1e-3
 
 
 def test_answers_of_several_tokens(model):

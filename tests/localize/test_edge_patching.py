@@ -11,7 +11,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 from mechunlearn.components import Component, Edge, destinations, sources
-from mechunlearn.localize import edge_patching
+from mechunlearn.localize import edge_faithfulness, edge_integrated_gradients, edge_patching, path_patching
 from mechunlearn.localize.edge_attribution import edge_attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import preserved, recording, shape, slots
@@ -117,21 +117,40 @@ def test_edges_of_every_architecture(model):
     check(model, prompts, scores, some, answer_log_probability)
 
 
-def test_every_sources_edges_to_the_logits_of_a_post_norm_model_sum_to_the_whole(unchecked):
-    """What heads add in Gemma 2 sums to what their layer adds: patched jointly, here in the final norm's input."""
+def test_a_head_of_a_post_norm_model_has_one_effect_on_the_logits(unchecked):
+    """Patched as an edge, as a path, and as a circuit without that edge: the norm normalizes the patched sum anew."""
+    model = tiny.bridge("gemma2")
+    prompts = tiny.prompts(model, n=3)
+    heads_ = [f"L{layer}H{head}" for layer in range(3) for head in range(4)]
+    edges = [f"{head}->logits" for head in heads_]
+    exact = edge_patching(model, prompts, edges=edges)
+    paths = path_patching(model, prompts, senders=heads_)
+    circuits = [mu.components.EdgeMask.of([edge], shape(model)) for edge in edges]
+    found = edge_faithfulness(model, prompts, circuits, random_circuits=0)
+    for place, (head, edge) in enumerate(zip(heads_, edges, strict=True)):
+        assert exact[edge] == pytest.approx(paths[head], abs=2e-5)
+        column = found.circuits.index(circuits[place])
+        assert float((found.without[:, column] - found.whole).mean()) == pytest.approx(paths[head], abs=2e-5)
+    assert paths.tensor.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", [edge_patching, edge_attribution_patching, edge_integrated_gradients])
+def test_a_head_that_is_equal_in_both_runs_has_no_edge(method):
+    """Also in Gemma 2, where the scale that it shares with the others differs."""
     model = tiny.bridge("gemma2")
     prompts = tiny.prompts(model, n=2)
-    from mechunlearn.localize.edge_attribution import outputs_of_sources
-    from mechunlearn.model.edges import contributions
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hold_head_2)]):
+        scores = method(model, prompts, edges=["L1H2->logits", "L1H2->L2MLP", "L1H2->L2H0.W_V", "L1H1->logits"])
+    assert scores["L1H1->logits"] != 0
+    assert [scores[edge] for edge in ("L1H2->logits", "L1H2->L2MLP", "L1H2->L2H0.W_V")] == pytest.approx(
+        [0, 0, 0], abs=1e-6
+    )
 
-    with preserved(model), torch.no_grad():
-        mine, its = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
-        change = contributions(model, its.minus(mine, prompts.attention_mask)).sum(0)
-        found = effect(model, prompts, change, "logits", logit_difference)
-        expected = logit_difference(prompts.corrupted().logits(model), prompts) - logit_difference(
-            prompts.logits(model), prompts
-        )
-    assert torch.allclose(found, expected, atol=1e-4)
+
+def hold_head_2(z, hook):
+    z = z.clone()
+    z[:, :, 2] = torch.linspace(-1, 1, z.shape[-1])
+    return z
 
 
 def test_a_small_change_has_the_estimates_effect():

@@ -172,9 +172,11 @@ def edge_faithfulness(
     with the output of the `replacement`: the corrupt run's (`resample`), `zero`, `mean_over(reference)`. In m(nothing)
     the outputs of all sources are replaced; with `resample`, it is the metric of the corrupt run.
 
-    - The embedding is a source too: with `zero`, destinations outside the circuit see no tokens.
-    - Edges, and what a head adds in Gemma 2, are those of `edge_attribution_patching`; a'_u has the post-norm's scale
-      for the replaced outputs of all of the layer's heads.
+    - "embed" is what enters layer 0: the token embeddings and, in GPT-2, those of positions. It is a source too: with
+      `zero`, destinations outside the circuit see no tokens, and no positions.
+    - As MIB prunes: a head or MLP that no edge of the circuit enters writes its replacement, whatever edges leave it.
+    - Edges are those of `edge_attribution_patching`. In Gemma 2 a norm follows attention: there v reads what the norm
+      makes of the layer's heads, those with a removed edge to v replaced; one such edge has its `edge_patching` effect.
     - `sizes` are shares of the number of edges scored (without scores, of all edges). Edges without a score always
       carry the circuit's own run.
     - Edges on no path from the embedding to the logits change nothing, but count in a circuit's size.

@@ -1,6 +1,7 @@
 """The metric of a model in which sets of components, or of edges, are replaced at once; many sets share a batch."""
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -12,14 +13,14 @@ from tqdm import tqdm
 
 from mechunlearn.arguments import check
 from mechunlearn.components import Component, ModelShape
-from mechunlearn.components.edge import Edge, mask_of
+from mechunlearn.components.edge import Edge, mask_of, sources
 from mechunlearn.localize.options import ReplacingOptions
 from mechunlearn.localize.replacement import replacement_values
 from mechunlearn.localize.sites import passes, places_of
 from mechunlearn.metrics import checked
 from mechunlearn.model import Hook, Model, base_run, continued, device_of, preserved, recording, shape
 from mechunlearn.model.edge_runs import EdgeCircuits
-from mechunlearn.model.edges import contributions, source_outputs, source_sites
+from mechunlearn.model.edges import contributions, edges_of, source_outputs, source_sites
 from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
@@ -66,7 +67,8 @@ def edge_circuit_values(
     """`circuit_values` for sets of edges. Cost: 2F, and a forward for each set."""
     metric, replacement, batch_size = options["metric"], options["replacement"], options["batch_size"]
     sizes = shape(model)
-    masks = torch.stack([mask_of(edges, sizes) for edges in removed]).to(device_of(model))
+    masks = torch.stack([mask_of(edges, sizes) for edges in removed])
+    masks = _pruned(masks, edges_of(model), sizes).to(device_of(model))
     whole, values = [], []
     with preserved(model), torch.no_grad():
         circuits = EdgeCircuits(model)
@@ -82,6 +84,30 @@ def edge_circuit_values(
                 by_circuit[row, circuit] = checked(metric, logits, copies).double()
             values.append(by_circuit)
     return torch.cat(whole).cpu(), torch.cat(values).cpu()
+
+
+def _pruned(
+    removed: Bool[Tensor, "circuit source destination"], existing: Bool[Tensor, "source destination"], sizes: ModelShape
+) -> Bool[Tensor, "circuit source destination"]:
+    """Also removed: the edges from sources that no edge of their circuit enters, until all that are left are entered.
+
+    Such a source would compute on replacements alone: of zeros or means, something that no run contains. Edges that no
+    circuit removes stay: they carry the circuit's own run in all.
+    """
+    inputs = torch.zeros_like(existing)
+    for row, source in enumerate(sources(sizes)):
+        if isinstance(source, Component):
+            ends = [source] if source.part == "MLP" else [replace(source, matrix=m) for m in ("W_Q", "W_K", "W_V")]
+            inputs[row] = mask_of([Edge("embed", end) for end in ends], sizes)[0]
+    removable = removed.any(0)
+    while True:
+        entered = (existing & ~removed).any(1)
+        dead = ~(entered[:, None] & inputs).any(2)
+        dead[:, 0] = False  # the embedding is entered by the tokens
+        after = removed | (dead[:, :, None] & removable)
+        if torch.equal(after, removed):
+            return removed
+        removed = after
 
 
 class _Places:
