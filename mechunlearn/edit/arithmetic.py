@@ -22,7 +22,8 @@ from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 def zeroed(model: Model, mask: ComponentMask) -> Edit:
     """Every weight of the mask set to zero: the bluntest edit, and a check on what the others do better.
 
-    A zeroed head or MLP adds its output bias and nothing else.
+    A zeroed head or MLP adds its output bias and nothing else. Where heads share keys and values (grouped attention),
+    those of a zeroed head are its neighbours' too, whose output goes with it: zero `L1H2.W_O` to spare them.
     """
     values = {label: torch.zeros_like(value) for label, value in read(select(model, mask)).items()}
     return Edit(mask, values, fingerprint(model), {"editor": "zeroed"})
