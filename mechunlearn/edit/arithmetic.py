@@ -65,7 +65,7 @@ def combined(*edits: Edit) -> Edit:
         parts = [(e.mask.shape.entries(e.mask)[layer, matrix], e.values[label]) for e in edits if label in e.values]
         whole = parts[0][1].new_zeros(len(units), *parts[0][1].shape[1:])
         for own, value in parts:
-            whole[own] = value
+            whole[own] = value.to(whole)  # edits that were loaded are on the CPU
         values[label] = whole[units]
     provenance = {"editor": "combined", "of": [dict(edit.provenance) for edit in edits]}
     return Edit(mask, values, edits[0].fingerprint, provenance)
