@@ -173,6 +173,28 @@ def test_something_that_is_no_model_is_refused():
         mu.shape(tiny.huggingface("llama"))
 
 
+@pytest.mark.parametrize(("wrap", "inside"), [(torch.compile, "_orig_mod"), (torch.nn.DataParallel, "module")])
+def test_a_model_inside_another_module_is_refused_with_the_remedy(llama, wrap, inside):
+    with pytest.raises(ValueError, match=rf"expected the model itself, got .* pass model.{inside}"):
+        mu.shape(wrap(llama))
+
+
+def test_weights_that_cannot_be_trained_are_refused():
+    offloaded = tiny.bridge("llama")
+    offloaded.blocks[2].mlp.to("meta")
+    with torch.inference_mode():
+        made = tiny.bridge("llama")
+    for model, why in ((offloaded, "offloaded"), (made, "made under torch.inference_mode")):
+        with pytest.raises(ValueError, match=rf"expected weights in memory .* {why}.*: load"):
+            mu.shape(model)
+
+
+@pytest.mark.parametrize("tokens", [[1, 5, 6], torch.tensor([1, 5, 6])], ids=["list", "tensor"])
+def test_tokens_of_one_dimension_are_refused(tokens, unchecked):
+    with pytest.raises(ValueError, match=r"expected tokens of shape \[batch, pos\].*pass \[tokens\]"):
+        mu.tasks.Prompts.of(tokens, [4])
+
+
 def test_an_unknown_architecture_is_admitted_only_by_the_self_test():
     model = tiny.bridge("llama")
     model.cfg.architecture = "SomethingForCausalLM"

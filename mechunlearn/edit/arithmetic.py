@@ -31,7 +31,8 @@ from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select
 def zeroed(model: Model, mask: ComponentMask) -> Edit:
     """Every weight of the mask set to zero: the bluntest edit, and a check on what the others do better.
 
-    A zeroed head or MLP adds its output bias and nothing else.
+    A zeroed head or MLP adds its output bias and nothing else. Where heads share keys and values (grouped attention),
+    those of a zeroed head are its neighbours' too, whose output goes with it: zero `L1H2.W_O` to spare them.
     """
     values = {label: torch.zeros_like(value) for label, value in read(select(model, mask)).items()}
     return Edit(mask, values, fingerprint(model), {"editor": "zeroed"})
@@ -73,7 +74,7 @@ def combined(*edits: Edit) -> Edit:
         parts = [(e.mask.shape.entries(e.mask)[layer, matrix], e.values[label]) for e in edits if label in e.values]
         whole = parts[0][1].new_zeros(len(units), *parts[0][1].shape[1:])
         for own, value in parts:
-            whole[own] = value
+            whole[own] = value.to(whole)  # edits that were loaded are on the CPU
         values[label] = whole[units]
     provenance = {"editor": "combined", "of": [dict(edit.provenance) for edit in edits]}
     return Edit(mask, values, edits[0].fingerprint, provenance)

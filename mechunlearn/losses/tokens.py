@@ -91,7 +91,7 @@ def maximum_entropy(logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor,
 
     0 where all tokens are equally likely; without bound as any token's p nears 0. The targets are not looked at.
 
-    Example: logits (0, log 3): log(4/2) - log(3)/2 = 0.1438. Tamirisa et al. 2024, https://arxiv.org/abs/2408.00761.
+    Example: logits (0, log 3): log(4/2) - log(3)/2 = 0.1438. Yuan et al. 2024, https://arxiv.org/abs/2410.08109.
     """
     logits = at_least_float32(logits)
     return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])

@@ -29,6 +29,12 @@ _admitted: WeakSet[torch.nn.Module] = WeakSet()
 def check_model(model: Model) -> None:
     """ValueError unless the model can be localized: class, dense MLPs, known architecture."""
     if not (is_bridge(model) or is_hooked_transformer(model)):
+        for name in ("_orig_mod", "module"):  # of torch.compile and DataParallel
+            if isinstance(getattr(model, name, None), torch.nn.Module):
+                raise ValueError(
+                    f"expected the model itself, got a {type(model).__name__} around it, which would not see hooks and "
+                    f"edits: pass model.{name}."
+                )
         raise ValueError(
             f"expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}: wrap a Hugging Face "
             f'model with TransformerBridge.boot_transformers("name", hf_model=model, tokenizer=tokenizer).'
@@ -39,6 +45,13 @@ def check_model(model: Model) -> None:
             f"{torch.get_default_dtype()}: call torch.set_default_device(None) and "
             f"torch.set_default_dtype(torch.float32) once the model is loaded; it stays where and what it is."
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or parameter.is_inference():
+            raise ValueError(
+                f"expected weights in memory that can be trained, got {name} "
+                f"{'offloaded (on the meta device)' if parameter.is_meta else 'made under torch.inference_mode'}: load "
+                f"the model without offloading (no device_map or a device that holds it) and outside inference_mode."
+            )
     if getattr(model.cfg, "num_experts", None):
         raise ValueError(
             f"expected a dense model, got a mixture of {model.cfg.num_experts} experts: an expert's weights have "

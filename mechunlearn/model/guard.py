@@ -144,8 +144,9 @@ def _same(values: Tensor, saved: Tensor) -> bool:
 def fingerprint(model: Model) -> str:
     """16 hex digits that change when any bit of an attention or MLP weight does (not cryptographic).
 
-    It is equal for a `TransformerBridge` and a `HookedTransformer` with the same weights in the same dtype. Every
-    weight is read once, on its own device.
+    **It does not see embeddings, norms and biases**: no edit changes them, and the two classes store them differently.
+    It is equal for a `TransformerBridge` and a `HookedTransformer` with the same weights in the same dtype.
+    Every weight is read once, on its own device.
     """
     digest = hashlib.sha256(repr(unchecked_shape(model)).encode())
     for (layer, matrix), slot in slots(model).items():

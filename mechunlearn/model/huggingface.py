@@ -21,6 +21,8 @@ from mechunlearn.model.running import only_at
 def save_huggingface(model: Model, path: str | Path) -> None:
     """Write the model as it is now as a folder that `AutoModelForCausalLM.from_pretrained(path)` loads.
 
+    (A multimodal model that this class does not know, such as Mistral 3, is loaded by its own class.)
+
     The folder holds the configuration, safetensors and, if the model has one, the tokenizer. It is written as
     `path` + `.partial` and renamed when it is complete.
 
@@ -42,6 +44,9 @@ def save_huggingface(model: Model, path: str | Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         empty.save_pretrained(partial, state_dict=weights)
+        if model.original_model.generation_config is not None:
+            # As it is: `save_pretrained` refuses that of Llama 2 and Vicuna, a temperature without sampling.
+            model.original_model.generation_config.to_json_file(partial / "generation_config.json")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         os.replace(partial, path)
@@ -99,13 +104,15 @@ def _empty_copy(model: Model) -> Any:
     inner = model.original_model
     with torch.device("meta"):
         empty = type(inner)(deepcopy(inner.config))
-    empty.generation_config = inner.generation_config
     return empty.to(next(inner.parameters()).dtype)
 
 
 def _fused(model: Model) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
-    """Each fused QKV parameter, which the forward pass of a bridge does not read, and the three that it reads."""
+    """Each fused parameter, which the forward pass of a bridge does not read, and those that it reads."""
     for block in model.blocks:
+        inside = dict(innermost(block.mlp).named_parameters())
+        if "gate_up_proj.weight" in inside:
+            yield inside["gate_up_proj.weight"], [innermost(getattr(block.mlp, part)).weight for part in ("gate", "in")]
         children = dict(block.attn.named_children())
         if "qkv" not in children:
             continue
@@ -127,6 +134,8 @@ _FUSED_LAYOUTS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
     "GPTNeoXForCausalLM": lambda parts, n_heads: torch.stack(
         [part.unflatten(0, (n_heads, -1)) for part in parts], dim=1
     ).flatten(0, 2),
+    # q, k and v below each other in a `Linear`; so are gate and up.
+    "Phi3ForCausalLM": lambda parts, n_heads: torch.cat(parts),
 }
 
 
@@ -144,17 +153,16 @@ def _check_ties(model: Model, weights: dict[str, Tensor]) -> None:
 
 @contextmanager
 def exported(model: Model) -> Iterator[Any]:
-    """Inside, a copy of the model as it is now, as `AutoModelForCausalLM` loads it; after, its files are gone.
+    """Inside, a copy of the model as it is now, as `from_pretrained` loads it; after, its files are gone.
 
     The copy has the model's dtype and device and is in eval mode. ValueError for a `HookedTransformer`.
     """
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory(prefix="mechunlearn-") as folder:
         path, dtype = Path(folder) / "model", next(model.parameters()).dtype
         with _without_progress_bars():
             save_huggingface(model, path)
-            copy: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            # By its own class: `AutoModelForCausalLM` does not know every multimodal one.
+            copy: Any = type(model.original_model).from_pretrained(path, dtype=dtype, local_files_only=True)
         yield copy.to(device_of(model)).eval()
 
 

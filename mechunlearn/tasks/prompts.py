@@ -183,6 +183,11 @@ class Prompts:
 
 
 def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "batch pos"]:
+    if len(rows) and torch.as_tensor(rows[0]).ndim != 1:
+        raise ValueError(
+            f"expected {name} of shape [batch, pos], a row for each prompt, got one of "
+            f"{torch.as_tensor(rows[0]).ndim + 1} dimensions: pass [tokens] for a single prompt."
+        )
     if isinstance(rows, Tensor):
         return rows
     lengths = sorted({len(row) for row in rows})

@@ -33,7 +33,7 @@ class Edit(Saved):
     mask: ComponentMask
     values: Values
     fingerprint: str
-    """That of the weights that the edit was made for (`mu.model.fingerprint`)."""
+    """That of the attention and MLP weights that the edit was made for (`mu.model.fingerprint`)."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Editor, settings, seed and versions with which it was made."""
     history: tuple[Mapping[str, int | float], ...] = ()

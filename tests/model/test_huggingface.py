@@ -8,13 +8,22 @@ import torch
 from conftest import HAS_HOOKED, shared
 from safetensors.torch import load_file
 from state import left_as_it_was
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 import mechunlearn as mu
 from mechunlearn.model import fingerprint, n_parameters, save_huggingface
+from mechunlearn.model.huggingface import exported
 from mechunlearn.weights import Edit, read, select
 
 LABELS = ("L1H2", "L0H3.W_K", "L2N3", "L0MLP.W_in", "L2H1.W_V")
+SIZES = {
+    "vocab_size": tiny.N_VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
 TOKENS = torch.randint(4, tiny.N_VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -170,3 +179,31 @@ def test_weights_that_hugging_face_has_no_place_for_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected lm_head.weight and .* to be one weight.*before they are untied"):
         save_huggingface(untied, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generation_config_that_transformers_calls_invalid_is_written_as_it_is(tmp_path):
+    """That of Llama 2 and Vicuna: a temperature, and no sampling."""
+    model = tiny.bridge("llama")
+    model.original_model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=False)
+    save_huggingface(model, tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, False)
+    assert loaded(tmp_path / "model").generation_config.temperature == 0.6
+    with exported(model) as copy:
+        assert torch.allclose(copy(TOKENS).logits, loaded(tmp_path / "model")(TOKENS).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_with_fused_qkv_and_fused_gate_and_up_is_exported(tmp_path):
+    """Phi 3, whose bridge reads split copies of both."""
+    config = Phi3Config(**{**SIZES, **tiny.SPECIAL}, num_key_value_heads=2, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = bridged(Phi3ForCausalLM(config).eval())
+    edit = moved(model, "L1H2", "L0H3.W_K", "L2H1.W_V", "L2N3", "L0MLP.W_in", "L1MLP.W_gate")
+    with left_as_it_was(model):
+        edit.to_huggingface(model, tmp_path / "edited")
+    with edit.applied(model):
+        expected = model(TOKENS)
+    found = loaded(tmp_path / "edited")(TOKENS).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, model(TOKENS), atol=1e-2)

@@ -50,9 +50,10 @@ def alpha_edit(
 
     S is used without shrinkage, so it has to be measured on more tokens than there are neurons.
 
-    Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 10 (1 for Llama 3), 25 steps of 0.1, clamp 0.75; the other
-    defaults suit the shipped model. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp in
-    place of a solve; and ValueError where `free` takes none or all of the directions, for a `ridge` that is not above
+    Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 1 in their equation and 10 in their code, steps of 0.1 for
+    Llama 3 (25) and of 0.5 for GPT-J (25) and GPT-2 XL (20), clamp 0.75; the other defaults suit the shipped model. On
+    contexts see `memit`. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp in place of a
+    solve; and ValueError where `free` takes none or all of the directions, for a `ridge` that is not above
     0, and for S of too few tokens.
     """
     if ridge <= 0:

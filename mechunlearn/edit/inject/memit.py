@@ -44,6 +44,9 @@ def memit(
     In models with a norm after the MLP (Gemma 2) moves are added before it, and what the residual stream lacks is taken
     back through it (`before_post_norm`). Masks of neurons: as in `rome`.
 
+    Keys and residual streams are means over all contexts. In the authors' code keys are half that of the bare prompt,
+    half the mean over the prefixed ones, and the residual stream is the bare prompt's alone.
+
     Meng et al. 2023, https://arxiv.org/abs/2210.07229. `covariance_weight`, `steps` and `clamp` suit the shipped model;
     theirs are 15,000 for GPT-J and 20,000 for GPT-2 XL, 20 to 25 steps, and 0.75. `clamp` and `decay` are relative to
     the norm of that residual stream. Cost: for each fact the search of `rome` from the highest MLP up, and one F

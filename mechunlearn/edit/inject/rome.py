@@ -33,7 +33,8 @@ def rome(model: Model, task: Task, mask: ComponentMask, **options: Unpack[Inject
     leave them out.
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262, with half the prefixes, six times the steps, and a search to a
-    loss of 0.001, not 0.05: on the shipped model paraphrases then follow. Cost: for each fact and step, F + B of
+    loss of 0.001, not 0.05: on the shipped model paraphrases then follow. `provenance["probabilities"]` are those of
+    the answers with the values that were found; a warning names those below 1/2. Cost: for each fact and step, F + B of
     12 prompts from the MLP's layer up; one solve of d_mlp equations.
 
     ValueError for another number of W_out than one, facts without a subject or with the true answer, an MLP above which

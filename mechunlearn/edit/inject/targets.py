@@ -1,5 +1,7 @@
 """Values that an MLP would have to give for the model to answer as wanted, and facts written by them in closed form."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,7 +44,7 @@ class InjectOptions(TypedDict, total=False):
         float, 0.5, "The search takes steps of this size in the model's activations: other models may need another."
     ]
     kl_coefficient: Annotated[
-        float, 0.0625, 'The loss of m has KL(before || now) of what follows "{subject} is a", multiplied by this.'
+        float, 0.0625, 'The loss of m has KL(now || before) of what follows "{subject} is a", multiplied by this.'
     ]
     decay: Annotated[float, 0.5, "The loss of m has |m| / |what m is added to|^2, multiplied by this."]
     clamp: Annotated[float, 1.5, "|m| is held at this many times |what m is added to| or less."]
@@ -80,16 +82,17 @@ class FactInContexts:
 def target_move(
     model: Model, fact: FactInContexts, layer: int, scale: Float[Tensor, "d_model"], options: InjectOptions
 ) -> tuple[Float[Tensor, "d_model"], list[Row]]:
-    """The move m to add to the MLP's output at the subject's last token, and a row of history for each step.
+    """The move m to add to the MLP's output at the subject's last token, and a row of history before each step.
 
     Adam searches for m from 0, with its norm held at `clamp` * |scale| or less, on
 
         loss =   mean over contexts and answer tokens of -log p(token)
-               + kl_coefficient * KL(p0 || p)      after "{subject} is a", p0 without the move
+               + kl_coefficient * KL(p || p0)      after "{subject} is a", p0 without the move
                + decay * |m| / |scale|^2
 
     The search stops as soon as the first term is below `stop_below`. (The paper's stops by the whole loss, and so goes
-    on where only the second term is left.) Cost per step: 1F and 1B from `layer` up, of every context.
+    on where only the second term is left.) The last row is that of the m that is returned. Cost per step: 1F and 1B
+    from `layer` up, of every context; 1F at the end.
     ValueError for an MLP above which nothing reads the subject; FloatingPointError when the loss is not finite.
     """
     prompts, places, size = fact.prompts, subject_end(fact.prompts), scale.float().norm()
@@ -100,14 +103,15 @@ def target_move(
     adam = torch.optim.Adam([move], lr=options["learning_rate"])
     history: list[Row] = []
     expected = None
-    for step in range(options["steps"]):
+    for step in range(options["steps"] + 1):
         with running_from(model, layer, residual), adding_to_mlp(model, layer, places, move):
             logits = prompts.logits(model)
         # The last row is "{subject} is a". In the first step the move is 0: that is what is expected there.
         answer, is_a = cross_entropy(logits[answers], prompts.answers[answers]).mean(), logits[-1, 0]
         is_a = is_a.float().log_softmax(-1)
         expected = is_a.detach() if expected is None else expected
-        divergence = functional.kl_div(is_a, expected, reduction="sum", log_target=True)
+        # In torch's order of arguments this is the sum of p (log p - log p0).
+        divergence = functional.kl_div(expected, is_a, reduction="sum", log_target=True)
         # The clamp gives the norm a gradient of 0, not NaN, at 0.
         norm = move.pow(2).sum().clamp(min=1e-12).sqrt()
         loss = answer + options["kl_coefficient"] * divergence + options["decay"] * norm / size**2
@@ -118,7 +122,7 @@ def target_move(
                 f"expected a finite loss, got {loss.item()} at step {step} of the search for a value: the weights were "
                 f"restored; lower the learning rate."
             )
-        if answer.item() < options["stop_below"]:
+        if answer.item() < options["stop_below"] or step == options["steps"]:
             break
         (move.grad,) = torch.autograd.grad(loss, move)
         if step == 0 and not bool(move.grad.any()):
@@ -177,6 +181,7 @@ def facts_written(
         "task": task.name,
         "special_tokens": task.special_tokens,
         "facts": len(facts),
+        "probabilities": _reached(history, len(facts)),
         "covariance": covariance.described(),
         "prefixes": list(prefixes),
         "seed": seed,
@@ -184,6 +189,24 @@ def facts_written(
         "versions": {name: version(name) for name in ("mechunlearn", "torch", "transformer_lens")},
     }
     return Edit(mask, values, original, provenance, tuple(history))
+
+
+def _reached(history: Sequence[Row], count: int) -> list[float]:
+    """By fact, the probability of an answer token (a geometric mean) with the value that was found for it.
+
+    It warns of answers that are improbable with that value: no weights that give it can make the model say them.
+    """
+    last = {row["fact"]: row for row in history}
+    reached = [math.exp(-last[fact]["answer"]) for fact in range(count)]
+    short = [f"fact {fact}: {probability:.2g}" for fact, probability in enumerate(reached) if probability < 0.5]
+    if short:
+        warnings.warn(
+            f"the search for a value ended with an improbable answer for {len(short)} of {count} facts "
+            f"({', '.join(short[:5])}): take more steps, a larger clamp or learning rate, or an MLP in a lower layer. "
+            f"provenance['probabilities'] has all of them.",
+            stacklevel=2,
+        )
+    return reached
 
 
 def add(output: Entries, change: Float[Tensor, "unit d_model"]) -> None:
