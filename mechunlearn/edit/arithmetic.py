@@ -14,7 +14,6 @@ from mechunlearn.identity import described, name_of
 from mechunlearn.losses import Loss, cross_entropy, needs
 from mechunlearn.model import (
     Model,
-    check_length,
     device_of,
     differentiable,
     fingerprint,
@@ -23,7 +22,7 @@ from mechunlearn.model import (
     shape,
     site,
 )
-from mechunlearn.model.running import logits_at
+from mechunlearn.model.running import check_length, logits_at
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
 from mechunlearn.weights import Edit, Entries, Values, exclusively, read, select

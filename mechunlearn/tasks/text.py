@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.model import Model, check_length, device_of
+from mechunlearn.model import Model, device_of
+from mechunlearn.model.running import check_length
 from mechunlearn.model.tokens import encode
 from mechunlearn.tasks import facts
 from mechunlearn.tasks.prompts import Prompts

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechunlearn.model import Model, check_length, device_of, logits_at, preserved
+from mechunlearn.model import Model, device_of, logits_at, preserved
+from mechunlearn.model.running import check_length
 from mechunlearn.model.tokens import encode, encode_all, pad_token, special_tokens
 from mechunlearn.tasks.building import n_opening, padded
 from mechunlearn.tasks.positions import subject_last

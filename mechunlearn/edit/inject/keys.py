@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mechunlearn.components import ComponentMask
 from mechunlearn.files import Saved
-from mechunlearn.model import Model, check_length, device_of, fingerprint, preserved
+from mechunlearn.model import Model, device_of, fingerprint, preserved
 from mechunlearn.model.mlp_values import key_moments
+from mechunlearn.model.running import check_length
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.text import pack
 from mechunlearn.weights import Entries, select

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import result_of, side_of
-from mechunlearn.metrics import Metric, checked
+from mechunlearn.metrics import Metric, scored
 from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.task import Task
@@ -42,7 +42,7 @@ class Asked:
         with torch.no_grad():
             for prompts in (self.tested, self.nobody):
                 if prompts is not None:
-                    values = [self._values(logits(batch), batch) for batch in prompts.batches(batch_size)]
+                    values = [self._values(logits, batch) for batch in prompts.batches(batch_size)]
                     rows.append(torch.cat(values))
         return torch.stack(rows)
 
@@ -50,10 +50,14 @@ class Asked:
         with preserved(model):
             return self.scores(lambda prompts: prompts.logits(model))
 
-    def _values(self, logits: Tensor, prompts: Prompts) -> Tensor:
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("expected finite logits, got NaN or infinity: lower the learning rate.")
-        return checked(self.metric, logits, prompts).float().cpu()
+    def _values(self, logits: Callable[[Prompts], Tensor], prompts: Prompts) -> Tensor:
+        def finite(asked: Prompts) -> Tensor:
+            values = logits(asked)
+            if not bool(torch.isfinite(values).all()):
+                raise FloatingPointError("expected finite logits, got NaN or infinity: lower the learning rate.")
+            return values
+
+        return scored(self.metric, finite, prompts).float().cpu()
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:

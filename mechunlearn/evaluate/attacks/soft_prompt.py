@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from mechunlearn.evaluate.attacks.exam import Asked, check_apart, halves, worst_case
 from mechunlearn.evaluate.results import Result
 from mechunlearn.metrics import Metric, answer_log_probability, candidate_probability
-from mechunlearn.model import Model, check_length, check_model, differentiable, preserved
-from mechunlearn.model.running import embeddings, with_input_vectors
+from mechunlearn.model import Model, check_model, differentiable, preserved
+from mechunlearn.model.running import check_length, embeddings, with_input_vectors
 from mechunlearn.tasks.building import n_opening
 from mechunlearn.tasks.prompts import Prompts, joined
 from mechunlearn.tasks.task import Task
