@@ -67,6 +67,48 @@ def candidate_probability(logits: Float[Tensor, "batch answer d_vocab"], prompts
     return _candidate_logits(logits, prompts, "candidate_probability", several_tokens=True).softmax(1)[:, 0]
 
 
+def scored(metric: Metric, logits: Callable[[Prompts], Tensor], prompts: Prompts) -> Tensor:
+    """The metric's values, by whole answers where the prompts have options; checked as by `checked`.
+
+    `logits` gives those of prompts. With options, the probability of the right ones counts (their sum): among the
+    options, if some are wrong, and in the vocabulary otherwise. Metrics of one's own see the answer alone.
+    """
+    if prompts.options is None or prompts.n_right is None or metric not in _WHOLE:
+        return checked(metric, logits(prompts), prompts)
+    is_option = prompts.options[..., 0] >= 0
+    is_right = torch.arange(is_option.shape[1], device=is_option.device) < prompts.n_right[:, None]
+    among = metric in (candidate_probability, is_top_of_candidates) and bool((is_option & ~is_right).any())
+    if metric is is_top_of_candidates and not among:
+        return checked(metric, logits(prompts), prompts)  # which says that there are none
+    counted = is_option if among else is_right
+    of_one = is_top_of_vocabulary if metric is is_top_of_vocabulary else answer_log_probability
+    columns = []
+    for place in range(int(counted.sum(1).max())):
+        chosen = prompts.choosing(place)
+        columns.append(checked(of_one, logits(chosen), chosen).float())
+    values, counted = torch.stack(columns, 1), counted[:, : len(columns)]
+    right = counted & is_right[:, : len(columns)]
+    if metric is is_top_of_vocabulary:
+        return (right & values.bool()).any(1)
+    values = values.masked_fill(~counted, -torch.inf)
+    if metric is is_top_of_candidates:
+        best_wrong = values.masked_fill(right, -torch.inf).amax(1)
+        return values.masked_fill(~right, -torch.inf).amax(1) > best_wrong
+    total = values.masked_fill(~right, -torch.inf).logsumexp(1)
+    total = total - values.logsumexp(1) if among else total
+    return total if metric is answer_log_probability else total.exp()
+
+
+_WHOLE = (
+    answer_log_probability,
+    answer_probability,
+    candidate_probability,
+    is_top_of_candidates,
+    is_top_of_vocabulary,
+)
+"""The metrics that whole answers can be scored by."""
+
+
 def checked(metric: Metric, logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -> Tensor:
     """The metric's values; ValueError unless they are one finite number per prompt."""
     values = metric(logits, prompts)

@@ -157,6 +157,7 @@ def required(original: Original | None, test: Test) -> Original:
 
 def format_test(task: Task, name: str, side: Side, *, metric: Metric = candidate_probability) -> Test:
     """`in_format` of one side, or `whole_answers` for a format without candidates."""
-    if task.formats[name].forget.candidates is None and metric is candidate_probability:
+    asked = task.formats[name].forget
+    if asked.candidates is None and asked.options is None and metric is candidate_probability:
         return partial(whole_answers, name=name, side=side)
     return partial(in_format, name=name, side=side, metric=metric)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mechunlearn.evaluate.results import Result
 from mechunlearn.evaluate.scoring import Side, measure, side_of
 from mechunlearn.model import Model, check_model, logits_at, preserved
-from mechunlearn.tasks.prompts import Prompts
+from mechunlearn.tasks.prompts import Prompts, right_answers
 from mechunlearn.tasks.task import Task
 
 
@@ -20,16 +20,20 @@ def generated(
 
     Accuracy over the vocabulary shows the model the answer's earlier tokens when it predicts the later ones, which
     flatters edits of long answers (Yang et al. 2025, https://arxiv.org/abs/2502.11177). Here each prompt is continued
-    by its most probable tokens: as many as the longest answer has, and one more to see whether the last word ends
+    by its most probable tokens: as many as the longest right answer has, and one more to see whether the last word ends
     there. A model that runs words together, as the shipped one does after some trained prompts, has not said the
     answer.
 
     `format`: default the first, the trained prompt. `continuations` gives the texts. Cost: a forward for each token.
     """
     prompts = side_of(task, format=format, side=side)
-    texts = continuations(model, prompts, prompts.answers.shape[1] + 1, batch_size=batch_size)
-    answers = [_text(model, row[real]) for row, real in zip(prompts.answers, prompts.answer_mask, strict=True)]
-    right = torch.tensor([float(says(text, answer)) for text, answer in zip(texts, answers, strict=True)])
+    rights = right_answers(prompts)
+    longest = max(len(answer) for right in rights for answer in right)
+    texts = continuations(model, prompts, longest + 1, batch_size=batch_size)
+    said = [
+        any(says(text, _text(model, answer)) for answer in right) for text, right in zip(texts, rights, strict=True)
+    ]
+    right = torch.tensor(said, dtype=torch.float32)
     return Result(right, "exact match of greedy generation", 0.0, "share", prompts.names)
 
 

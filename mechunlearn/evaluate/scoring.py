@@ -1,6 +1,6 @@
 """Accuracy in its senses: over the vocabulary, over the candidates, or the paper's; of a token or of whole answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,9 +13,9 @@ from mechunlearn.metrics import (
     Metric,
     answer_log_probability,
     candidate_probability,
-    checked,
     is_top_of_candidates,
     is_top_of_vocabulary,
+    scored,
 )
 from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.building import answer_texts, answered
@@ -51,16 +51,34 @@ def accuracy(model: Model, prompts: Prompts, *, batch_size: int = 64) -> Accurac
 
 
 def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64) -> tuple[Result, ...]:
-    """One result per metric, from one forward over the prompts in batches (answers are teacher-forced)."""
+    """One result per metric, from one forward over the prompts in batches (answers are teacher-forced).
+
+    Prompts with `options` are scored by whole answers, which takes a forward for each option.
+    """
     check_model(model)
     values: list[list[torch.Tensor]] = []
     order = prompts.attention_mask.sum(1).cpu().argsort(stable=True)  # rows of about one length need little padding
     with preserved(model), torch.no_grad():
         for batch in prompts.on(model).rows(order).batches(batch_size):
-            logits = batch.logits(model)
-            values.append([checked(metric, logits, batch).float().cpu() for metric in metrics])
+            logits = _logits_once(model, batch)
+            values.append([scored(metric, logits, batch).float().cpu() for metric in metrics])
     pairs = zip(zip(*values, strict=True), metrics, strict=True)
     return tuple(result_of(torch.cat(batches)[order.argsort()], metric, prompts) for batches, metric in pairs)
+
+
+def _logits_once(model: Model, batch: Prompts) -> Callable[[Prompts], torch.Tensor]:
+    """The logits of prompts; those of the batch, which every metric asks for, are computed once."""
+
+    own: list[torch.Tensor] = []
+
+    def logits(asked: Prompts) -> torch.Tensor:
+        if asked is not batch:
+            return asked.logits(model)
+        if not own:
+            own.append(batch.logits(model))
+        return own[0]
+
+    return logits
 
 
 def whole_answers(
@@ -115,5 +133,7 @@ def side_of(task: Task, *, format: str | None = None, side: Side = "forget") -> 
 def result_of(values: Float[torch.Tensor, "prompt"], metric: Metric, prompts: Prompts) -> Result:
     """A metric's values for each prompt as a result, with the sense, unit and chance level of the metric."""
     sense, unit = SENSES.get(metric, name_of(metric)), "share" if metric in SENSES else ""
+    if prompts.options is not None and metric is candidate_probability:
+        sense = "mean probability over whole answers" if prompts.chance else "mean probability of the whole answer"
     chance = prompts.chance if metric in (is_top_of_candidates, candidate_probability) else None
     return Result(values, sense, chance, unit=unit, names=prompts.names)

@@ -19,6 +19,8 @@ def build(
     answers: Sequence[str],
     *,
     candidates: Sequence[Sequence[str]] | None = None,
+    options: Sequence[Sequence[str]] | None = None,
+    aliases: Sequence[Sequence[str]] | None = None,
     subjects: Sequence[str | tuple[int, int]] | None = None,
     corrupt: Sequence[str] | None = None,
     padding: Literal["right", "left"] = "right",
@@ -26,7 +28,10 @@ def build(
 ) -> Prompts:
     """Prompts from texts that end right before their answers (which usually start with a space).
 
-    - `candidates`: for each text its possible answers, the right one among them.
+    - `candidates`: for each text its possible answers, the right one among them, told apart by their first tokens.
+    - `options`: the same to score whole answers by, which may begin alike, with a forward for each. They are candidates
+      too where their first tokens differ in every row.
+    - `aliases`: for each text other answers that are right as well. Whole answers are scored.
     - `subjects`: for each text what it is about, as words (their last occurrence counts) or as a range of characters.
       The tokens that share characters with it are the subject's.
     - `corrupt`: for each text another of as many tokens.
@@ -43,12 +48,21 @@ def build(
     tokens, mask = padded([e.tokens[:-1] for e in encodings], pad_token(model), padding)
     starts = [0 if padding == "right" else tokens.shape[1] - len(e.tokens) + 1 for e in encodings]
     positions, answer_tokens = _answers(starts, lengths, encodings)
+    whole = n_right = first = None
+    if options is not None or aliases is not None:
+        nothing: list[Sequence[str]] = [()] * len(texts)
+        whole, n_right = _option_tokens(model, texts, answers, options or nothing, aliases or nothing, prepend_bos)
+        first = _first_tokens(whole, n_right)
+    elif candidates is not None:
+        first = _candidate_tokens(model, texts, answers, candidates, prepend_bos)
     return Prompts(
         tokens=tokens,
         attention_mask=mask,
         positions=positions,
         answers=answer_tokens,
-        candidates=None if candidates is None else _candidate_tokens(model, texts, answers, candidates, prepend_bos),
+        candidates=first,
+        options=whole,
+        n_right=n_right,
         subject=None if ranges is None else _subject_tokens(ranges, encodings, starts, tokens),
         corrupt=None if corrupt is None else _corrupt_tokens(model, corrupt, answers, encodings, padding, prepend_bos),
         texts=tuple(texts),
@@ -100,7 +114,7 @@ def n_opening(model: Model, prompts: Prompts) -> int:
 def knows(
     model: Model, prompts: Prompts, *, threshold: float | None = None, batch_size: int = 32
 ) -> Bool[Tensor, "batch"]:
-    """True where the model itself gives the answer, so that there is something to forget.
+    """True where the model itself gives the answer, or an alias of it, so that there is something to forget.
 
     - `threshold=None`: every token of the answer is the most probable one of the vocabulary.
     - `threshold` a number: the probability of the whole answer is at least that. Guo et al. 2025
@@ -114,14 +128,22 @@ def knows(
     known = []
     with preserved(model), torch.no_grad():
         for batch in prompts.on(model).batches(batch_size):
-            logits, mask = batch.logits(model).float(), batch.answer_mask
-            if threshold is None:
-                known.append(((logits.argmax(-1) == batch.answers) | ~mask).all(1).cpu())
-            else:
-                answers = batch.answers.masked_fill(batch.answers == IGNORED, 0)
-                log_probabilities = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-                known.append((log_probabilities.masked_fill(~mask, 0).sum(1).exp() >= threshold).cpu())
+            count = 1 if batch.n_right is None else int(batch.n_right.max())
+            rights = [batch] if batch.options is None else [batch.choosing(place) for place in range(count)]
+            says, probability = zip(*(_said(model, right) for right in rights), strict=True)
+            is_right = torch.arange(count)[:, None] < (1 if batch.n_right is None else batch.n_right.cpu())
+            total = (torch.stack(probability) * is_right).sum(0)
+            known.append((torch.stack(says) & is_right).any(0) if threshold is None else total >= threshold)
     return torch.cat(known)
+
+
+def _said(model: Model, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Whether every token of the answer is the most probable one, and the probability of the answer."""
+    logits, mask = prompts.logits(model).float(), prompts.answer_mask
+    answers = prompts.answers.masked_fill(~mask, 0)
+    log_probabilities = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    says = ((logits.argmax(-1) == prompts.answers) | ~mask).all(1)
+    return says.cpu(), log_probabilities.masked_fill(~mask, 0).sum(1).exp().cpu()
 
 
 def _encoded(
@@ -191,6 +213,40 @@ def _candidate_tokens(
                 f"choose others, or score whole answers with answer_log_probability."
             )
     return torch.tensor(tokens)
+
+
+def _option_tokens(
+    model: Model,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    options: Sequence[Sequence[str]],
+    aliases: Sequence[Sequence[str]],
+    prepend_bos: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens of each row's answer, aliases and wrong options, and how many are right."""
+    rights = [list(dict.fromkeys([answer, *also])) for answer, also in zip(answers, aliases, strict=True)]
+    rows = [list(dict.fromkeys([*right, *also])) for right, also in zip(rights, options, strict=True)]
+    # By the prompt's last character, since no earlier one matters to the tokens of an answer.
+    asked = {(text[-1:], option): text for text, row in zip(texts, rows, strict=True) for option in row}
+    encodings, lengths = _encoded(model, [*asked.values()], [option for _, option in asked], prepend_bos)
+    tokens = {key: e.tokens[n:] for key, e, n in zip(asked, encodings, lengths, strict=True)}
+    count, width = max(map(len, rows)), max(map(len, tokens.values()))
+    whole = torch.full((len(texts), count, width), IGNORED)
+    for grid, text, row in zip(whole, texts, rows, strict=True):
+        grid[: len(row)] = padded([tokens[text[-1:], option] for option in row] + [[0] * width], IGNORED, "right")[0][
+            :-1
+        ]
+    return whole, torch.tensor([len(right) for right in rights])
+
+
+def _first_tokens(whole: Tensor, n_right: Tensor) -> Tensor | None:
+    """Of the answer and the wrong options, if all rows have equally many and they differ."""
+    rows = [
+        [row[0], *(token for token in row[n:] if token != IGNORED)]
+        for row, n in zip(whole[..., 0].tolist(), n_right.tolist(), strict=True)
+    ]
+    is_grid = len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
+    return torch.tensor(rows) if is_grid and all(len(set(row)) == len(row) for row in rows) else None
 
 
 def _characters(text: str, subject: str | tuple[int, int]) -> tuple[int, int]:

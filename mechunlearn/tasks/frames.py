@@ -1,9 +1,10 @@
 """A researcher's own facts: one row each of a table, in templates."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
+from itertools import islice
 from operator import index
 from typing import TYPE_CHECKING
 
@@ -16,21 +17,17 @@ from mechunlearn.model.tokens import encode_all, prepending_bos
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.questions import (
     SUBJECT,
-    FirstToken,
     Question,
     check_template,
-    counterpart,
-    distinct,
-    drawn,
     filled,
-    first_tokens,
     format_of,
+    in_random_order,
     lettered,
     letters_of,
     with_subject,
 )
 from mechunlearn.tasks.splits import Sides
-from mechunlearn.tasks.task import Format, Task
+from mechunlearn.tasks.task import Task
 from mechunlearn.tasks.text import train_and_test_text
 
 if TYPE_CHECKING:
@@ -41,13 +38,14 @@ def from_frame(
     model: Model,
     frame: "DataFrame",
     *,
-    prompt: str,
+    prompt: str | Sequence[str],
     forget: "str | int | Iterable[str] | Iterable[bool] | Series",
     subject: str = "subject",
     answer: str = "answer",
-    formats: Mapping[str, str] | None = None,
+    formats: Mapping[str, str | Sequence[str]] | None = None,
     injected: str | None = None,
-    candidates: int | Sequence[str] = 4,
+    candidates: int | str | Sequence[str] | None = 4,
+    aliases: str | None = None,
     between: str | Mapping[str, str] = " ",
     corrupt: bool = True,
     split_forget: bool = False,
@@ -60,58 +58,87 @@ def from_frame(
 ) -> Task:
     """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
-    - `prompt`: the trained template, up to the answer. `{subject}` is the subject, `{column}` any column.
-    - `formats`: name -> another template. One with {A}, {B}, ... is multiple choice, answered by letter, among the
-      answer, the injected one and answers of other rows.
+    - `prompt`: the trained template, up to the answer, or several. `{subject}` is the subject, `{column}` any column.
+    - `formats`: title -> another template, or several. One with {A}, {B}, ... is multiple choice by letter.
     - `between`: what stands between a prompt and its answer ("" behind a chat template); or title -> that, of formats
       that have another than " ". The title of `prompt` is "trained prompt".
     - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
-    - `train`: the share of the retained rows that is trained on; the rest is tested. Rows to forget are trained on and
+    - `train`: the share of retained subjects that is trained on; the rest is tested. Those to forget are trained on and
       tested, or split likewise with `split_forget`: does forgetting carry over?
     - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
-    - `candidates`: the number of possible answers (the true one, the injected one, random ones of other rows), or all
-      of them. They differ in their first token. Chance is 1 / candidates; where a row has too few, its format has.
+    - `candidates`: the number of possible answers (true, injected, random ones of other rows), all of them, or a column
+      with a list for each row. Chance is 1 / candidates; where a row has too few, its format has. None: any words.
+    - `aliases`: a column with other right answers (a list, a string or nothing), which tests count as right.
     - `corrupt`: pair each prompt with another subject of as many tokens with another answer. Facts to forget must have
       one; retained facts get theirs if all have one.
     - `text`: strings, or rows by `pack`; default: everyday sentences.
     - `knowledge`: what else to test, such as `general_knowledge(model)`.
+    - `prepend_bos`: as for `build`.
 
-    Each subject comes once, no cell is empty, and an injected answer is not the true one: else ValueError.
+    Whole answers are scored where one has several tokens or aliases, where they begin alike, and without candidates.
+    A subject may have several rows, all on one side. ValueError for an empty cell or an injected answer that is right.
     """
     check_model(model)
     templates = {
-        title: with_subject(template, subject)
-        for title, template in {"trained prompt": prompt, **(formats or {})}.items()
+        title: [with_subject(template, subject) for template in ([given] if isinstance(given, str) else given)]
+        for title, given in {"trained prompt": prompt, **(formats or {})}.items()
     }
     spaces = _spaces(between, list(templates))
-    for title, template in templates.items():
-        check_template(template, [str(column) for column in frame.columns], between=spaces[title])
-    if letters_of(templates["trained prompt"]):
+    for title, several in templates.items():
+        for template in several:
+            check_template(template, [str(column) for column in frame.columns], between=spaces[title])
+        if not several or len({letters_of(template) for template in several}) > 1:
+            raise ValueError(f"expected templates of {title!r} with the same letters for options, got {several}.")
+    if letters_of(templates["trained prompt"][0]):
         raise ValueError(f"expected a trained prompt without options, got {prompt!r}: put multiple choice in formats.")
-    facts = _facts_of(frame, subject=subject, answer=answer, injected=injected)
-    forgotten = _forgotten(frame, facts, forget)
+    facts = _facts_of(frame, subject=subject, answer=answer, injected=injected, aliases=aliases, candidates=candidates)
+    _check_answers(facts, templates["trained prompt"])
+    rows_to_forget = _forgotten(frame, facts, forget)
+    forgotten = [facts[row] for row in rows_to_forget]
+    chosen = set(rows_to_forget)
+    retained = [fact for row, fact in enumerate(facts) if row not in chosen]
     _check_injected(forgotten)
-    retained = [fact for fact in facts if fact not in forgotten]
+    rows: dict[str, list[Fact]] = {}
+    for fact in (*forgotten, *retained):
+        rows.setdefault(fact.subject, []).append(fact)
+    subjects = [list(dict.fromkeys(fact.subject for fact in side)) for side in (forgotten, retained)]
+    both = sorted({*subjects[0]} & {*subjects[1]})
+    if both:
+        raise ValueError(
+            f"expected all rows of a subject on one side, got {both[:5]} on both: forget subjects, or put what is kept "
+            f"of them into a task of its own."
+        )
     train_forget = train if split_forget else None
-    sides = Sides.of(forgotten, retained, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
+    rng = random.Random(index(seed))
+    sides = Sides.of(*subjects, train=train, train_forget=train_forget, rng=rng)
     with prepending_bos(model, prepend_bos):
-        questions = _Questions(facts, first_tokens(model), candidates, spaces, seed)
-        trained = _trained(model, templates["trained prompt"], questions, sides, corrupt=corrupt)
+        questions = _Questions(model, facts, candidates, spaces, seed).deciding(templates)
+
+        def asked(title: str, subjects: Sequence[str], *, required: bool | None = None) -> list[Question]:
+            pairs = [(template, fact) for name in subjects for fact in rows[name] for template in templates[title]]
+            made = [questions.question(template, fact, title=title) for template, fact in pairs]
+            return made if required is None else _with_counterparts(model, facts, made, pairs, required, seed)
+
+        needed = (True, False) if corrupt else (None, None)
+        trained = [
+            asked("trained prompt", names, required=required)
+            for names, required in zip((sides.forget_train, sides.retain_train), needed, strict=True)
+        ]
+        train_format = format_of(model, *trained)
         text_train, text_test = train_and_test_text(model, text, seed=seed)
-        asked = {}
-        for title, template in templates.items():
-            ask = partial(questions.question, template, title=title)
-            asked[title] = format_of(model, [*map(ask, sides.forget_test)], [*map(ask, sides.retain_test)])
         return Task(
             name=f"{name}: forget {len(forgotten)} of {len(facts)}",
-            forget=trained.forget,
-            retain=trained.retain,
-            formats=asked,
+            forget=train_format.forget,
+            retain=train_format.retain,
+            formats={
+                title: format_of(model, asked(title, sides.forget_test), asked(title, sides.retain_test))
+                for title in templates
+            },
             text=text_train,
             text_test=text_test,
-            injection=trained.injected,
+            injection=train_format.injected,
             knowledge=knowledge,
-            splits=sides.names(lambda fact: fact.subject),
+            splits=sides.names(str),
         )
 
 
@@ -125,16 +152,6 @@ def _spaces(between: str | Mapping[str, str], titles: Sequence[str]) -> dict[str
     return {title: between.get(title, " ") for title in titles}
 
 
-def _trained(model: Model, template: str, questions: "_Questions", sides: "Sides[Fact]", *, corrupt: bool) -> Format:
-    """What an editor trains on, with corrupted counterparts if they are wanted."""
-    forget = [questions.question(template, fact) for fact in sides.forget_train]
-    retain = [questions.question(template, fact) for fact in sides.retain_train]
-    if corrupt:
-        pair = partial(_with_counterparts, model, template, questions.facts, seed=questions.seed)
-        forget, retain = pair(forget, required=True), pair(retain, required=False)
-    return format_of(model, forget, retain)
-
-
 @dataclass(frozen=True)
 class Fact:
     """A row of the frame."""
@@ -143,30 +160,46 @@ class Fact:
     answer: str
     """The answer, without the space before it."""
     injected: str | None = None
+    aliases: tuple[str, ...] = ()
+    """Other right answers."""
+    candidates: tuple[str, ...] | None = None
+    """Possible answers, where they are the row's own."""
     columns: dict[str, str] = field(default_factory=dict, compare=False)
     """All cells of the row, for templates."""
 
+    @property
+    def own(self) -> list[str]:
+        """The answer, and the one to inject."""
+        return [self.answer] if self.injected is None else [self.answer, self.injected]
 
-def _facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | None) -> list[Fact]:
+
+def _facts_of(
+    frame: "DataFrame",
+    *,
+    subject: str,
+    answer: str,
+    injected: str | None,
+    aliases: str | None,
+    candidates: int | str | Sequence[str] | None,
+) -> list[Fact]:
     """A fact for each row; `injected` is a column, or the answer itself. ValueError if one is missing."""
-    missing = [column for column in (subject, answer) if column not in frame.columns]
+    own = [column for column in (aliases, candidates) if isinstance(column, str)]
+    missing = [column for column in (subject, answer, *own) if column not in frame.columns]
     if missing:
         raise ValueError(
-            f"expected columns {subject} and {answer}, got {list(frame.columns)}: pass subject=... and answer=..., the "
-            f"names of your columns."
+            f"expected columns {' and '.join([subject, answer, *own])}, got {list(frame.columns)}: pass subject=..., "
+            f"answer=..., the names of your columns."
         )
     subjects, answers = _cells(frame, subject), _cells(frame, answer)
-    twice = sorted({name for name in subjects if subjects.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"expected each subject once, got {twice[:5]} several times: keep one row of each, or make several tasks."
-        )
     injected_answers: list[str | None] = [None if injected is None else injected.strip()] * len(frame)
     if injected is not None and injected in frame.columns:
         injected_answers = [None if cell is None else str(cell).strip() for cell in _or_none(frame, injected)]
+    also = _lists(frame, aliases) if aliases is not None else [()] * len(frame)
+    choices = _lists(frame, candidates) if isinstance(candidates, str) else [None] * len(frame)
     columns = [dict(zip(map(str, frame.columns), map(str, row), strict=True)) for row in frame.itertuples(index=False)]
-    facts = [Fact(*row) for row in zip(subjects, answers, injected_answers, columns, strict=True)]
-    same = [fact.subject for fact in facts if fact.injected == fact.answer]
+    rows = zip(subjects, answers, injected_answers, also, choices, columns, strict=True)
+    facts = [Fact(*row) for row in rows]
+    same = [fact.subject for fact in facts if fact.injected in (fact.answer, *fact.aliases)]
     if same:
         raise ValueError(
             f"expected injected answers other than the true ones, got the same for {same[:5]}: change them, or leave "
@@ -175,10 +208,33 @@ def _facts_of(frame: "DataFrame", *, subject: str, answer: str, injected: str | 
     return facts
 
 
+def _lists(frame: "DataFrame", column: str) -> list[tuple[str, ...]]:
+    """The cells of a column as several texts each: a list, an array, one text, or nothing."""
+    cells = []
+    for cell in _or_none(frame, column):
+        several = list(cell) if isinstance(cell, Iterable) and not isinstance(cell, str) else [cell]
+        texts = [str(text).strip() for text in several if text is not None]
+        cells.append(tuple(dict.fromkeys(text for text in texts if text)))
+    return cells
+
+
+def _check_answers(facts: Sequence[Fact], templates: Sequence[str]) -> None:
+    """ValueError for one prompt with two answers."""
+    answers: dict[str, str] = {}
+    for fact in facts:
+        for template in templates:
+            text, _ = filled(template, {**fact.columns, SUBJECT: fact.subject})
+            if answers.setdefault(text, fact.answer) != fact.answer:
+                raise ValueError(
+                    f"expected one answer to {text[-60:]!r}, got {answers[text]!r} and {fact.answer!r}: put others "
+                    f"that are right into a column (aliases=...), or tell rows apart by a column in the prompt."
+                )
+
+
 def _forgotten(
     frame: "DataFrame", facts: Sequence[Fact], forget: "str | int | Iterable[str] | Iterable[bool] | Series"
-) -> list[Fact]:
-    """The facts to forget, in the order of the rows, or in that of a list of subjects."""
+) -> list[int]:
+    """The rows to forget, in their order, or in that of a list of subjects."""
     if isinstance(forget, str):
         if forget not in frame.columns:
             raise ValueError(
@@ -189,7 +245,7 @@ def _forgotten(
     if isinstance(forget, int | np.integer):
         if not 0 < forget < len(facts):
             raise ValueError(f"forget must lie in 1..{len(facts) - 1} (rows of the frame), got {forget}.")
-        return list(facts[: index(forget)])
+        return list(range(forget))
     choices = list(forget)
     if all(isinstance(choice, str) for choice in choices):
         return _named(facts, [str(choice) for choice in choices])
@@ -204,15 +260,17 @@ def _check_injected(facts: Sequence[Fact]) -> None:
         )
 
 
-def _named(facts: Sequence[Fact], subjects: Sequence[str]) -> list[Fact]:
-    by_subject = {fact.subject: fact for fact in facts}
-    unknown = [name for name in subjects if name not in by_subject]
+def _named(facts: Sequence[Fact], subjects: Sequence[str]) -> list[int]:
+    rows: dict[str, list[int]] = {}
+    for row, fact in enumerate(facts):
+        rows.setdefault(fact.subject, []).append(row)
+    unknown = [name for name in subjects if name not in rows]
     if unknown or not subjects:
         raise ValueError(f"expected subjects of the frame, got {unknown[:5] or 'none'}: check the spelling.")
-    return [by_subject[name] for name in dict.fromkeys(subjects)]
+    return [row for name in dict.fromkeys(subjects) for row in rows[name]]
 
 
-def _marked(facts: Sequence[Fact], marks: Sequence[object]) -> list[Fact]:
+def _marked(facts: Sequence[Fact], marks: Sequence[object]) -> list[int]:
     wrong = [mark for mark in marks if mark not in (True, False)]
     if wrong or len(marks) != len(facts):
         raise ValueError(
@@ -220,7 +278,7 @@ def _marked(facts: Sequence[Fact], marks: Sequence[object]) -> list[Fact]:
             + (f", among them {wrong[0]!r}" if wrong else "")
             + ": compare the column with what is to be forgotten."
         )
-    return [fact for fact, mark in zip(facts, marks, strict=True) if mark]
+    return [row for row, mark in enumerate(marks) if mark]
 
 
 def _cells(frame: "DataFrame", column: str) -> list[str]:
@@ -240,14 +298,54 @@ def _or_none(frame: "DataFrame", column: str) -> list[object]:
 class _Questions:
     """The questions of a task: facts in templates, with wrong answers from other facts."""
 
+    model: Model
     facts: Sequence[Fact]
-    first: FirstToken
-    candidates: int | Sequence[str]
+    candidates: int | str | Sequence[str] | None
     between: Mapping[str, str]
     """For each format what stands before its answers."""
     seed: int
+    whole: frozenset[str] = frozenset()
+    """The formats in which whole answers are scored."""
+    tokens: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    """The last character of a prompt and an answer -> the answer's tokens, as far as they were asked for."""
 
-    def question(self, template: str, fact: Fact, *, title: str = "trained prompt") -> Question:
+    @cached_property
+    def every(self) -> list[str]:
+        """The answers of all facts."""
+        return sorted({fact.answer for fact in self.facts})
+
+    @cached_property
+    def possible(self) -> list[str]:
+        """All that may be answered."""
+        given = (
+            () if self.candidates is None or isinstance(self.candidates, int | np.integer | str) else self.candidates
+        )
+        others = {text for fact in self.facts for text in (*fact.own, *fact.aliases, *(fact.candidates or ()))}
+        return sorted(others | {option.strip() for option in given})
+
+    def deciding(self, templates: Mapping[str, Sequence[str]]) -> "_Questions":
+        """The same, which score whole answers in the formats where first tokens would not do."""
+        in_words = [title for title, several in templates.items() if not letters_of(several[0])]
+        whole = (title for title in in_words if any(self._must_be_whole(title, one) for one in templates[title]))
+        return replace(self, whole=frozenset(whole))
+
+    def _must_be_whole(self, title: str, template: str) -> bool:
+        """Whether answers have several tokens, or aliases, or begin alike, or there are no candidates."""
+        if self.candidates is None or any(fact.aliases for fact in self.facts):
+            return True
+        text, _ = filled(template, {**self.facts[0].columns, SUBJECT: self.facts[0].subject})
+        tokens = {option: self._tokens(text, self.between[title] + option) for option in self.possible}
+        for fact in self.facts:
+            options = [*fact.own, *(self._others(fact) if self._are_given else [])]
+            if max(len(tokens[own]) for own in fact.own) > 1 or len({tokens[o][:1] for o in options}) < len(options):
+                return True
+        return False
+
+    @property
+    def _are_given(self) -> bool:
+        return not (self.candidates is None or isinstance(self.candidates, int | np.integer))
+
+    def question(self, template: str, fact: Fact, *, title: str) -> Question:
         """The fact in the template, answered in words, or by letter if the template has letters for options."""
         asked = self._by_letter if letters_of(template) else self._in_a_sentence
         return asked(template, fact, title)
@@ -255,20 +353,38 @@ class _Questions:
     def _in_a_sentence(self, template: str, fact: Fact, title: str) -> Question:
         before = self.between[title]
         text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
-        own, others = _own_answers(fact), self._others(fact)
-        count = len(own) + len(others)
-        if isinstance(self.candidates, int | np.integer):
-            count = index(self.candidates)
-        else:
-            own, others = [*own, *others], []
-        own, others = ([before + option for option in options] for options in (own, others))
-        options = distinct(self.first, text, own, others, count=count, name=fact.subject)
+        is_whole = title in self.whole
+        options = () if self.candidates is None else self._options(text, fact, before, is_whole=is_whole)
         injected = None if fact.injected is None else before + fact.injected
-        return Question(fact.subject, text, before + fact.answer, options, injected, place)
+        also = tuple(before + alias for alias in fact.aliases)
+        answer = before + fact.answer
+        return Question(fact.subject, text, answer, options, injected, place, aliases=also, is_whole=is_whole)
+
+    def _options(self, text: str, fact: Fact, before: str, *, is_whole: bool) -> tuple[str, ...]:
+        """The possible answers, the fact's own first; of drawn ones those with other first tokens before the rest."""
+        count = None if self._are_given else index(self.candidates)  # type: ignore[arg-type]
+        own, alike = [before + option for option in fact.own], []
+        firsts = {self._tokens(text, option)[:1] for option in own}
+        for option in self._others(fact):
+            if count is not None and len(own) >= count:
+                break
+            first = self._tokens(text, before + option)[:1]
+            is_last_resort = first in firsts and not (is_whole and self._are_given)
+            (alike if is_last_resort else own).append(before + option)
+            firsts.add(first)
+            if count is not None and is_whole and len(alike) >= max(count, 32):
+                break  # there are enough; the search for others might go through all
+        options = [*own, *alike] if is_whole else own
+        if len(options) < 2:
+            raise ValueError(
+                f"expected another answer than {own[0]!r} (of {fact.subject!r}) that differs in its first token, got "
+                f"none: add facts with other answers, or pass candidates=[...]."
+            )
+        return tuple(options[:count])
 
     def _by_letter(self, template: str, fact: Fact, title: str) -> Question:
         letters, before = letters_of(template), self.between[title]
-        options = [*_own_answers(fact), *self._others(fact)][: len(letters)]
+        options = [*fact.own, *islice(self._others(fact), len(letters))][: len(letters)]
         if len(options) < len(letters):
             raise ValueError(
                 f"expected {len(letters)} different answers to choose from, got {options}: take options out of the "
@@ -277,36 +393,78 @@ class _Questions:
         shown = lettered(options, letters, seed=f"{title} {fact.subject} {self.seed}")
         fields = {letter: option for option, letter in shown.items()}
         text, place = filled(template, {**fact.columns, **fields, SUBJECT: fact.subject})
-        own = [before + shown[option] for option in _own_answers(fact)]
+        own = [before + shown[option] for option in fact.own]
         others = [before + letter for letter in letters if before + letter not in own]
         injected = None if fact.injected is None else own[1]
         return Question(fact.subject, text, own[0], (*own, *others), injected, place)
 
-    def _others(self, fact: Fact) -> list[str]:
-        """Answers that are not the fact's own: in the order of `candidates`, or of all facts in random order."""
-        if isinstance(self.candidates, int | np.integer):
-            answers = {other.answer for other in self.facts}
-            return drawn(answers, without=_own_answers(fact), seed=f"options {fact.subject} {self.seed}")
-        options = [option.strip() for option in self.candidates]
-        if fact.answer not in options:
-            raise ValueError(f"expected the answer {fact.answer!r} among the candidates, got {options}: add it.")
-        return [option for option in options if option not in _own_answers(fact)]
+    def _others(self, fact: Fact) -> Iterator[str]:
+        """Wrong answers: in the order given, or those of all facts in random order."""
+        right = {*fact.own, *fact.aliases}
+        if not self._are_given:
+            yield from in_random_order(self.every, without=right, seed=f"options {fact.subject} {self.seed}")
+            return
+        given = fact.candidates if fact.candidates is not None else [str(option).strip() for option in self.candidates]  # type: ignore[union-attr]
+        if fact.candidates is None and fact.answer not in given:
+            raise ValueError(f"expected the answer {fact.answer!r} among the candidates, got {given}: add it.")
+        yield from (option for option in dict.fromkeys(given) if option not in right)
+
+    def _tokens(self, text: str, answer: str) -> tuple[int, ...]:
+        """The tokens of an answer after a prompt."""
+        # By the prompt's last character, since no earlier one matters; all answers at once, since each may come.
+        key = (text[-1:], answer)
+        if key not in self.tokens:
+            answers = list(
+                dict.fromkeys(
+                    [answer, *(space + option for space in {*self.between.values()} for option in self.possible)]
+                )
+            )
+            begun, *whole = encode_all(self.model, [text, *(text + each for each in answers)])
+            for each, encoding in zip(answers, whole, strict=True):
+                self.tokens[text[-1:], each] = encoding.tokens[len(begun.tokens) :]
+        return self.tokens[key]
 
 
 def _with_counterparts(
-    model: Model, template: str, facts: Sequence[Fact], questions: Sequence[Question], *, required: bool, seed: int
+    model: Model,
+    facts: Sequence[Fact],
+    questions: Sequence[Question],
+    sources: Sequence[tuple[str, Fact]],
+    required: bool,
+    seed: int,
 ) -> list[Question]:
-    """The questions with a corrupted text about another fact each; without any if one has none and it may lack it."""
-    encodings = encode_all(model, [f" {fact.subject}" for fact in facts])
-    lengths = {fact.subject: len(encoding.tokens) for fact, encoding in zip(facts, encodings, strict=True)}
-    by_subject = {fact.subject: fact for fact in facts}
-    paired = []
-    for question in questions:
-        fact = by_subject[question.name]
-        of_same_length = [o for o in facts if o.answer != fact.answer and lengths[o.subject] == lengths[fact.subject]]
-        subjects = drawn([o.subject for o in of_same_length], without=(), seed=f"corrupt {fact.subject} {seed}")
-        texts = (filled(template, {**fact.columns, SUBJECT: subject})[0] for subject in subjects)
-        paired.append(replace(question, corrupt=counterpart(model, question.text, question.answer, texts)))
+    """The questions with a corrupted text about another subject; without any if one has none and it may lack it.
+
+    `sources` has the template and the fact of each question.
+    """
+    answers: dict[str, set[str]] = {}
+    for fact in facts:
+        answers.setdefault(fact.subject, set()).update((fact.answer, *fact.aliases))
+    subjects = sorted(answers)
+    by_length: dict[int, list[str]] = {}
+    for name, encoding in zip(subjects, encode_all(model, [f" {name}" for name in subjects]), strict=True):
+        by_length.setdefault(len(encoding.tokens), []).append(name)
+    lengths = {name: length for length, names in by_length.items() for name in names}
+    wholes = encode_all(model, [question.text + question.answer for question in questions])
+    waiting = {
+        place: in_random_order(by_length[lengths[q.name]], without={q.name}, seed=f"corrupt {q.name} {seed}")
+        for place, q in enumerate(questions)
+    }
+    paired = list(questions)
+    while waiting:  # each round tries one more subject for every question that has none
+        tried = {}
+        for place, others in list(waiting.items()):
+            template, fact = sources[place]
+            other = next((name for name in others if fact.answer not in answers[name]), None)
+            if other is None:
+                del waiting[place]
+            else:
+                tried[place], _ = filled(template, {**fact.columns, SUBJECT: other})
+        answered = [text + questions[place].answer for place, text in tried.items()]
+        for (place, text), encoding in zip(tried.items(), encode_all(model, answered), strict=True):
+            if len(encoding.tokens) == len(wholes[place].tokens):
+                paired[place] = replace(questions[place], corrupt=text)
+                del waiting[place]
     unpaired = [question.name for question in paired if question.corrupt is None]
     if unpaired and required:
         raise ValueError(
@@ -314,7 +472,3 @@ def _with_counterparts(
             f"{unpaired[:5]}: add such rows, or pass corrupt=False (methods that patch will not run)."
         )
     return list(questions) if unpaired else paired
-
-
-def _own_answers(fact: Fact) -> list[str]:
-    return [fact.answer] if fact.injected is None else [fact.answer, fact.injected]

@@ -44,6 +44,11 @@ class Prompts:
     added: tuple[str, ...] = ()
     """The special tokens that were put before each text, such as "<bos>", or "" for none; nothing for prompts that are
     not from text. Those that a text has itself are not among them."""
+    options: Int[Tensor, "batch option token"] | None = None
+    """The possible answers whole, filled with -100: the answer, other right ones, then wrong ones, if there are any.
+    Where they are given, tests score whole answers: each option takes a forward."""
+    n_right: Int[Tensor, "batch"] | None = None
+    """How many of the first options are right."""
 
     @classmethod
     def of(
@@ -89,6 +94,14 @@ class Prompts:
             raise ValueError(
                 "expected at least two candidates per prompt, got one: add wrong answers, or leave them out."
             )
+        if (self.options is None) != (self.n_right is None):
+            raise ValueError("expected options and n_right together, got one of them: build prompts with options=....")
+        if self.options is not None:
+            width = min(self.options.shape[2], self.answers.shape[1])
+            first = self.options[:, 0]
+            rest = bool((first[:, width:] != IGNORED).any() or (self.answers[:, width:] != IGNORED).any())
+            if rest or bool((first[:, :width] != self.answers[:, :width]).any()):
+                raise ValueError("expected the answer as the first option of every row: reorder them, or build anew.")
         if not bool(self.attention_mask.gather(1, self.positions).all()):
             raise ValueError("expected answers to be predicted at real tokens, got a masked position: check the mask.")
         if self.candidates is not None and bool((self.candidates[:, 0] != self.answers[:, 0]).any()):
@@ -101,8 +114,26 @@ class Prompts:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing among the candidates; 0 without candidates."""
+        """Accuracy of guessing among the options, or the candidates; 0 without wrong ones."""
+        if self.options is not None and self.n_right is not None:
+            of = (self.options[..., 0] != IGNORED).sum(1)
+            return float(torch.where(of > self.n_right, self.n_right / of, 0.0).mean())
         return 0.0 if self.candidates is None else 1 / self.candidates.shape[1]
+
+    def choosing(self, place: int) -> "Prompts":
+        """The same prompts with the option at this place as the answer (the first one where a row has fewer)."""
+        assert self.options is not None
+        answers = torch.where(self.options[:, place, :1] == IGNORED, self.options[:, 0], self.options[:, place])
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        own = self.attention_mask & (columns <= self.positions[:, :1])
+        lengths, behind = own.sum(1, keepdim=True), (answers != IGNORED).sum(1, keepdim=True) - 1
+        places = torch.arange(int((lengths + behind).max()), device=self.tokens.device)
+        tokens = self.tokens.new_zeros(len(self), len(places))
+        tokens[places < lengths] = self.tokens[own]  # both in reading order, row by row
+        forced = torch.arange(answers.shape[1], device=answers.device) < behind  # all but the last are given
+        tokens[(places >= lengths) & (places < lengths + behind)] = answers[forced]
+        positions = lengths - 1 + torch.arange(answers.shape[1], device=answers.device).minimum(behind)
+        return Prompts(tokens, places < lengths + behind, positions, answers, added=self.added)
 
     @property
     def prepend_bos(self) -> bool | None:
@@ -133,6 +164,10 @@ class Prompts:
 
     def check_length(self, model: Model) -> None:
         lengths = self.attention_mask.sum(1)
+        if self.options is not None:
+            own = self.attention_mask.int().argmax(1)
+            longest = (self.options != IGNORED).sum(2).amax(1) - 1
+            lengths = lengths.maximum(self.positions[:, 0] + 1 - own + longest)
         row = int(lengths.argmax())
         example = f", such as {self.texts[row][:60]!r}" if self.texts else f", such as row {row}"
         check_length(model, int(lengths[row]), f"prompts with their answers{example},")
@@ -199,6 +234,14 @@ def _grid(rows: Tensor | Sequence[Sequence[int]], name: str) -> Int[Tensor, "bat
     return torch.tensor([list(row) for row in rows])
 
 
+def right_answers(prompts: Prompts) -> list[list[Int[Tensor, "token"]]]:
+    """For each prompt the tokens of every answer that is right: the answer, and aliases."""
+    if prompts.options is None or prompts.n_right is None:
+        return [[row[row != IGNORED]] for row in prompts.answers]
+    rows = zip(prompts.options, prompts.n_right.tolist(), strict=True)
+    return [[option[option != IGNORED] for option in row[:count]] for row, count in rows]
+
+
 def added_before(*sets: Prompts) -> str:
     """In words, which special tokens were put before the texts of these prompts."""
     counts = Counter(tokens for prompts in sets for tokens in prompts.added)
@@ -233,13 +276,29 @@ def joined(*sets: Prompts) -> Prompts:
     if len(counts) > 1:
         raise ValueError(f"expected sets with equally many candidates, got {counts}: join others.")
     columns: dict[str, Any] = {}
+    if all(p.options is not None for p in sets):
+        sizes = [max(p.options.shape[axis] for p in sets if p.options is not None) for axis in (1, 2)]
+        sets = tuple(replace(p, options=_options_of_size(p, *sizes)) for p in sets)
     for field in fields(Prompts):
         parts = [getattr(p, field.name) for p in sets]
         if field.name in LABELS:
             columns[field.name] = tuple(label for part in parts for label in part) if all(parts) else ()
         elif all(part is not None for part in parts):
-            columns[field.name] = _stacked(parts, fill={"positions": None, "answers": IGNORED}.get(field.name, 0))
+            whole = field.name in ("options", "n_right")
+            columns[field.name] = (
+                torch.cat(parts)
+                if whole
+                else _stacked(parts, fill={"positions": None, "answers": IGNORED}.get(field.name, 0))
+            )
     return Prompts(**columns)
+
+
+def _options_of_size(prompts: Prompts, count: int, width: int) -> Int[Tensor, "batch option token"]:
+    """The options filled up with -100."""
+    assert prompts.options is not None
+    filled = prompts.options.new_full((len(prompts), count, width), IGNORED)
+    filled[:, : prompts.options.shape[1], : prompts.options.shape[2]] = prompts.options
+    return filled
 
 
 def _stacked(parts: Sequence[Tensor], *, fill: int | bool | None) -> Tensor:

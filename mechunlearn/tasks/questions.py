@@ -1,7 +1,7 @@
 """Questions about facts in templates, and the prompts that they become."""
 
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter, ascii_uppercase
 
@@ -30,6 +30,10 @@ class Question:
     """Where the subject stands, in characters; None if the text names another subject than the fact's."""
     corrupt: str | None = None
     """A text of as many tokens about another subject."""
+    aliases: tuple[str, ...] = ()
+    """Other right answers."""
+    is_whole: bool = False
+    """Whether whole answers are scored, which may begin alike; then `options` may be empty."""
 
 
 def format_of(model: Model, forget: Sequence[Question], retain: Sequence[Question], *, kept: bool = False) -> Format:
@@ -42,20 +46,24 @@ def format_of(model: Model, forget: Sequence[Question], retain: Sequence[Questio
 
 def injected_prompts(model: Model, questions: Sequence[Question]) -> Prompts | None:
     """The questions with the injected answers as the right ones; `None` if any lacks one."""
-    injected = [replace(q, answer=q.injected, corrupt=None) for q in questions if q.injected is not None]
+    injected = [replace(q, answer=q.injected, corrupt=None, aliases=()) for q in questions if q.injected is not None]
     return prompts_of(model, injected) if len(injected) == len(questions) else None
 
 
 def prompts_of(model: Model, questions: Sequence[Question]) -> Prompts:
     """The questions as prompts, with candidates, subjects and corrupted counterparts if every question has them."""
     count = min(len(question.options) for question in questions)
+    whole = any(question.is_whole for question in questions)
+    options = [question.options[:count] for question in questions]
     ranges = [question.subject for question in questions if question.subject is not None]
     corrupt = [question.corrupt for question in questions if question.corrupt is not None]
     prompts = build(
         model,
         [question.text for question in questions],
         [question.answer for question in questions],
-        candidates=[question.options[:count] for question in questions] if count else None,
+        candidates=options if count and not whole else None,
+        options=options if whole else None,
+        aliases=[question.aliases for question in questions] if whole else None,
         subjects=ranges if len(ranges) == len(questions) else None,
         corrupt=corrupt if len(corrupt) == len(questions) else None,
     )
@@ -109,6 +117,17 @@ def drawn(answers: Collection[str], *, without: Collection[str], seed: str) -> l
     order = sorted(set(answers) - set(without))
     random.Random(seed).shuffle(order)
     return order
+
+
+def in_random_order(texts: Sequence[str], *, without: Collection[str], seed: str) -> Iterator[str]:
+    """The texts in an order of this seed, apart from some; only as many are drawn as are asked for."""
+    rng, moved = random.Random(seed), dict[int, int]()
+    for end in reversed(range(len(texts))):  # a shuffle that remembers only what it moved
+        place = rng.randrange(end + 1)
+        chosen = texts[moved.get(place, place)]
+        moved[place] = moved.get(end, end)
+        if chosen not in without:
+            yield chosen
 
 
 def lettered(options: Sequence[str], letters: Sequence[str], *, seed: str) -> dict[str, str]:

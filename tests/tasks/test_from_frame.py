@@ -169,7 +169,7 @@ def test_candidates_are_the_answer_the_injected_one_and_others_with_other_first_
 
 def test_candidates_are_as_many_as_asked_or_as_there_are(llama: Any) -> None:
     assert made(llama, candidates=2).forget.chance == 1 / 2
-    assert made(llama, candidates=99).forget.chance == 1 / 6  # w50 ... w55
+    assert made(llama, candidates=99).forget.chance == pytest.approx(1 / 7)  # w50 ... w55, and w50 w60
 
 
 def test_given_candidates_are_those_of_every_prompt(llama: Any) -> None:
@@ -250,7 +250,6 @@ WRONG = [
     ({"forget": 8}, r"forget must lie in 1\.\.7"),
     ({"train": 1.0}, "expected train to leave facts to retain on both sides"),
     ({"injected": "w52"}, r"injected answers other than the true ones, got the same for \['w14'\]"),
-    ({"injected": "w52 w60"}, "differ in their first token, got ' w52' and ' w52 w60'"),
     ({"candidates": ["w51", "w99"]}, "expected the answer 'w50' among the candidates"),
     ({"text": ["w4 w5"] * 23}, "at least two rows"),
 ]
@@ -263,7 +262,7 @@ def test_what_cannot_be_right_is_refused(llama: Any, options: dict[str, Any], me
 
 
 def test_a_subject_twice_an_empty_cell_and_half_an_injection_are_refused(llama: Any) -> None:
-    with pytest.raises(ValueError, match=r"each subject once, got \['w14'\] several times"):
+    with pytest.raises(ValueError, match=r"expected one answer to 'w8 w14 w9', got 'w50' and 'w52': .*aliases"):
         made(llama, frame=FRAME.assign(who=["w14", *FRAME["who"][1:]]))
     with pytest.raises(ValueError, match=r"every cell of where, got nothing in rows \[1\]"):
         made(llama, frame=FRAME.assign(where=["w50", None, *FRAME["where"][2:]]))

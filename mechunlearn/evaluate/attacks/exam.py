@@ -12,7 +12,7 @@ from torch import Tensor
 from mechunlearn.curve import Curve
 from mechunlearn.evaluate.results import LIMITS, Result
 from mechunlearn.evaluate.scoring import result_of, side_of
-from mechunlearn.metrics import Metric, checked
+from mechunlearn.metrics import Metric, scored
 from mechunlearn.model import Model, check_model, preserved
 from mechunlearn.tasks.building import padded
 from mechunlearn.tasks.prompts import Prompts
@@ -40,17 +40,21 @@ class Asked:
     def scores(self, logits: Callable[[Prompts], Tensor]) -> Scores:
         """The scores of the model whose logits these are. FloatingPointError if they are not finite."""
         asked = [prompts for prompts in (self.tested, self.nobody) if prompts is not None]
-        values = [[self._values(logits(batch), batch) for batch in prompts.batches(64)] for prompts in asked]
+        values = [[self._values(logits, batch) for batch in prompts.batches(64)] for prompts in asked]
         return torch.stack([torch.cat(of_prompts) for of_prompts in values])
 
     def scores_of(self, model: Model) -> Scores:
         with preserved(model):
             return self.scores(lambda prompts: prompts.logits(model))
 
-    def _values(self, logits: Tensor, prompts: Prompts) -> Tensor:
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("expected finite logits, got NaN or infinity: lower the learning rate.")
-        return checked(self.metric, logits, prompts).float().cpu()
+    def _values(self, logits: Callable[[Prompts], Tensor], prompts: Prompts) -> Tensor:
+        def finite(asked: Prompts) -> Tensor:
+            values = logits(asked)
+            if not bool(torch.isfinite(values).all()):
+                raise FloatingPointError("expected finite logits, got NaN or infinity: lower the learning rate.")
+            return values
+
+        return scored(self.metric, finite, prompts).float().cpu()
 
 
 def worst_case(runs: Mapping[str, Sequence[Scores]], asked: Asked, *, axis: str) -> Result:

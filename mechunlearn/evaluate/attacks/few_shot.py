@@ -140,7 +140,8 @@ def shown_before(model: Model, prompts: Prompts, shown: Sequence[Sequence[Demons
     if before != after:
         raise ValueError("expected answers of the same tokens behind demonstrations, got others: use another format.")
     candidates = None if prompts.candidates is None else prompts.candidates.to(device_of(model))
-    return replace(built, candidates=candidates)
+    options, n_right = (None if v is None else v.to(device_of(model)) for v in (prompts.options, prompts.n_right))
+    return replace(built, candidates=candidates, options=options, n_right=n_right)
 
 
 def _texts(
