@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
 from mechunlearn.model.classes import Model
 
 
@@ -27,6 +31,15 @@ def encode(model: Model, text: str) -> Encoding:
     if model.cfg.default_prepend_bos and tokenizer.bos_token_id is not None:
         tokens, spans = [tokenizer.bos_token_id, *tokens], [(0, 0), *spans]
     return Encoding(tuple(tokens), tuple(spans))
+
+
+def leading_bos(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """True where a row's first real token is the tokenizer's BOS; nowhere without a tokenizer or a BOS."""
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    first = mask & (mask.cumsum(1) == 1)
+    return torch.zeros_like(first) if bos is None else first & (tokens == bos)
 
 
 def pad_token(model: Model) -> int:
