@@ -11,6 +11,7 @@ from torch import Tensor
 from mechunlearn.arguments import Direction, check_batch_size
 from mechunlearn.identity import described, name_of
 from mechunlearn.model import Model, recording
+from mechunlearn.model.tokens import leading_bos
 from mechunlearn.tasks.prompts import Prompts
 
 Replacement: TypeAlias = Callable[[Model, Prompts, Mapping[str, Tensor]], dict[str, Tensor]]
@@ -22,18 +23,29 @@ def resample(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> di
     return activations_at(model, prompts.corrupted(), values)
 
 
-def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros, which take the model off the distribution that it was trained on. Cost: none."""
-    return {name: torch.zeros_like(value) for name, value in values.items()}
+def zero(model: Model, prompts: Prompts, values: Mapping[str, Tensor], *, with_bos: bool = False) -> dict[str, Tensor]:
+    """Zeros, which take the model off the distribution that it was trained on. Cost: none.
+
+    A BOS that a prompt begins with keeps its own values, unless `with_bos` (`partial(zero, with_bos=True)`): heads that
+    have nothing to do attend to it, and to take it away breaks all of them. Where prompts have no BOS nothing is left
+    out, though their first token then is what such heads attend to.
+    """
+    zeros = {name: torch.zeros_like(value) for name, value in values.items()}
+    return zeros if with_bos else _with_own_bos(model, prompts, values, zeros)
 
 
-def mean_over(reference: Prompts, *, positional: bool = False, batch_size: int = 64) -> Replacement:
+def mean_over(
+    reference: Prompts, *, positional: bool = False, with_bos: bool = False, batch_size: int = 64
+) -> Replacement:
     """The mean over a reference set: over all its real tokens, or at each position (rows of one length).
+
+    BOS, as in `zero`, is in no mean and keeps its own values, unless `with_bos`.
 
     Cost: 1F of the reference, `batch_size` rows at a time, for each batch of prompts.
     """
     check_batch_size(batch_size)
-    return partial(_mean_over, reference=reference, positional=positional, batch_size=batch_size)
+    options = {"positional": positional, "with_bos": with_bos, "batch_size": batch_size}
+    return partial(_mean_over, reference=reference, **options)
 
 
 def gaussian(*, std: float, seed: int = 0) -> Replacement:
@@ -48,6 +60,7 @@ def _mean_over(
     *,
     reference: Prompts,
     positional: bool,
+    with_bos: bool,
     batch_size: int,
 ) -> dict[str, Tensor]:
     reference = reference.on(model)
@@ -59,12 +72,27 @@ def _mean_over(
                 f"{lengths}: pad nothing, choose prompts of one length, or leave out positional=True."
             )
     sums: dict[str, Tensor] = {}
+    count = 0
     for batch in reference.batches(batch_size):
+        left_out = leading_bos(model, batch.tokens, batch.attention_mask) & (not with_bos and not positional)
+        counted = batch.attention_mask & ~left_out
+        count += len(batch) if positional else int(counted.sum())
         for name, value in activations_at(model, batch, values).items():
-            rows = value if positional else value[batch.attention_mask]
+            rows = value if positional else value[counted]
             sums[name] = sums.get(name, 0) + rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
-    count = len(reference) if positional else int(reference.attention_mask.sum())
-    return {name: (total / count).to(values[name]).expand_as(values[name]) for name, total in sums.items()}
+    means = {name: (total / count).to(values[name]).expand_as(values[name]) for name, total in sums.items()}
+    return means if with_bos else _with_own_bos(model, prompts, values, means)
+
+
+def _with_own_bos(
+    model: Model, prompts: Prompts, values: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The replacements, but each prompt's own values at a BOS that it begins with."""
+    bos = leading_bos(model, prompts.tokens, prompts.attention_mask)
+    if not bool(bos.any()):
+        return dict(replacements)
+    shaped = {name: bos.view(*bos.shape, *[1] * (value.ndim - 2)) for name, value in values.items()}
+    return {name: torch.where(shaped[name], values[name], value) for name, value in replacements.items()}
 
 
 def _gaussian(

@@ -158,7 +158,12 @@ class _Pass:
             heads, norm = self._head_places(layer), self.circuits.outputs[layer]
             assert norm is not None
             if bool(removed[:, heads].any()):
-                gained = gained + norm.change(entering, einsum(removed[:, heads], self.change[heads], sums))
+                # Summed anew, not changed by a difference: the norm would blow the rounding of a sum of 0 up.
+                other, own = self.other[heads], self.other[heads] - self.change[heads]
+                mixed = einsum(removed[:, heads], other, sums) + einsum(1 - removed[:, heads], own, sums)
+                bias = getattr(self.circuits.model.blocks[layer].attn, "b_O", None)
+                mixed = mixed if bias is None else mixed + bias
+                gained = gained + norm.without_bias(mixed) - norm.without_bias(entering)
             linear[:, heads] = 0
         return gained + einsum(linear, self.change, sums)
 

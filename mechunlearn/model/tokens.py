@@ -4,6 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
 from mechunlearn.model.classes import Model
 
 
@@ -89,6 +93,15 @@ def special_tokens(model: Model) -> dict[int, str]:
 def added_text(model: Model, encoding: Encoding) -> str:
     """The special tokens that were put before the text, as they are written."""
     return "".join(model.tokenizer.convert_ids_to_tokens(list(encoding.tokens[: encoding.added])))
+
+
+def leading_bos(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """True where a row's first real token is the tokenizer's BOS; nowhere without a tokenizer or a BOS."""
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    first = mask & (mask.cumsum(1) == 1)
+    return torch.zeros_like(first) if bos is None else first & (tokens == bos)
 
 
 def pad_token(model: Model) -> int:

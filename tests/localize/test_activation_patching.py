@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -89,13 +90,42 @@ def test_other_replacements(llama, replacement):
 def test_a_positional_mean_is_that_of_each_position(llama):
     prompts = tiny.prompts(llama, n=12)[[0, 6]]  # of one length
     name = "blocks.1.hook_mlp_out"
-    values = {name: torch.zeros(2, prompts.tokens.shape[1], 32)}
-    found = mean_over(prompts, positional=True)(llama, prompts, values)[name]
     with recording(llama, [name]) as own, torch.no_grad():
         prompts.logits(llama)
+    values = {name: own[name]}
+    found = mean_over(prompts, positional=True)(llama, prompts, values)[name]
     assert torch.allclose(found[1], own[name].mean(0), atol=1e-6)
     with pytest.raises(ValueError, match=r"expected a reference set and prompts that all have one length"):
         mean_over(tiny.prompts(llama), positional=True)(llama, prompts, values)
+
+
+MEAN = "mean_over(positional=False, with_bos=False, batch_size=64)"
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_bos_keeps_its_values_and_is_in_no_mean_unless_asked_for(llama, replacement, padding):
+    prompts, name = tiny.prompts(llama, n=4, padding=padding), "blocks.1.attn.hook_z"
+    with recording(llama, [name]) as own, torch.no_grad():
+        prompts.logits(llama)
+    own, real = own[name], prompts.attention_mask
+    bos = real & (prompts.tokens == 1)
+    assert bos.sum(1).tolist() == [1] * 4
+    for with_bos in (False, True):
+        chosen = partial(zero, with_bos=with_bos) if replacement == "zero" else mean_over(prompts, with_bos=with_bos)
+        found = chosen(llama, prompts, {name: own})[name]
+        mean = own[real if with_bos else real & ~bos].mean(0) * (replacement == "mean")
+        assert torch.allclose(found[real & ~bos], mean.expand_as(found[real & ~bos]), atol=1e-6)
+        assert torch.allclose(found[bos], mean.expand_as(own[bos]) if with_bos else own[bos], atol=1e-6)
+
+
+def test_where_prompts_have_no_bos_nothing_is_left_out(llama):
+    tokens = torch.tensor([[5, 7, 9], [6, 7, 8]])
+    prompts, name = mu.Prompts.of(tokens, [4, 4]), "blocks.1.hook_mlp_out"
+    values = {name: torch.ones(2, 3, 32)}
+    assert not zero(llama, prompts, values)[name].any()
+    means = [mean_over(prompts, with_bos=with_bos)(llama, prompts, values)[name] for with_bos in (False, True)]
+    assert torch.equal(*means)
 
 
 @pytest.mark.parametrize("positional", [False, True])
@@ -190,7 +220,7 @@ def test_settings_tell_two_replacements_apart(llama):
 
     assert settings(gaussian(std=0.1)) == "gaussian(std=0.1, seed=0)"
     assert settings(gaussian(std=5.0, seed=3)) == "gaussian(std=5.0, seed=3)"
-    assert settings(mean_over(tiny.prompts(llama, seed=9))) == "mean_over(positional=False, batch_size=64)"
+    assert settings(mean_over(tiny.prompts(llama, seed=9))) == MEAN
     assert settings(resample) == "resample"
 
 

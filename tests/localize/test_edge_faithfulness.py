@@ -189,8 +189,9 @@ def test_a_circuit_with_other_replacements_is_the_model_reader_by_reader(llama, 
     reference = tiny.prompts(llama, n=12, seed=9)[[0, 6]]  # of one length, so without padding
     own, _ = hand.run(prompts.tokens[0])
     theirs = [hand.run(tokens)[0] for tokens in reference.tokens]
-    means = {name: torch.cat([run[name] for run in theirs]).mean(0).expand_as(value) for name, value in own.items()}
+    means = {name: torch.cat([run[name][1:] for run in theirs]).mean(0).expand_as(v) for name, v in own.items()}
     other = {name: torch.zeros_like(value) for name, value in own.items()} if replacement is zero else means
+    other = {name: torch.cat([own[name][:1], value[1:]]) for name, value in other.items()}  # BOS keeps its own
     chosen = zero if replacement is zero else mean_over(reference)
     found = edge_faithfulness(llama, prompts, circuit, replacement=chosen, random_circuits=0)
     kept, every = set(map(str, circuit)), set(map(str, everything(llama)))
@@ -199,7 +200,7 @@ def test_a_circuit_with_other_replacements_is_the_model_reader_by_reader(llama, 
         expected = float(logit_difference(logits[-1][None, None], prompts))
         assert float(values[0, 1]) == pytest.approx(expected, abs=NORMED_ROUNDING if replacement is zero else 3e-5)
     assert found.settings["replacement"] == (
-        "zero" if replacement is zero else "mean_over(positional=False, batch_size=64)"
+        "zero" if replacement is zero else "mean_over(positional=False, with_bos=False, batch_size=64)"
     )
 
 
