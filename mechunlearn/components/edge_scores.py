@@ -266,6 +266,10 @@ class EdgeMask(Set[Edge], Saved):
     def __len__(self) -> int:
         return len(self.edges)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The arguments that rebuild the circuit in another process, to which a read-only mapping cannot be sent."""
+        return EdgeMask, (self.edges, self.shape, dict(self.provenance))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EdgeMask):
             return NotImplemented
@@ -285,6 +289,11 @@ class EdgeMask(Set[Edge], Saved):
 
     def __xor__(self, other: Set[Any]) -> "EdgeMask":  # type: ignore[override]  (see __or__)
         return self._combined("^", other, self.edges ^ self._compatible(other))
+
+    def __rsub__(self, other: Set[Any]) -> "EdgeMask":
+        return EdgeMask(self._compatible(other), self.shape, {"method": "by hand"}) - self
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def __repr__(self) -> str:
         labels = [str(edge) for edge in self]

@@ -236,6 +236,10 @@ class SetEffects(Mapping[str, float], Saved):
     def __post_init__(self) -> None:
         object.__setattr__(self, "sets", MappingProxyType(dict(self.sets)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The arguments that rebuild it in another process, to which a read-only mapping cannot be sent."""
+        return SetEffects, (dict(self.sets), self.per_prompt, self.method, self.metric, dict(self.settings))
+
     @property
     def tensor(self) -> Float[Tensor, "set"]:
         """Means over prompts."""

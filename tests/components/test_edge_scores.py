@@ -1,5 +1,7 @@
 """Scores of edges: a mapping, a dense tensor, selections, and what can be made of them."""
 
+import pickle
+
 import networkx as nx
 import pytest
 import torch
@@ -173,3 +175,15 @@ def test_top_says_where_it_comes_from():
     assert isinstance(chosen, EdgeMask)
     assert chosen.provenance["method"] == "m"
     assert chosen.provenance["top"] == {"k": 3}
+
+
+def test_a_circuit_is_sent_to_another_process_and_combines_with_sets_on_either_side():
+    circuit = EdgeMask.of(["embed->L0MLP", "L0H3->L1H1.W_K"], SHAPE)
+    sent = pickle.loads(pickle.dumps(circuit))
+    assert (sent, dict(sent.provenance)) == (circuit, dict(circuit.provenance))
+    edge, other = Edge.parse("embed->L0MLP"), Edge.parse("embed->logits")
+    assert set({edge, other} - circuit) == {other}
+    assert set({edge, other} & circuit) == {edge}
+    assert {edge, other} | circuit == circuit | {edge, other}
+    assert {edge, other} ^ circuit == circuit ^ {edge, other}
+    assert all(isinstance(made, EdgeMask) for made in ({other} - circuit, {other} | circuit))

@@ -1,5 +1,6 @@
 """The evidence must be what the methods give, and the mask what the thresholds make of it."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -278,3 +279,10 @@ def test_the_shipped_model_looks_sports_up_in_its_lower_half(shipped):
     assert by_paths.scores["mlps"]["L0MLP"] > 0.5
     assert Component.parse("L0MLP") in by_paths.mask
     assert all(Component.parse(head).layer >= 5 for head in by_paths.findings["extraction_heads"])
+
+
+def test_it_is_sent_to_another_process(llama):
+    mask = mu.components.ComponentMask.of(["L1MLP"], mu.shape(llama))
+    found = mu.localize.FactLookup(mask, "by hand", {"rise": 0.1}, {}, {})
+    sent = pickle.loads(pickle.dumps(found))
+    assert (sent.mask, sent.method, dict(sent.findings)) == (mask, "by hand", {"rise": 0.1})

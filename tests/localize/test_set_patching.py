@@ -1,5 +1,6 @@
 """The slow, obvious reference: for every set one full forward pass in which hooks replace all of its members."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -178,3 +179,9 @@ def test_found_neurons_matter_more_than_random_ones_on_the_shipped_model(shipped
     control = mu.localize.random_like(top, shipped, seed=0)
     found = set_patching(shipped, task.forget[8:16], {"top": top, "control": control})
     assert found.minus("control").interval().loc["top", "high"] < -1
+
+
+def test_effects_are_sent_to_another_process(llama):
+    found = set_patching(llama, tiny.prompts(llama), {"one": ["L1MLP"]})
+    sent = pickle.loads(pickle.dumps(found))
+    assert (dict(sent), dict(sent.sets), sent.settings) == (dict(found), dict(found.sets), found.settings)

@@ -294,6 +294,10 @@ class FactLookup(Saved):
         for name in ("findings", "curves", "scores"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The arguments that rebuild it in another process, to which read-only mappings cannot be sent."""
+        return FactLookup, (self.mask, self.method, dict(self.findings), dict(self.curves), dict(self.scores))
+
     def plot(self) -> "Figure":
         """One panel for the curves, and one for each kind of scores, with 95 % intervals and thresholds."""
         from plotly.subplots import make_subplots
