@@ -283,7 +283,7 @@ def _differences(edit: Edit, control: Edit) -> list[tuple[str, str]]:
     return [(name, f"{name} ({other.get(name, 'none')}; the edit: {own.get(name, 'none')})") for name in names]
 
 
-FOLLOWING = {"seed", "search", "explained", "selected", "removed", "planted"}
+FOLLOWING = {"seed", "search", "explained", "selected", "removed", "planted", "probabilities"}
 """Of a provenance: the seed, how the options were chosen, and numbers that an editor finds, which differ elsewhere."""
 
 
