@@ -142,7 +142,7 @@ class VectorTraining:
         kept[:, : self.start + self.n_vectors] = False
         chosen = torch.randint(int(kept.sum()), (self.n_vectors,), generator=generator)
         tokens = prompts.tokens[kept].cpu()[chosen][None].to(prompts.tokens.device)
-        return embeddings(self.model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0].float().clone()
+        return embeddings(self.model, tokens, torch.ones_like(tokens, dtype=torch.bool))[0].detach().float().clone()
 
 
 def within(vectors: Float[Tensor, "vector d_model"], radius: float) -> Float[Tensor, "vector d_model"]:
