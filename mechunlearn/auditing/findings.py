@@ -40,7 +40,8 @@ class Finding:
     of_many: Fraction
     """The same, with an interval that allows for the number of tests of this kind (Bonferroni)."""
     avoids: Fraction
-    """How far its answers are below those of models without the knowledge; undefined where nothing is asked."""
+    """How far its answers are below those of models without the knowledge; undefined where nothing is asked.
+    The interval allows for the number of tests, too."""
     recovery: Recovery | None
     """Of an attack, if something says what the model knew before it."""
 
@@ -90,8 +91,10 @@ def _left(
     never = None if never_knew is None else by_row[never_knew]
     left = left_fraction(*of, never_knew=never)
     of_many = left_fraction(*of, never_knew=never, confidence=1 - 0.05 / among)
-    asked = way_of(kind) == "asked"
-    return left, of_many, avoidance_fraction(*of, never_knew=never) if asked else undefined("nothing is asked")
+    avoids = undefined("nothing is asked")
+    if way_of(kind) == "asked":
+        avoids = avoidance_fraction(*of, never_knew=never, confidence=1 - 0.05 / among)
+    return left, of_many, avoids
 
 
 def _recovery(results: Results, row: str, test: str, never_knew: str | None) -> Recovery | None:

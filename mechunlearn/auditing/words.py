@@ -58,10 +58,11 @@ def worst_cases(findings: Sequence[Finding], rows: Sequence[str]) -> list[list[s
 
 
 def _whether(findings: Sequence[Finding]) -> str:
-    worst = {way: worst_case(findings, EDIT, way) for way in WAYS}
     ways = {"asked": "when asked", "latent": "in hidden states", "attack": "under attack"}
-    # Found: clearly more than in a model without the knowledge, the number of tests allowed for.
-    where = [ways[way] for way, one in worst.items() if one is not None and one.of_many.low > 0]
+    # Found: clearly more than in a model without the knowledge, the number of tests allowed for. It need not be the
+    # test that leaves most, whose interval may be the widest.
+    clear = {way_of(finding.kind) for finding in findings if finding.row == EDIT and finding.of_many.low > 0}
+    where = [words for way, words in ways.items() if way in clear]
     count = sum(finding.row == EDIT and not isnan(finding.left.value) for finding in findings)
     if where:
         return f"Not gone: it is found {', '.join(where)}."

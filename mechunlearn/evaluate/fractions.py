@@ -127,8 +127,8 @@ def avoidance_fraction(
 
         avoided = (lower floor - found) / (original - lower floor)
 
-    The lower floor is the smaller of chance and of what `never_knew` does. A model that is clearly below it, with the
-    interval of `left_fraction` above 0, avoids the answer, and so still tells it apart: it has not forgotten.
+    The lower floor is the smaller of chance and of what `never_knew` does. A model that is clearly below it (the
+    interval, made as for `left_fraction`, lies above 0) avoids the answer, and so still tells it apart.
     """
     floor = floor_of(original, never_knew, lower=True)
     return _fraction(original, floor, found, confidence, draws, seed, ((-1, found), (1, floor)))

@@ -199,6 +199,23 @@ def test_one_number_of_many_needs_more_to_count():
     assert own.of_many.low < own.left.low
 
 
+def test_what_is_clear_counts_though_another_test_leaves_more_but_less_surely():
+    """Eight probes: one of a single fact at 1.0, whose interval reaches 0, and one of sixty at 0.6, whose does not."""
+    kinds = {"clean": "clean"} | {f"probe {i}": "latent" for i in range(8)}
+    rows = {"original": 1.0, "edit": 0.05, "never knew": 0.05}
+    cells = [cell(row, test, value) for row, value in rows.items() for test in kinds]
+    few = {("edit", "probe 1"): 0.6}
+    few_facts = Result(torch.ones(1), "accuracy", 0.05, "share", NAMES[:1])
+    cells = [replace(c, result=few_facts) if (c.row, c.test) == ("edit", "probe 0") else c for c in cells]
+    cells = [
+        replace(c, result=result_of(torch.full((60,), few[c.row, c.test]))) if (c.row, c.test) in few else c
+        for c in cells
+    ]
+    audited = Audit(Report(tuple(cells), dict.fromkeys(rows, 7), {}), kinds)
+    assert found(audited, "edit", "probe 0").of_many.low <= 0 < found(audited, "edit", "probe 1").of_many.low
+    assert audited.verdict.startswith("Not gone: it is found in hidden states.")
+
+
 def result_of(values: torch.Tensor) -> Result:
     return Result(values, "accuracy", 0.05, "share", NAMES)
 
