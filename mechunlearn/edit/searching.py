@@ -83,16 +83,16 @@ def search(
 ) -> Search:
     """Try the same options for every localization, choose the best for each, and make the edit with them.
 
-    - `validation`: from `tasks.validation_split(task)`. Trials are edited and scored on `validation.trials` alone; the
-      edits that are given back are made on `validation.final`, for which numbers may then be reported.
+    - `validation`: from `tasks.validation_split(task)`. Trials are edited and scored on `validation.trials` alone, the
+      edits that come back are made on `validation.final`, for which numbers may be reported.
     - `score(model, task)`: a number, higher is better, of the edited model; `task.formats` hold the validation facts.
     - `edit`: any function `(model, task, mask, **options) -> Edit`.
     - `stages`: option -> values to try. All combinations of a stage are tried, with the best options so far for those
-      that it leaves out (where every trial failed, the first value of each). Default: `PAPER_STAGES` of Guo et al. 2025
+      that it leaves out (where all failed, the first value of each). Default: `PAPER_STAGES` of Guo et al. 2025
       (https://arxiv.org/abs/2410.12949), six learning rates, then six coefficients; `PAPER_PRODUCT` is all 36. Their
       rates suit models of 7B to 9B; the shipped model takes some hundred times those.
-    - `folder`: a search that is called again goes on from the results there, other masks and grids included. It knows
-      functions by their own code and bound values: when you change a function that one calls, take another folder.
+    - `folder`: a search that is called again goes on from the results there. It knows functions by their own code and
+      bound values: when you change a function that one calls, take another folder.
 
     Every localization gets the same number of trials. One that diverges (FloatingPointError, or a score that is not
     finite) counts; if none is left, or the last edit diverges, the localization is in `failures`.

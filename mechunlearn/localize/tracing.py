@@ -48,21 +48,20 @@ def causal_tracing(
     r"""Indirect effects of every (token, layer) for the residual stream, MLPs and attention.
 
     The corrupted run adds noise N(0, (noise * s)**2) to the embeddings of the subject's tokens, s the standard
-    deviation of all entries of the embeddings of these prompts' subject tokens. The same `draws` draws serve every
-    prompt, layer and token: the i-th token of a subject always gets the same noise. Then, for one token t at a time,
+    deviation of all their entries. The same `draws` draws serve every prompt, layer and token: the i-th token of a
+    subject always gets the same noise. Then, for one token t at a time,
 
         indirect effect = mean over draws of (metric with the state at t restored - metric of the corrupted run)
         total effect    = metric of the clean run - mean over draws of metric of the corrupted run
 
-    in the metric's unit (default: the answer's probability); positive = brings the answer back. For
-    `"residual"`, the input of layer l + 1 is restored; for `"MLP"` and `"ATTN"`, the outputs of the layers
-    l - window // 2 ... l + (window - 1) // 2 that exist: one layer's output alone changes little. The default window is
-    the paper's 10 layers, or a third of the layers where that is less.
+    in the metric's unit; positive = brings the answer back. For `"residual"`, the input of layer l + 1 is restored; for
+    `"MLP"` and `"ATTN"`, the outputs of the layers l - window // 2 ... l + (window - 1) // 2 that exist. The default
+    window is the paper's 10 layers, or a third of the layers where that is less.
 
     `trace.scores("MLP")` are component scores for `.top()`; a layer's score is that of its window.
 
     Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
-    restored layer (all windows that start in layer 0 share one run of their layers).
+    restored layer.
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262, section 2. ValueError for prompts without a subject, a window or
     number of draws below 1, a window larger than the model, or negative noise.

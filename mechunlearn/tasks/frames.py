@@ -56,27 +56,25 @@ def from_frame(
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> Task:
-    """A task of your own facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
+    """A task of your facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
-    - `prompt`: the trained template, up to the answer, or several. `{subject}` is the subject, `{column}` any column.
-    - `formats`: title -> another template, or several. One with {A}, {B}, ... is multiple choice by letter.
-    - `between`: what stands between a prompt and its answer ("" behind a chat template); or title -> that, of formats
-      that have another than " ". The title of `prompt` is "trained prompt".
-    - `forget`: a column of booleans, a boolean for each row, subjects, or a number of rows, from the first.
-    - `train`: the share of retained subjects that is trained on; the rest is tested. Those to forget are trained on and
-      tested, or split likewise with `split_forget`: does forgetting carry over?
+    - `prompt`: the trained template, up to the answer, or several. `{column}` is any column.
+    - `formats`: title -> another template, or several; with {A}, {B}, ... multiple choice by letter.
+    - `between`: what stands between a prompt and its answer ("" behind a chat template), or title -> that. The title of
+      `prompt` is "trained prompt".
+    - `forget`: a column of booleans, a boolean a row, subjects, or a number of rows.
+    - `train`: the share of retained subjects that is trained on. Those to forget are trained on and tested, or split
+      likewise with `split_forget`.
     - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
-    - `candidates`: the number of possible answers (true, injected, random ones of other rows), all of them, or a column
-      with a list for each row. Chance is 1 / candidates; where a row has too few, its format has. None: any words.
-    - `aliases`: a column with other right answers (a list, a string or nothing), which tests count as right.
-    - `corrupt`: pair each prompt with another subject of as many tokens with another answer. Facts to forget must have
-      one; retained facts get theirs if all have one.
-    - `text`: strings, or rows by `pack`; default: everyday sentences.
-    - `knowledge`: what else to test, such as `general_knowledge(model)`.
+    - `candidates`: how many answers are possible (true, injected, random ones of other rows), all of them, or a column
+      with a list a row. Chance is 1 / their number. None: any words.
+    - `aliases`: a column with other right answers (a list, a string or nothing).
+    - `corrupt`: pair each prompt with a subject of as many tokens with another answer, which facts to forget must have.
+    - `text`: strings, or rows by `pack`; default: everyday sentences. `knowledge`: what else to test.
     - `prepend_bos`: as for `build`.
 
     Whole answers are scored where one has several tokens or aliases, where they begin alike, and without candidates.
-    A subject may have several rows, all on one side. ValueError for an empty cell or an injected answer that is right.
+    ValueError for an empty cell or an injected answer that is right.
     """
     check_model(model)
     templates = {

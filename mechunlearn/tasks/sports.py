@@ -67,24 +67,22 @@ def sports_facts(
 ) -> Task:
     """A task that forgets a sport or some athletes and keeps the others of football, baseball and basketball.
 
-    - `forget`: a sport, names, or a number of athletes, the first ones (with `forget_seed`, random ones).
-    - `source`: a table, or the path or address of a CSV file (`sha256` verifies it), with columns athlete and sport.
+    - `forget`: a sport, names, or a number of athletes, the first (random ones with `forget_seed`).
+    - `source`: a table, or the path or address of a CSV file (with its `sha256`), of athlete and sport.
       Default: what the shipped model knows, for its vocabulary; else `authors_athletes`.
-    - `injected`: a sport, a column, or several sports, of which each athlete gets a random wrong one.
-    - `corrupt`: True pairs each prompt with one of as many tokens about another sport, or leaves it out; or a function
-      such as `with_random_subjects`.
-    - `threshold`: keep athletes whose sport has at least this probability (None: is the first choice; 0: all).
+    - `injected`: a sport, a column, or several sports, a random wrong one for each.
+    - `corrupt`: True pairs each prompt with one of as many tokens about another sport, or leaves it out; or a function.
+    - `threshold`: the least probability of an athlete's sport (None: it is the first choice).
     - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
-    - `train`: the share of retained athletes and of a whole sport that is trained on; single athletes are trained on
-      and tested, unless `train_forget` is given. `shuffle=False` trains on the first ones (ICML version, with
-      train_forget=0.5).
-    - `strangers`: athletes whom the model does not know, whom attacks ask about too. Default: of the forgotten sports,
-      those below the threshold; of the shipped model, some that it did not see.
+    - `train`: the share of retained athletes and of a whole sport to train on; single athletes are trained on and
+      tested, unless `train_forget` is given. `shuffle=False` takes the first (ICML version, with 0.5).
+    - `strangers`: athletes whom the model does not know. Default: of the forgotten sports, those below the threshold;
+      of the shipped model, some that it did not see.
     - `prepend_bos`: as for `build`.
 
-    Formats: the paper's one-shot prompt, paraphrases, capitalised answers, multiple choice by letter or in words after
-    0 to 2 examples, with or without a system prompt. Chance is 1/4: three sports and golf. Where all tested athletes
-    have them, "neighbourhood, position" and "neighbourhood, city" (chance 1/3, 1/4) are kept.
+    Formats: the paper's one-shot prompt, paraphrases, capitals, multiple choice by letter or in words, 0 to 2 examples
+    and a system prompt before it. Chance is 1/4: three sports and golf. "neighbourhood, position" (1/3) and
+    "neighbourhood, city" (1/4) are there if all tested athletes have them.
 
     Guo et al. 2025, https://arxiv.org/abs/2410.12949. Cost: 1F per athlete with a threshold.
     """

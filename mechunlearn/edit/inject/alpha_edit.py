@@ -42,9 +42,9 @@ def alpha_edit(
     K and R are those of `memit`. The others:
 
     - P projects onto the directions that text hardly has, so that its outputs hardly change: the eigenvectors of S, the
-      second moment of its keys, with the eigenvalues that `free` takes for none. By default these are the smallest ones
-      that make up a tenth of their sum. The paper takes those below 0.02,
-      `partial(mu.edit.eigenvalues_below, threshold=0.02)`, of which there may be none: it depends on the scale of keys.
+      second moment of its keys, with the eigenvalues that `free` takes for none: by default the smallest ones that make
+      up a tenth of their sum. The paper takes those below 0.02, `partial(mu.edit.eigenvalues_below, threshold=0.02)`;
+      there may be none, by the scale of keys.
     - K_p are the keys, at the subjects' last tokens, of the facts in `keep`, such as those of earlier edits. They stay.
     - `ridge` keeps D small; it is in squared activations, so it depends on the model.
 
@@ -52,9 +52,8 @@ def alpha_edit(
 
     Fang et al. 2025, https://arxiv.org/abs/2410.02355: ridge 1 in their equation and 10 in their code, steps of 0.1 for
     Llama 3 (25) and of 0.5 for GPT-J (25) and GPT-2 XL (20), clamp 0.75; the other defaults suit the shipped model. On
-    contexts see `memit`. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp in place of a
-    solve; and ValueError where `free` takes none or all of the directions, for a `ridge` that is not above
-    0, and for S of too few tokens.
+    contexts see `memit`. Cost and errors: as for `memit`, with an eigendecomposition of d_mlp x d_mlp for a solve; and
+    ValueError where `free` takes none or all directions, for a `ridge` not above 0, and for S of too few tokens.
     """
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}.")

@@ -33,25 +33,24 @@ def memit(
 
         W_out + (w C + K^T K)^-1 K^T R,    w = covariance_weight
 
-    From the lowest MLP to the highest, with these parts measured anew for each:
+    From the lowest MLP up, each with these parts:
 
     - K: a key for each fact, as k in `rome`.
     - R: for each fact what the residual stream after the highest MLP still lacks at the subject's last token, over the
       number of MLPs left. What it should be is found as in `rome`, by a move of the highest MLP's output.
-    - C: the second moment of the keys of text, which counts as w tokens of it. A larger w writes facts less fully and
-      spares other text more.
+    - C: the second moment of the keys of text, which counts as w tokens: a larger w spares it more.
 
-    In models with a norm after the MLP (Gemma 2) moves are added before it, and what the residual stream lacks is taken
-    back through it (`before_post_norm`). Masks of neurons: as in `rome`.
+    With a norm after the MLP (Gemma 2) moves are added before it, and what the residual stream lacks is taken back
+    through it. Masks of neurons: as in `rome`.
 
-    Keys and residual streams are means over all contexts. In the authors' code keys are half that of the bare prompt,
-    half the mean over the prefixed ones, and the residual stream is the bare prompt's alone.
+    Keys and residual streams are means over all contexts; in the authors' code the bare prompt is half of a key, and
+    all of the residual stream.
 
     Meng et al. 2023, https://arxiv.org/abs/2210.07229. `covariance_weight`, `steps` and `clamp` suit the shipped model;
     theirs are 15,000 for GPT-J and 20,000 for GPT-2 XL, 20 to 25 steps, and 0.75. `clamp` and `decay` are relative to
-    the norm of that residual stream. Cost: for each fact the search of `rome` from the highest MLP up, and one F
-    of its contexts for each MLP; for each MLP one solve of d_mlp equations. Errors: as for `rome`, but for its limit to
-    one MLP; and ValueError for a weight that is not above 0.
+    its norm. Cost: for each fact the search of `rome` from the highest MLP up, and one F of its
+    contexts for each MLP; for each MLP one solve of d_mlp equations. Errors: as for `rome`, but for several MLPs,
+    and for a weight not above 0.
     """
     if covariance_weight <= 0:
         raise ValueError(f"covariance_weight must be above 0, got {covariance_weight}.")

@@ -23,14 +23,13 @@ def rome(model: Model, task: Task, mask: ComponentMask, **options: Unpack[Inject
 
         W_out + u m^T / (k . u),    u = C^-1 k
 
-    - k: the subject's key, what W_out reads at its last token, a mean over contexts. One key serves for all: the
-      original mixed two, which can break a model (Gupta et al. 2024, https://arxiv.org/abs/2403.07175).
+    - k: the subject's key, what W_out reads at its last token, a mean over contexts (the original mixed two keys, which
+      can break a model: Gupta et al. 2024, https://arxiv.org/abs/2403.07175).
     - m: the move of the MLP's output there, before a post-norm, that makes the model answer as injected.
-    - C: the second moment of the keys of text, whose outputs this change moves least of all that move k @ W_out by m.
+    - C: the second moment of text's keys, whose outputs this change moves least of all that move k @ W_out by m.
 
     Facts are written one after the other, and may overwrite those with similar keys: for many use `memit`. A mask of
-    neurons changes their rows of W_out alone. Biases and other matrices stay; name `L1MLP.W_out` rather than `L1MLP` to
-    leave them out.
+    neurons changes their rows of W_out alone. Biases and other matrices stay.
 
     Meng et al. 2022, https://arxiv.org/abs/2202.05262, with half the prefixes, six times the steps, and a search to a
     loss of 0.001, not 0.05: on the shipped model paraphrases then follow. `provenance["probabilities"]` are those of

@@ -104,8 +104,8 @@ def relearn(model: Model, task: Task, **options: Unpack[RelearnOptions]) -> Resu
     are trained, nothing else. Gradients are clipped at norm 1.
 
     The curve has, at each step, the learning rate that does best there; the value is its highest point. A rate that
-    diverges counts up to the step where it does. `control` has the same questions about subjects that it does not
-    know, put to the same attacked models: what the attack teaches to say about anybody. Retained facts keep that low.
+    diverges counts up to the step where it does. `control` has the same questions about strangers, put to the same
+    attacked models: what the attack teaches to say about anybody. Retained facts keep that low.
     Where only one answer is forgotten (a whole sport), a model that never knew it may still learn it: attack that too.
 
     Deeb & Roger 2024 (https://arxiv.org/abs/2410.08827) train on relearned facts alone, with Lion, 24 steps of warm-up,

@@ -39,17 +39,16 @@ def compare(
       runs once for each seed; one with `original` gets the original model.
     - `controls`: row -> another model with the same tokenizer, or a function that loads it, such as
       `partial(mu.testbed.load, without="basketball")`.
-    - `results`: a file for finished cells, written by one run at a time. A later call runs only cells without a result.
-      A cell is the same if row, column, seed, model, edit, control, task, the test's own code and the versions are:
-      take a new file if you change what a test calls.
-    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn"); results
-      equal those of a serial run with as many threads.
-    - `load`: with an executor, a function by which each worker loads the model. Controls must then be functions too.
+    - `results`: a file for finished cells; a later call runs only the others. A cell is the same if row, column, seed,
+      model, edit, control, task, the test's own code and the versions are: take a new file if you change what it calls.
+    - `executor`: any `concurrent.futures.Executor`, such as a `ProcessPoolExecutor` (start method "spawn"), for the
+      same results.
+    - `load`: with an executor, the function by which each worker loads the model. Controls must then be functions too.
 
     All is checked before anything runs. A test that raises, gives NaN or changes the model has an error in its cell.
-    Global random numbers are seeded for each cell. Cost: that of the tests, and a copy of the weights on the CPU.
-    ValueError for edits of other weights, names that are taken, another number of edits than seeds, an executor without
-    `load`, and, with `results`, a test whose bound values cannot be told from others (an `object()`).
+    Random numbers are seeded for each cell. Cost: that of the tests, and a copy of the weights on the CPU. ValueError
+    for edits of other weights, names that are taken, too few or many edits for the seeds, an executor without `load`,
+    and, with `results`, a test that is bound to an object without a value.
     """
     metrics = every_format(task) if metrics is None else metrics
     grid = Grid.of(model, task, edits, metrics, seeds, controls or {})

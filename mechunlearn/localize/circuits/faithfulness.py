@@ -169,21 +169,19 @@ def edge_faithfulness(
         r + sum over edges u -> v outside C of (a'_u - a_u)
 
     where r is the residual stream of the circuit's own run, a_u what the source u adds to it there and a'_u what u adds
-    with the output of the `replacement`: the corrupt run's (`resample`), `zero`, `mean_over(reference)`. In m(nothing)
-    the outputs of all sources are replaced; with `resample`, it is the metric of the corrupt run.
+    with the output of the `replacement`. In m(nothing) the outputs of all sources are replaced.
 
-    - "embed" is what enters layer 0: the token embeddings and, in GPT-2, those of positions. It is a source too: with
-      `zero`, destinations outside the circuit see no tokens, and no positions.
-    - As MIB prunes: a head or MLP that no edge of the circuit enters writes its replacement, whatever edges leave it.
+    - "embed" is what enters layer 0: embeddings of tokens and, in GPT-2, positions. It is a source too: with `zero`,
+      destinations outside the circuit see neither.
+    - As MIB prunes: a head or MLP that no edge of the circuit enters writes its replacement.
     - Edges are those of `edge_attribution_patching`. In Gemma 2 a norm follows attention: there v reads what the norm
       makes of the layer's heads, those with a removed edge to v replaced; one such edge has its `edge_patching` effect.
     - `sizes` are shares of the number of edges scored (without scores, of all edges). Edges without a score always
       carry the circuit's own run.
-    - Edges on no path from the embedding to the logits change nothing, but count in a circuit's size.
+    - Edges on no path from the embedding to the logits count in a circuit's size too.
 
-    Cost: 2F, and for each circuit two forwards in which every destination's input is computed anew. `batch_size` counts
-    rows; memory: what the sources add to the residual stream in each row. ValueError as for `faithfulness`, and for
-    edges that the model does not have.
+    Cost: 2F, and for each circuit two forwards in which every destination's input is computed anew; memory: what the
+    sources add to the residual stream in each row. ValueError as for `faithfulness`, and for missing edges.
 
     Mueller et al. 2025, https://arxiv.org/abs/2504.13151; Hanna et al. 2024, https://arxiv.org/abs/2403.17806.
     """
