@@ -2,11 +2,10 @@
 
 from mechunlearn.edit.arithmetic import combined, dampened, learned_further, mean_ablated, scaled, task_vector, zeroed
 from mechunlearn.edit.finetuning import finetune, ft_l
-from mechunlearn.edit.inject.alpha_edit import alpha_edit
 from mechunlearn.edit.inject.facts import generated_prefixes
 from mechunlearn.edit.inject.keys import KeyCovariance, key_covariance
-from mechunlearn.edit.inject.memit import memit
-from mechunlearn.edit.inject.rome import rome
+from mechunlearn.edit.inject.mass_editing import alpha_edit, memit
+from mechunlearn.edit.inject.rank_one import rome
 from mechunlearn.edit.inject.solving import eigenvalues_below, smallest_eigenvalues
 from mechunlearn.edit.learned_masks import LearnedMask
 from mechunlearn.edit.low_rank import lora
