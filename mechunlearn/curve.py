@@ -1,6 +1,5 @@
 """Curves of a quantity over layers, steps or another axis, with one value per prompt at each point."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from mechunlearn.intervals import bootstrap, bounded
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from plotly.graph_objects import Figure
 
 
 LAYERS = "residual stream that enters layer"
@@ -55,21 +53,3 @@ class Curve:
         shown = ", ".join(f"{point}: {value:.3g}" for point, value in zip(self.points, self.mean.tolist(), strict=True))
         chance = "" if self.chance is None else f"; chance {self.chance:.3g}"
         return f"Curve({self.unit}, {len(self.per_prompt)} prompts; {shown}{chance})"
-
-
-def lines(curves: Mapping[str, Curve], *, title: str = "") -> "Figure":
-    """One line per curve, all of one unit, with bands of 95 % intervals and dotted lines at chance."""
-    import plotly.graph_objects as go
-    from plotly.colors import qualitative
-
-    figure = go.Figure()
-    for (name, curve), color in zip(curves.items(), qualitative.Plotly * len(curves), strict=False):
-        ends, x = curve.interval(), list(curve.points)
-        band = {"x": x + x[::-1], "y": [*ends["high"], *ends["low"][::-1]], "line": {"width": 0}}
-        figure.add_scatter(**band, fill="toself", fillcolor=color, opacity=0.2, hoverinfo="skip", showlegend=False)
-        figure.add_scatter(x=x, y=ends["value"], name=name, mode="lines+markers", line={"color": color})
-        if curve.chance is not None:
-            figure.add_hline(y=curve.chance, line_dash="dot", line_color=color)
-    first = next(iter(curves.values()))
-    figure.update_layout(title=title, template="plotly_white", showlegend=True, yaxis_title=first.unit)
-    return figure.update_xaxes(title=first.axis, type="category")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from mechunlearn.auditing import words
 from mechunlearn.auditing.findings import EDIT, NEVER_KNEW, ORIGINAL, Finding, findings, way_of, worst_case
 from mechunlearn.auditing.plans import Plan, quick
+from mechunlearn.components.plot import INK, ON_A_PAGE, dressed, looks, shown, whiskers
 from mechunlearn.evaluate.grid.comparing import compare
 from mechunlearn.evaluate.grid.rows import checked_edits
-from mechunlearn.evaluate.report.figures import INK, dressed, looks, shown, whiskers
 from mechunlearn.evaluate.report.page import View, results_table, write_page
 from mechunlearn.evaluate.report.report import Report
 from mechunlearn.evaluate.report.tradeoffs import damage_tests, forget_tests
@@ -173,17 +173,17 @@ class Audit:
 
         order = [finding.test for way in words.WAYS for finding in self.findings if way_of(finding.kind) == way]
         tests, figure = list(dict.fromkeys(order)), go.Figure()
-        for row, look in looks(self.report.weights).items():
+        for row, look in looks(self.report.weights, first=0).items():
             known = {finding.test: finding.left for finding in self.findings if finding.row == row}
             left = {test: known[test] for test in tests if row != ORIGINAL and not isnan(known[test].value)}
             if left:
                 points = {"x": [one.value for one in left.values()], "y": [shown(test) for test in left]}
-                ends = whiskers([*left.values()], width=2, color=look.color)
+                ends = whiskers([(one.value, one.low, one.high) for one in left.values()], color=look.color)
                 marker = {"color": look.color, "symbol": look.symbol, "size": 9}
                 figure.add_scatter(**points, name=shown(row), mode="markers", marker=marker, error_x=ends)
         for place in (0, 1):
             figure.add_vline(x=place, line={"color": INK, "width": 1, "dash": "dot"})
-        dressed(figure, title=title, height=130 + 24 * len(tests))
+        dressed(figure, title=title, height=130 + 24 * len(tests), **ON_A_PAGE)
         figure.update_xaxes(title="fraction of the knowledge left")
         labels = [shown(test) for test in reversed(tests)]
         return figure.update_yaxes(categoryorder="array", categoryarray=labels)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
 from mechunlearn.components.mask import ComponentMask
-from mechunlearn.components.plot import signed_heat_map
+from mechunlearn.components.plot import signed_heat_map, titled
 from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
 from mechunlearn.files import Saved
 
@@ -180,21 +180,23 @@ class EdgeScores(Mapping[Edge, float], Saved):
         return graph
 
     def plot(self) -> "Figure":
-        """Source x destination heat map; red is negative, blue positive, grey no edge."""
-        title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
-        unit = self.metric.replace("_", " ")
+        """Source x destination heat map; orange is negative, blue positive, grey no edge."""
+        title, unit = titled(self.method, self.metric, self.n_prompts)
         rows, columns = (self.scored.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
         values = self.tensor.double().masked_fill(~self.scored, torch.nan)[rows][:, columns].tolist()
-        axes = {"xaxis": {"title": "destination"}, "yaxis": {"title": "source", "autorange": "reversed"}}
-        size = {"width": 300 + 12 * min(len(columns), 100), "height": 200 + 12 * min(len(rows), 70)}
-        return signed_heat_map(
+        figure = signed_heat_map(
             [[None if value != value else value for value in row] for row in values],
             [str(destinations(self.shape)[column]) for column in columns],
             [str(sources(self.shape)[row]) for row in rows],
             unit=unit,
             hover="%{y}->%{x}: %{z:.4g} " + unit,
-            layout={"title": title, "plot_bgcolor": "#eee"} | axes | size,
+            title=title,
+            width=300 + 12 * min(len(columns), 100),
+            height=200 + 12 * min(len(rows), 70),
+            plot_bgcolor="#eee",
         )
+        figure.update_xaxes(title="destination")
+        return figure.update_yaxes(title="source", autorange="reversed")
 
     def __getitem__(self, edge: Edge | str) -> float:
         place = place_of(edge, self.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.components.component import Component, Cover, ModelShape, resolve
 from mechunlearn.components.mask import ComponentMask
-from mechunlearn.components.plot import heat_map, signed_heat_map
+from mechunlearn.components.plot import heat_map, signed_heat_map, titled
 from mechunlearn.files import Saved
 from mechunlearn.intervals import bootstrap, bootstrap_of_others
 
@@ -160,9 +160,9 @@ class ComponentScores(Mapping[Component, float], Saved):
         return frame.sort_values("score", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> "Figure":
-        """Layer x component heat map; red is negative, blue positive."""
-        title = f"{self.method}, {self.metric}" + (f", {self.n_prompts} prompts" if self.n_prompts else "")
-        return heat_map(self, title=title, unit=self.metric.replace("_", " "))
+        """Layer x component heat map; orange (with a minus) is negative, blue positive."""
+        title, unit = titled(self.method, self.metric, self.n_prompts)
+        return heat_map(self, title=title, unit=unit)
 
     def __getitem__(self, component: Component | str) -> float:
         wanted = Component.parse(component) if isinstance(component, str) else component
@@ -262,14 +262,12 @@ class PositionScores(Saved):
         return pd.DataFrame(self.tensor.numpy(), index=index, columns=list(self.positions))
 
     def plot(self) -> "Figure":
-        """Component x position heat map; red is negative, blue positive."""
-        unit, labels = self.metric.replace("_", " "), [str(component) for component in self.components]
-        hover = "%{y}, %{x}: %{z:.4g} " + unit
-        title = f"{self.method}, {self.metric}, {len(self.per_prompt)} prompts"
+        """Component x position heat map; orange (with a minus) is negative, blue positive."""
+        (title, unit), labels = titled(self.method, self.metric, len(self.per_prompt)), list(map(str, self.components))
         size = {"width": 320 + 70 * len(self.positions), "height": 220 + 18 * len(self.components)}
-        look = {"unit": unit, "hover": hover, "layout": {"title": title} | size}
+        look: dict[str, Any] = {"unit": unit, "hover": "%{y}, %{x}: %{z:.4g} " + unit, "title": title} | size
         figure = signed_heat_map(self.tensor.tolist(), self.positions, labels, **look)
-        return figure.update_yaxes(autorange="reversed")
+        return figure.update_xaxes(title="position").update_yaxes(autorange="reversed")
 
     def __repr__(self) -> str:
         sizes = f"{len(self.components)} components x {len(self.positions)} positions, {len(self.per_prompt)} prompts"

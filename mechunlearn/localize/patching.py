@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mechunlearn.arguments import check, check_functions, chosen_components
 from mechunlearn.components import Component, ComponentMask, Components, ComponentScores, ModelShape, PositionScores
+from mechunlearn.components.plot import FIRST, dressed, titled, whiskers
 from mechunlearn.files import Saved
 from mechunlearn.identity import described, name_of
 from mechunlearn.intervals import bootstrap
@@ -271,11 +272,10 @@ class SetEffects(Mapping[str, float], Saved):
         import plotly.graph_objects as go
 
         ends = self.interval()
-        up, down = ends["high"] - ends["effect"], ends["effect"] - ends["low"]
-        error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
-        title = f"{self.method}, {len(self.per_prompt)} prompts"
-        figure = go.Figure(go.Bar(x=list(ends.index), y=ends["effect"], error_y=error))
-        return figure.update_layout(title=title, template="plotly_white", yaxis_title=self.metric.replace("_", " "))
+        error = whiskers(ends[["effect", "low", "high"]].itertuples(index=False))
+        title, unit = titled(self.method, self.metric, len(self.per_prompt))
+        figure = go.Figure(go.Bar(x=list(ends.index), y=ends["effect"], error_y=error, marker_color=FIRST.color))
+        return dressed(figure, title=title).update_yaxes(title=unit)
 
     def __getitem__(self, name: str) -> float:
         return dict(zip(self.sets, self.tensor.tolist(), strict=True))[name]

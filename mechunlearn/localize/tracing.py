@@ -335,15 +335,15 @@ class CausalTrace(Saved):
         return self.kinds[0] if kind is None else kind
 
     def _titled(self, kind: str) -> str:
-        return kind if kind == "residual" else f"{kind}, windows of {self.settings.get('window')} layers"
+        windows = "" if kind == "residual" else f", windows of {self.settings.get('window')} layers"
+        return f"causal tracing: {kind}{windows}"
 
     def _heat_map(self, values: Float[Tensor, "layer row"], rows: list[str], title: str) -> "Figure":
         unit, layers = f"indirect effect, {self.metric.replace('_', ' ')}", list(range(self.shape.n_layers))
-        hover = "layer %{x}, %{y}: %{z:.4g}"
-        size = {"width": 420 + 30 * self.shape.n_layers, "height": max(360, 150 + 25 * len(rows))}
-        axes = {"xaxis": {"title": "layer"}, "yaxis": {"autorange": "reversed"}}
-        layout = {"title": title} | size | axes
-        return signed_heat_map(values.T.tolist(), layers, rows, unit=unit, hover=hover, layout=layout)
+        look: dict[str, Any] = {"unit": unit, "hover": "layer %{x}, %{y}: %{z:.4g}", "title": title}
+        look |= {"width": 420 + 30 * min(self.shape.n_layers, 20), "height": max(360, 150 + 25 * len(rows))}
+        figure = signed_heat_map(values.T.tolist(), layers, rows, **look)
+        return figure.update_xaxes(title="layer").update_yaxes(autorange="reversed")
 
     def __repr__(self) -> str:
         clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())

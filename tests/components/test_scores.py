@@ -234,8 +234,13 @@ def test_the_plot_puts_each_score_in_its_cell() -> None:
     assert list(heat.y) == ["L0", "L1", "L2"]
     assert [list(row) for row in heat.z] == [[0.5, None, -3.0], [None, 2.0, None], [None, None, 1.0]]
     assert (heat.zmin, heat.zmid, heat.zmax) == (-3, 0, 3)
-    assert figure.layout.title.text == "method, metric"
+    assert figure.layout.title.text == "method: metric"
 
 
 def test_repr_shows_the_strongest() -> None:
     assert "method, metric; 4 components; L0MLP: -3, L1H1: +2, L2MLP: +1, L0H0: +0.5" in repr(FOUR)
+
+
+def test_negative_cells_bear_a_minus_that_survives_print() -> None:
+    heat = FOUR.plot().data[0]
+    assert [list(row) for row in heat.text] == [["", "", "–"], ["", "", ""], ["", "", ""]]

@@ -150,7 +150,7 @@ def test_any_traced_kind_is_plotted_and_others_are_refused_by_name(llama):
     values = trace.by_role.nanmean(0)
     for figure, place in ((trace.plot(), 0), (trace.plot("ATTN"), 0), (trace.plot("residual"), 1)):
         assert torch.equal(torch.tensor(figure.data[0].z, dtype=torch.float64), values[place].T)
-    assert trace.plot().layout.title.text.startswith("ATTN, windows of 2 layers: clean")
+    assert trace.plot().layout.title.text.startswith("causal tracing: ATTN, windows of 2 layers: clean")
     for plot in (trace.plot, lambda kind: trace.plot_prompt(0, kind)):
         with pytest.raises(ValueError, match=r"expected a kind that was traced \(ATTN, residual\), got 'MLP'"):
             plot("MLP")

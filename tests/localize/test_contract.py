@@ -5,6 +5,7 @@ neither batches, nor the side of the padding, nor the order of the prompts or th
 """
 
 import inspect
+import json
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import mechunlearn as mu
 from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores, PositionScores
+from mechunlearn.components.plot import INK
 from mechunlearn.localize import (
     CausalTrace,
     FactLookup,
@@ -274,12 +276,24 @@ def test_a_localization_keeps_its_contract(every_model: Any, name: str):
     assert len(rows) == 6 if contract.shuffled else 1
     assert torch.isfinite(rows).all()
     assert float(rows.abs().max()) > 1e-3
+    if contract.kind not in (Verified, Tensor):
+        assert_dressed(result.plot())
     other = tiny.prompts(model, padding="left")[ORDER]
     again = contract.rows(contract.call(model, other, **in_batches(contract, 4)))
     assert_close(rows[ORDER] if contract.shuffled else rows, again)
     if contract.alone:
         shortest = contract.rows(contract.call(model, tiny.prompts(model)[[0]]))
         assert_close(rows[:1], shortest)
+
+
+def assert_dressed(figure: Any) -> None:
+    """It says what it shows, and in what unit; it has the look of all figures, and fits a notebook."""
+    layout = json.loads(figure.to_json())["layout"]
+    assert layout["title"]["text"]
+    assert layout["font"]["color"] == INK
+    assert layout.get("width", 0) <= 1600
+    assert any(layout[name].get("title") for name in layout if name.startswith(("xaxis", "yaxis")))
+    assert all("_" not in layout[name].get("title", {}).get("text", "") for name in layout if "axis" in name)
 
 
 def assert_close(found: Tensor, other: Tensor) -> None:

@@ -1,32 +1,19 @@
 """The plots of a report: bars of shares, curves along budgets and layers, and how they look."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from html import escape
 from math import isnan
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mechunlearn.components.plot import INK, ON_A_PAGE, Look, add_line, dressed, is_new, looks, shown, whiskers
 from mechunlearn.curve import LAYERS
-from mechunlearn.evaluate.fractions import Fraction
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report.frames import Grouped, by_row_and_test, curve_over_seeds, first_results, pooled_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
-
-
-INK, FAINT = "#333333", "#e4e4e4"
-
-
-class Look(NamedTuple):
-    """How a row is drawn."""
-
-    color: str
-    symbol: str
-    dash: str
 
 
 class Point(NamedTuple):
@@ -36,14 +23,6 @@ class Point(NamedTuple):
     low: float
     high: float
 
-
-# Okabe & Ito 2008 (colours that the colour-blind tell apart), after a grey for the first row, the original; no yellow,
-# which white paper swallows; then dark ones of Tol 2021. Symbols and dashes tell rows apart without colour.
-_GREY, _OKABE = "#6b6b6b", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a")
-_TOL = ("#332288", "#999933", "#882255", "#000000")
-_COLORS = (_GREY, *_OKABE, *_TOL)
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "cross")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 _THICK = 13
 """Pixels of one bar."""
@@ -67,14 +46,14 @@ def bars(cells: Sequence[Cell], panels: Mapping[str, Mapping[str, str]], *, titl
     names = [f"{panel} (share)" for panel in panels]
     figure = make_subplots(1, max(1, len(panels)), subplot_titles=names if len(panels) > 1 else None)
     numbers = pooled_frame(cell for cell in cells if any(cell.test in tests for tests in panels.values()))
-    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    styles = looks(dict.fromkeys(cell.row for cell in cells), first=0)
     for column, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
             figure.add_bar(**_bars(numbers, row, tests, look), showlegend=column == 1, row=1, col=column)
         _add_chance(figure, numbers, tests, column)
     most = max((len(tests) for tests in panels.values()), default=1)
     height = 130 + 18 * len(styles) // 3 + most * (len(styles) * _THICK + 14)
-    dressed(figure, title=title, height=height, barmode="group", bargap=0.14)
+    dressed(figure, title=title, height=height, barmode="group", bargap=0.14, **ON_A_PAGE)
     return figure.update_xaxes(range=[0, 1.05], title="share").update_yaxes(autorange="reversed")
 
 
@@ -88,7 +67,7 @@ def _bars(numbers: "DataFrame", row: str, tests: Mapping[str, str], look: Look) 
     named = {"name": shown(row), "legendgroup": row, "orientation": "h", "marker": {"color": look.color}}
     text = "%{y}: %{x:.3f}<extra>" + shown(row) + "</extra>"
     names = [shown(name, 17) for name in tests.values()]
-    return {**named, "x": values, "y": names, "error_x": whiskers(points, width=2), "hovertemplate": text}
+    return {**named, "x": values, "y": names, "error_x": whiskers(points), "hovertemplate": text}
 
 
 def _add_chance(figure: "Figure", numbers: "DataFrame", tests: Mapping[str, str], column: int) -> None:
@@ -121,7 +100,7 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
     from plotly.subplots import make_subplots
 
     figure = make_subplots(max(1, len(tests)), 1, subplot_titles=tests if len(tests) > 1 else None)
-    styles = looks(dict.fromkeys(cell.row for cell in cells))
+    styles = looks(dict.fromkeys(cell.row for cell in cells), first=0)
     grouped = by_row_and_test(cells)
     for place, test in enumerate(tests, 1):
         for row, look in styles.items():
@@ -129,7 +108,7 @@ def curves(cells: Sequence[Cell], tests: Sequence[str], *, title: str = "") -> "
             _add_control(figure, [control for cell in same if (control := _control(cell))], look, place)
             _add_line(figure, same, look, place)
         _add_axes(figure, grouped, test, place)
-    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + 320 * len(tests))
+    return dressed(figure, title=title, height=110 + 18 * len(styles) // 3 + 320 * len(tests), **ON_A_PAGE)
 
 
 def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
@@ -138,14 +117,7 @@ def _add_line(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -
         return
     ends, row = curve_over_seeds(drawn), drawn[0].row
     x, high, low = list(ends.index), list(ends["high"]), list(ends["low"])
-    where = {"row": place, "col": 1, "legendgroup": row}
-    area = {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": look.color, "line": {"width": 0}}
-    figure.add_scatter(**area, opacity=0.15, hoverinfo="skip", showlegend=False, mode="lines", **where)
-    line = {"color": look.color, "dash": look.dash, "width": 2}
-    marker = {"symbol": look.symbol, "size": 8, "color": look.color}
-    shared = {"name": shown(row), "showlegend": is_new(figure, row), "mode": "lines+markers"}
-    text = "%{x}: %{y:.3f}<extra>" + shown(row) + "</extra>"
-    figure.add_scatter(x=x, y=ends["value"], line=line, marker=marker, hovertemplate=text, **shared, **where)
+    add_line(figure, row, look, x, ends["value"], low, high, row=place, col=1)
 
 
 def _add_control(figure: "Figure", cells: Sequence[Cell], look: Look, place: int) -> None:
@@ -179,45 +151,3 @@ def _add_axes(figure: "Figure", grouped: Grouped, test: str, place: int) -> None
     bounded = bool(all(float(c.per_prompt.min()) >= 0 and float(c.per_prompt.max()) <= 1 for c in shown_curves))
     unit = shown(shown_curves[0].unit, 32)  # on its side, in the height of one panel
     figure.update_yaxes(title=unit, range=[0, 1.05] if bounded else None, row=place, col=1)
-
-
-def looks(rows: Iterable[str]) -> dict[str, Look]:
-    """Row -> how it is drawn."""
-    return {
-        row: Look(_COLORS[i % len(_COLORS)], _SYMBOLS[i % len(_SYMBOLS)], _DASHES[i % len(_DASHES)])
-        for i, row in enumerate(rows)
-    }
-
-
-def shown(text: str, width: int = 0) -> str:
-    """Text for plotly, with its tags escaped and lines broken at `width` characters."""
-    return "<br>".join(map(escape, wrap(text, width))) if width else escape(text)
-
-
-def whiskers(points: Sequence[Point | Fraction], *, width: int, color: str = INK) -> dict[str, Any]:
-    """The intervals of points, as plotly draws them."""
-    ends = {"array": [p.high - p.value for p in points], "arrayminus": [p.value - p.low for p in points]}
-    return {"type": "data", "symmetric": False, "thickness": 1, "width": width, "color": color} | ends
-
-
-def is_new(figure: "Figure", row: str) -> bool:
-    """Whether no trace has this name yet, so that it is in the legend once."""
-    return not any(True for _ in figure.select_traces({"name": shown(row)}))
-
-
-def dressed(figure: "Figure", *, title: str = "", height: int = 420, **layout: Any) -> "Figure":
-    """The figure with fonts, grid, and a legend below that takes its own room; a finger on it scrolls the page."""
-    figure.update_layout(
-        title={"text": shown(title), "font": {"size": 15}} if title else None,
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        height=height,
-        margin={"l": 10, "r": 16, "t": 50 if title else 28, "b": 10},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
-        | {"font": {"size": 12}},
-        showlegend=True,
-        dragmode=False,
-        **layout,
-    )
-    figure.update_xaxes(gridcolor=FAINT, zerolinecolor=FAINT, automargin=True)
-    return figure.update_yaxes(gridcolor=FAINT, zerolinecolor=FAINT, automargin=True)

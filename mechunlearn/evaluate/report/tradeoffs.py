@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from math import log10
 from typing import TYPE_CHECKING, Any
 
+from mechunlearn.components.plot import INK, ON_A_PAGE, Look, dressed, is_new, looks, shown, whiskers
 from mechunlearn.evaluate.grid.cells import Cell
 from mechunlearn.evaluate.report import figures, frames
-from mechunlearn.evaluate.report.figures import INK, Look, Point, shown
+from mechunlearn.evaluate.report.figures import Point
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -49,12 +50,12 @@ def sizes(
     panels = {"knowledge left": tuple(forgetting)} | {test: (test,) for test in damage}
     figure = make_subplots(len(panels), 1, subplot_titles=[shown(name) for name in panels], vertical_spacing=0.1)
     grouped, first = frames.by_row_and_test(cells), frames.first_results(cells)
-    styles = figures.looks(dict.fromkeys(cell.row for cell in cells))
+    styles = looks(dict.fromkeys(cell.row for cell in cells), first=0)
     for place, tests in enumerate(panels.values(), 1):
         for row, look in styles.items():
             left = _mean(grouped, row, tests)
             if left is not None and weights.get(row):
-                _add_point(figure, row, look, Point(weights[row], weights[row], weights[row]), left, place)
+                _add_point(figure, row, look, Point(*[float(weights[row])] * 3), left, place)
         original = _mean(grouped, "original", tests)
         if original is not None:
             line, label = {"dash": "dash", "width": 1, "color": INK}, {"text": "original", "font": {"size": 11}}
@@ -62,7 +63,7 @@ def sizes(
         result = first[tests[0]]
         figure.update_yaxes(title="" if result is None else shown(result.unit or result.sense), row=place, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=1)
-    figures.dressed(figure, title=title, height=120 + 18 * len(styles) // 3 + 250 * len(panels))
+    dressed(figure, title=title, height=120 + 18 * len(styles) // 3 + 250 * len(panels), **ON_A_PAGE)
     figure.update_xaxes(**_size_axis([count for count in weights.values() if count]))
     return figure.update_xaxes(title="edited weights", row=len(panels), col=1)
 
@@ -72,14 +73,14 @@ def pareto(cells: Sequence[Cell], forgetting: Sequence[str], damage: str, *, tit
     import plotly.graph_objects as go
 
     figure, points = go.Figure(), tradeoffs(cells, forgetting, damage)
-    styles = figures.looks(dict.fromkeys(cell.row for cell in cells))
+    styles = looks(dict.fromkeys(cell.row for cell in cells), first=0)
     for row, (harm, left) in points.items():
         _add_point(figure, row, styles[row], harm, left)
     best = sorted(front({row: (harm.value, left.value) for row, (harm, left) in points.items()}))
     line = {"color": INK, "dash": "dot", "width": 1.5, "shape": "hv"}
     x, y = [harm for harm, _ in best], [left for _, left in best]
     figure.add_scatter(x=x, y=y, name="Pareto front", mode="lines", line=line, hoverinfo="skip")
-    figures.dressed(figure, title=title, height=400 + 18 * len(styles) // 3)
+    dressed(figure, title=title, height=400 + 18 * len(styles) // 3, **ON_A_PAGE)
     figure.update_yaxes(title="knowledge left (share)", rangemode="tozero")
     result = frames.first_results(cells)[damage]
     assert result is not None
@@ -126,9 +127,9 @@ def _harm(grouped: frames.Grouped, row: str, damage: str) -> Point | None:
 
 def _add_point(figure: "Figure", row: str, look: Look, x: Point, y: Point, place: int | None = None) -> None:
     marker = {"color": look.color, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": "white"}}
-    named = {"name": shown(row), "legendgroup": row, "showlegend": figures.is_new(figure, row)}
+    named = {"name": shown(row), "legendgroup": row, "showlegend": is_new(figure, row)}
     text = "%{x:.4g}, %{y:.3f}<extra>" + shown(row) + "</extra>"
-    ends = {f"error_{axis}": figures.whiskers([one], width=3, color=look.color) for axis, one in (("x", x), ("y", y))}
+    ends = {f"error_{axis}": whiskers([one], width=3, color=look.color) for axis, one in (("x", x), ("y", y))}
     point = {"x": [x.value], "y": [y.value], **ends}
     where = {} if place is None else {"row": place, "col": 1}
     figure.add_scatter(**point, **named, mode="markers", marker=marker, hovertemplate=text, **where)

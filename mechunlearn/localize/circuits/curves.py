@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import ComponentMask, ComponentScores, EdgeMask, EdgeScores
+from mechunlearn.components.plot import add_line, dressed, looks, shown
 from mechunlearn.files import Saved
 from mechunlearn.intervals import ends, resampled
 
@@ -129,23 +130,19 @@ class Faithfulness(Saved):
     def plot(self) -> "Figure":
         """Faithfulness over size with 95 % intervals, and dotted what is left without; random circuits are grey."""
         import plotly.graph_objects as go
-        from plotly.colors import qualitative
 
         figure, frame = go.Figure(), self.to_frame()
-        for place, (name, members) in enumerate(self._members.items()):
-            rows, is_random = frame.iloc[members], name.startswith("random ")
-            color = "lightgrey" if is_random else qualitative.Plotly[place % len(qualitative.Plotly)]
-            line = {"x": rows["share"], "legendgroup": name, "line": {"color": color}}
-            if not is_random:
-                edge = [*rows["faithfulness_low"], *rows["faithfulness_high"][::-1]]
-                band = {"x": [*rows["share"], *rows["share"][::-1]], "y": edge, "line": {"width": 0}}
-                figure.add_scatter(**band, fill="toself", fillcolor=color, opacity=0.2, showlegend=False)
-            figure.add_scatter(**line, y=rows["faithfulness"], name=name, mode="lines+markers")
-            dotted = line | {"line": {"color": color, "dash": "dot"}}
-            figure.add_scatter(**dotted, y=rows["left"], name=f"without {name}", mode="lines", visible="legendonly")
-        title = f"{self.metric}, {len(self.whole)} prompts, {self.settings.get('replacement', '')}"
-        axes = {"xaxis": {"title": f"share of all {self._unit}"}, "yaxis": {"title": "faithfulness"}}
-        return figure.update_layout({"title": title, "template": "plotly_white"} | axes)
+        for name, look in looks(self._members).items():
+            rows = frame.iloc[self._members[name]]
+            look = look._replace(color="lightgrey") if name.startswith("random ") else look
+            x, ends = list(rows["share"]), (rows["faithfulness_low"], rows["faithfulness_high"])
+            add_line(figure, name, look, x, rows["faithfulness"], *ends)
+            dotted = {"line": {"color": look.color, "dash": "dot"}, "mode": "lines", "visible": "legendonly"}
+            figure.add_scatter(x=x, y=rows["left"], name=f"without {shown(name)}", legendgroup=name, **dotted)
+        replaced = self.settings.get("replacement", "")
+        title = f"faithfulness: {self.metric.replace('_', ' ')}, {len(self.whole)} prompts, {replaced}"
+        dressed(figure, title=title).update_xaxes(title=f"share of all {self._unit}")
+        return figure.update_yaxes(title="faithfulness (share of the model's)")
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr, self.cmd

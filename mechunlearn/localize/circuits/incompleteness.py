@@ -12,6 +12,7 @@ from torch import Tensor
 from mechunlearn.arguments import check
 from mechunlearn.components import ComponentMask, Components, EdgeMask
 from mechunlearn.components.edge import edges_where
+from mechunlearn.components.plot import FIRST, INK, dressed
 from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap, ends, resampled
@@ -162,12 +163,12 @@ class Incompleteness(Saved):
 
         x, y = self.circuit_without.mean(0).tolist(), self.model_without.mean(0).tolist()
         span = [min(x + y), max(x + y)]
-        figure = go.Figure(go.Scatter(x=span, y=span, mode="lines", line={"dash": "dot", "color": "grey"}))
-        figure.add_scatter(x=x, y=y, text=list(self.names), mode="markers")
-        axes = {"xaxis": {"title": f"circuit without K, {self.metric}"}}
-        axes |= {"yaxis": {"title": f"model without K, {self.metric}"}}
-        title = f"{len(self.circuit)} {self._unit}, {len(self.circuit_without)} prompts"
-        return figure.update_layout({"title": title, "template": "plotly_white", "showlegend": False} | axes)
+        figure = go.Figure(go.Scatter(x=span, y=span, mode="lines", line={"dash": "dot", "color": INK}))
+        figure.add_scatter(x=x, y=y, text=list(self.names), mode="markers", marker_color=FIRST.color)
+        unit = self.metric.replace("_", " ")
+        title = f"incompleteness: {len(self.circuit)} {self._unit}, {len(self.circuit_without)} prompts"
+        dressed(figure, title=title, showlegend=False).update_xaxes(title=f"circuit without K, {unit}")
+        return figure.update_yaxes(title=f"model without K, {unit}")
 
     def __repr__(self) -> str:
         low, high = self.interval()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check, chosen_components
 from mechunlearn.components import Component, ComponentMask, ComponentScores, ModelShape, heads, mlps
-from mechunlearn.curve import Curve, lines
+from mechunlearn.components.plot import FIRST, INK, dressed, lines, whiskers
+from mechunlearn.curve import Curve
 from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.localize.paths import Receivers, path_patching
@@ -304,7 +305,7 @@ class FactLookup(Saved):
 
         panels = (["probes"] if self.curves else []) + list(self.scores)
         figure = make_subplots(rows=len(panels), cols=1, subplot_titles=panels)
-        dashed: Any = partial(figure.add_hline, line_dash="dash", line_color="grey", col=1)  # type: ignore[arg-type]
+        dashed: Any = partial(figure.add_hline, line={"dash": "dash", "width": 1, "color": INK}, col=1)  # type: ignore[arg-type]
         if self.curves:
             figure.add_traces(lines(self.curves).data, rows=1, cols=1)
             figure.update_xaxes(type="category", title="residual stream that enters layer", row=1, col=1)
@@ -312,14 +313,15 @@ class FactLookup(Saved):
                 dashed(y=self.findings["chance"] + self.findings["rise"], row=1)
         for row, (name, scores) in enumerate(self.scores.items(), start=1 + bool(self.curves)):
             ends = scores.interval()
-            up, down = ends["high"] - ends["score"], ends["score"] - ends["low"]
-            error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0}
-            figure.add_bar(x=list(ends.index), y=ends["score"], error_y=error, name=name, row=row, col=1)
+            error = whiskers(ends[["score", "low", "high"]].itertuples(index=False), width=0)
+            bars = {"x": list(ends.index), "y": ends["score"], "error_y": error, "showlegend": False}
+            figure.add_bar(**bars, name=name, marker_color=FIRST.color, row=row, col=1)
+            figure.update_yaxes(title=scores.metric.replace("_", " "), row=row, col=1)
             if name == "mlps" and "threshold" in self.findings:
                 for sign in (1, -1):
                     dashed(y=sign * self.findings["threshold"], row=row)
         shown = ", ".join(str(component) for component in self.mask) or "none"
-        return figure.update_layout(title=f"{self.method}: {shown}", template="plotly_white", height=340 * len(panels))
+        return dressed(figure, title=f"{self.method.replace('_', ' ')}: {shown}", height=340 * len(panels))
 
     def __repr__(self) -> str:
         shown = dict(self.findings)

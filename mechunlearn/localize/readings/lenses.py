@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
-from mechunlearn.curve import Curve, lines
+from mechunlearn.components.plot import lines
+from mechunlearn.curve import Curve
 from mechunlearn.model import Model, preserved, shape
 from mechunlearn.model.running import unembedded
 from mechunlearn.model.suffix import Run, base_run

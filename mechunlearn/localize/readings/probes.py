@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.arguments import check_batch_size, check_functions
-from mechunlearn.curve import Curve, lines
+from mechunlearn.components.plot import lines
+from mechunlearn.curve import Curve
 from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, shape
 from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
