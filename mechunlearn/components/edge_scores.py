@@ -14,7 +14,7 @@ from mechunlearn.components.component import Component, ModelShape
 from mechunlearn.components.edge import Edge, destinations, edge_mask, edges_where, mask_of, place_of, sources
 from mechunlearn.components.mask import ComponentMask
 from mechunlearn.components.plot import signed_heat_map, titled
-from mechunlearn.components.scores import ComponentScores, count_of, interval_frame
+from mechunlearn.components.scores import ComponentScores, count_of, interval_frame, resolved
 from mechunlearn.files import Saved
 
 if TYPE_CHECKING:
@@ -90,6 +90,14 @@ class EdgeScores(Mapping[Edge, float], Saved):
         """How many prompts the scores are means over, where that is known."""
         return None if self.per_prompt is None else len(self.per_prompt)
 
+    @property
+    def resolution(self) -> float | None:
+        """The smallest score that exact patching of a half-precision model tells from rounding; else None.
+
+        As `ComponentScores.resolution`.
+        """
+        return self.settings.get("resolution")
+
     def top(
         self,
         *,
@@ -140,6 +148,7 @@ class EdgeScores(Mapping[Edge, float], Saved):
         chosen = tuple(end for end in (sources(self.shape)[row] for row in rows) if isinstance(end, Component))
         per_prompt = None if self.per_prompt is None else self.per_prompt.sum(-1)[:, rows]
         settings = dict(self.settings) | {"summed over": f"{int(self.scored.sum())} edges"}
+        settings.pop("resolution", None)  # a sum has more rounding than its parts
         total = self.tensor.sum(-1)[rows]
         return ComponentScores(chosen, total, self.shape, self.method, self.metric, settings, per_prompt)
 
@@ -217,7 +226,7 @@ class EdgeScores(Mapping[Edge, float], Saved):
         order = torch.sort(self.values_in_order.abs(), descending=True, stable=True).indices[:5].tolist()
         shown = ", ".join(f"{self.edges[i]}: {float(self.values_in_order[i]):+.3g}" for i in order)
         more = ", ..." if len(self) > len(order) else ""
-        return f"EdgeScores({self.method}, {self.metric}; {len(self)} edges; {shown}{more})"
+        return f"EdgeScores({self.method}, {self.metric}; {len(self)} edges; {shown}{more}{resolved(self)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,8 +11,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from mechunlearn.losses.tokens import at_least_float32
 from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
+from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.tokens import encode, pad_token
 from mechunlearn.tasks.building import padded
 

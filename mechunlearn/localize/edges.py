@@ -15,12 +15,14 @@ from mechunlearn.components import Component, EdgeScores, ModelShape, destinatio
 from mechunlearn.components.edge import Destination
 from mechunlearn.identity import name_of
 from mechunlearn.localize.edge_attribution import outputs_of_sources
-from mechunlearn.localize.options import EdgeOptions, settings_of
-from mechunlearn.localize.sites import passes
+from mechunlearn.localize.options import ExactEdgeOptions, settings_of
+from mechunlearn.localize.sites import passes, resolution
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
+from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.edges import behind_post_norms, contributions, edges_of
 from mechunlearn.model.norms import norm_of
+from mechunlearn.model.running import computed_in
 from mechunlearn.model.suffix import through_layer
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
@@ -28,7 +30,12 @@ from mechunlearn.tasks.prompts import Prompts
 
 @with_options()
 def edge_patching(
-    model: Model, prompts: Prompts, *, batch_size: int = 256, prompts_at_once: int = 8, **options: Unpack[EdgeOptions]
+    model: Model,
+    prompts: Prompts,
+    *,
+    batch_size: int = 256,
+    prompts_at_once: int = 8,
+    **options: Unpack[ExactEdgeOptions],
 ) -> EdgeScores:
     r"""The exact effect of patching each edge alone.
 
@@ -51,10 +58,11 @@ def edge_patching(
     clean = prompts.on(model)
     chosen = edges_of(model, options["edges"])
     patched = clean if direction == "noising" else clean.exchanged()
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, options["compute_dtype"]), torch.no_grad():
         rows = [_batch_effects(model, p, metric, chosen, batch_size).cpu() for p in patched.batches(prompts_at_once)]
     effects = torch.cat(rows)
-    settings = settings_of(options, prompts, batch_size=batch_size)
+    limit = resolution(model, patched, metric, options["compute_dtype"], prompts_at_once)
+    settings = settings_of(options, prompts, batch_size=batch_size, **limit)
     return EdgeScores(effects.mean(0), chosen, shape(model), "edge_patching", name_of(metric), settings, effects)
 
 
@@ -85,7 +93,7 @@ def _batch_effects(
     run = base_run(model, prompts.tokens, prompts.attention_mask, prompts.positions, names=names)
     own, other = outputs_of_sources(model, prompts), outputs_of_sources(model, prompts.corrupted())
     change = contributions(model, replace(other.minus(own, prompts.attention_mask), attention={}))
-    change = behind_post_norms(model, change, run.attention).to(run.residuals[0].dtype)
+    change = behind_post_norms(model, change, run.attention)
     column: dict[Destination, int] = {end: place for place, end in enumerate(destinations(sizes))}
     base = _Base(model, prompts, run, change, chosen, column, batch_size)
     unpatched = checked(metric, run.logits, prompts).double()
@@ -161,6 +169,6 @@ def _attention_changes(
     _, values = through_layer(base.model, base.run, row, layer, hooks=[hook], names=[name], with_mlp=False)
     units = sizes.units(matrix)
     # Query heads that share a KV head change together: their z and W_O are seen as one unit's.
-    change = (values[name] - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
-    weight = slots(base.model)[layer, "W_O"].weight.unflatten(0, (units, -1)).flatten(1, 2)
+    change = (at_least_float32(values[name]) - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
+    weight = at_least_float32(slots(base.model)[layer, "W_O"].weight).unflatten(0, (units, -1)).flatten(1, 2)
     return lambda copy, unit: torch.bmm(change[copy, :, unit], weight[unit])

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeAlias, TypedDict
 
+import torch
+
 from mechunlearn.arguments import Direction
 from mechunlearn.components import Components, Edge, heads_and_mlps
 from mechunlearn.identity import described
@@ -27,7 +29,18 @@ class MetricOptions(TypedDict, total=False):
     ]
 
 
-class ReplacingOptions(MetricOptions, total=False):
+class PrecisionOptions(TypedDict, total=False):
+    """In what numbers a method computes."""
+
+    compute_dtype: Annotated[
+        torch.dtype | None,
+        None,
+        "`torch.float32` computes all runs of a half-precision model in float32, a block's weights at a time, and sees "
+        "effects that its own dtype (None) rounds away. The model is not changed.",
+    ]
+
+
+class ReplacingOptions(MetricOptions, PrecisionOptions, total=False):
     """The options of methods that replace outputs."""
 
     replacement: Annotated[
@@ -56,7 +69,7 @@ class PatchingOptions(EffectOptions, total=False):
     batch_size: BatchSize
 
 
-class PathOptions(PatchingOptions, total=False):
+class PathOptions(PatchingOptions, PrecisionOptions, total=False):
     """The options of path patching."""
 
     through_mlps: Annotated[bool, False, "Whether MLPs between senders and receivers respond."]
@@ -93,6 +106,10 @@ class EdgeOptions(EffectOptions, total=False):
     ]
 
 
+class ExactEdgeOptions(EdgeOptions, PrecisionOptions, total=False):
+    """The options of edge patching."""
+
+
 class EdgeGradientOptions(EdgeOptions, total=False):
     """The options of methods that score all edges by gradients, at one cost."""
 
@@ -108,5 +125,7 @@ class EdgeGradientOptions(EdgeOptions, total=False):
 def settings_of(options: Mapping[str, object], prompts: Prompts, **more: Any) -> dict[str, Any]:
     """How a result was made: the options that change it (its metric and its components stand beside it), and `more`."""
     shown = {name: options[name] for name in ("direction", "replacement", "batch_size") if name in options}
+    if options.get("compute_dtype") is not None:
+        more["compute_dtype"] = str(options["compute_dtype"])
     named = {name: described(value) if callable(value) else value for name, value in shown.items()}
     return {**named, **more, "prompts": len(prompts)}

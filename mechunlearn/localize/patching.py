@@ -19,12 +19,14 @@ from mechunlearn.intervals import bootstrap
 from mechunlearn.localize.circuits.runs import circuit_values
 from mechunlearn.localize.options import ActivationOptions, SetOptions, settings_of
 from mechunlearn.localize.replacement import patched_run, replacement_values
-from mechunlearn.localize.sites import Places, passes, places_of
+from mechunlearn.localize.sites import Places, passes, places_of, resolution
 from mechunlearn.metrics import checked
 from mechunlearn.model import Model, Run, base_run, continued, preserved, shape
+from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import layer_of
 from mechunlearn.model.matrices import attention_change, is_plain, slots
+from mechunlearn.model.running import computed_in
 from mechunlearn.options import with_options
 from mechunlearn.tasks.positions import Groups, Where, everywhere, roles
 from mechunlearn.tasks.prompts import Prompts
@@ -59,7 +61,7 @@ def activation_patching(
     check_functions(where=where)
     chosen, effects = _effects(model, prompts, positions, options)
     values, name = effects[:, :, 0], name_of(options["metric"])
-    settings = settings_of(options, prompts, where=described(where))
+    settings = settings_of(options, prompts, where=described(where), **_resolution(model, prompts, options))
     sizes, own = shape(model), values.contiguous()
     return ComponentScores(chosen, values.mean(0), sizes, "activation_patching", name, settings, own)
 
@@ -75,8 +77,13 @@ def activation_patching_by_position(
     """
     chosen, effects = _effects(model, prompts, positions, options)
     labels, name = tuple(positions(prompts)), name_of(options["metric"])
-    settings = settings_of(options, prompts, positions=described(positions))
+    settings = settings_of(options, prompts, positions=described(positions), **_resolution(model, prompts, options))
     return PositionScores(chosen, labels, effects, shape(model), "activation_patching_by_position", name, settings)
+
+
+def _resolution(model: Model, prompts: Prompts, options: ActivationOptions | SetOptions) -> dict[str, float]:
+    patched = patched_run(prompts, options["direction"], options["replacement"])
+    return resolution(model, patched, options["metric"], options["compute_dtype"], options["batch_size"])
 
 
 def _effects(
@@ -90,7 +97,7 @@ def _effects(
     _check_groups(prompts, positions, batch_size)
     patched = patched_run(prompts.on(model), direction, replacement)
     places = places_of(chosen, sizes)
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, options["compute_dtype"]), torch.no_grad():
         effects = [_batch_effects(model, batch, places, positions, options) for batch in patched.batches(batch_size)]
     return chosen, torch.cat(effects).cpu()
 
@@ -142,16 +149,15 @@ def _patched(
     base = run.values[name]
     # What an MLP adds to the residual stream, or a head to its attention's output, is changed without running either.
     if name.endswith("hook_mlp_out"):
-        change = (source[row] - base[row]) * where[..., None] * scales_of(model).written
+        change = (at_least_float32(source[row]) - base[row]) * where[..., None] * scales_of(model).written
         return continued(model, run, row, layer + 1, residual=run.residuals[layer + 1][row] + change)
     if name.endswith("hook_z") and unit is not None:
-        change = (source[row, :, unit] - base[row, :, unit]) * where[..., None]
+        change = (at_least_float32(source[row, :, unit]) - base[row, :, unit]) * where[..., None]
         if is_plain(model, layer, "W_O"):
-            weight = slots(model)[layer, "W_O"].weight
-            added = change.to(weight.dtype) @ weight[unit]
+            added = change @ at_least_float32(slots(model)[layer, "W_O"].weight)[unit]
         else:
-            moved = torch.zeros_like(base[row])
-            moved[torch.arange(len(row), device=row.device), :, unit] = change.to(moved.dtype)
+            moved = torch.zeros_like(base[row], dtype=change.dtype)
+            moved[torch.arange(len(row), device=row.device), :, unit] = change
             added = attention_change(model, layer, base[row], moved)
         return continued(model, run, row, layer, attention=run.attention[layer][row] + added)
     # Elsewhere a hook puts the change in, and the layer runs from there: its attention only if queries, keys or values
@@ -197,7 +203,7 @@ def set_patching(
     patched = patched_run(prompts.on(model), direction, replacement)
     members = [mask.components for mask in masks.values()]
     whole, values = circuit_values(model, patched, members, options=options, where=where)
-    settings = settings_of(options, prompts, where=described(where))
+    settings = settings_of(options, prompts, where=described(where), **_resolution(model, prompts, options))
     return SetEffects(masks, values - whole[:, None], "set_patching", name_of(metric), settings)
 
 

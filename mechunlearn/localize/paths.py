@@ -13,7 +13,7 @@ from mechunlearn.arguments import chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, ModelShape, heads_and_mlps
 from mechunlearn.identity import name_of
 from mechunlearn.localize.options import PathOptions, settings_of
-from mechunlearn.localize.sites import Places, passes, places_of, run_pairs
+from mechunlearn.localize.sites import Places, passes, places_of, resolution, run_pairs
 from mechunlearn.metrics import checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
 from mechunlearn.model.edges import is_parallel
@@ -27,6 +27,7 @@ from mechunlearn.model.paths import (
     sender_changes,
     sender_sites,
 )
+from mechunlearn.model.running import computed_in
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
 
@@ -78,7 +79,9 @@ def path_patching(
     columns = [chosen.index(sender) for sender in linked]
     per_prompt[:, columns] = _effects(model, prompts, [{s} for s in linked], entry, options)
     shown = resolved if isinstance(resolved, int | str) else [str(component) for component in resolved]
-    settings = settings_of(options, prompts, receivers=shown, through_mlps=options["through_mlps"])
+    patched = prompts if options["direction"] == "noising" else prompts.exchanged()
+    limit = resolution(model, patched, options["metric"], options["compute_dtype"], options["batch_size"])
+    settings = settings_of(options, prompts, receivers=shown, through_mlps=options["through_mlps"], **limit)
     return ComponentScores(chosen, per_prompt.mean(0), sizes, "path_patching", name, settings, per_prompt)
 
 
@@ -98,7 +101,7 @@ def _effects(
     metric, direction, batch_size = options["metric"], options["direction"], options["batch_size"]
     names = sender_sites({component.layer for members in senders for component in members})
     effects = []
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, options["compute_dtype"]), torch.no_grad():
         for pair in run_pairs(model, prompts, metric, direction, batch_size):
             batch = pair[0]
             base, other = (base_run(model, p.tokens, p.attention_mask, p.positions, names=names) for p in pair)

@@ -14,7 +14,8 @@ from mechunlearn.components import Component, ComponentScores, ModelShape
 from mechunlearn.identity import name_of
 from mechunlearn.localize.options import ComponentOptions, settings_of
 from mechunlearn.metrics import Metric, checked
-from mechunlearn.model import Hook, Model, differentiable, recording, shape, site
+from mechunlearn.model import Hook, Model, differentiable, preserved, recording, shape, site
+from mechunlearn.model.running import computed_in, in_half, is_castable
 from mechunlearn.tasks.prompts import Prompts
 
 Places: TypeAlias = dict[str, dict[int, int | None]]
@@ -94,6 +95,33 @@ def run_pairs(
     corrupt = clean.corrupted()
     patched, other = (clean, corrupt) if direction == "noising" else (corrupt, clean)
     return list(zip(patched.batches(batch_size), other.batches(batch_size), strict=True))
+
+
+@torch.no_grad()
+def resolution(
+    model: Model, prompts: Prompts, metric: Metric, compute_dtype: torch.dtype | None = None, batch_size: int = 64
+) -> dict[str, float]:
+    """As a setting, the smallest score that a half-precision model tells from rounding; nothing for other models.
+
+    An effect is the difference of two metrics. With e a prompt's metric less that of the same weights in float32, and
+    errors of different runs and prompts taken to be independent, that of a mean over n prompts is
+
+        resolution = sqrt(2 / n) * sqrt(mean over prompts, in both runs, of e^2)
+
+    in the metric's unit. Patches in late layers share most rounding with the unpatched run: their errors are smaller.
+    Cost: 2F for each run, half of them in float32.
+    """
+    if compute_dtype is not None or not in_half(model.blocks) or not is_castable(model):
+        return {}
+    errors, patched = [], prompts.on(model)
+    # In the other run too: a metric that is saturated in one of them, a probability near 1, hides rounding there.
+    runs = [patched] if patched.corrupt is None else [patched, patched.exchanged()]
+    with preserved(model):
+        for batch in (batch for run in runs for batch in run.batches(batch_size)):
+            own = checked(metric, batch.logits(model), batch).double()
+            with computed_in(model, torch.float32):
+                errors.append(own - checked(metric, batch.logits(model), batch).double())
+    return {"resolution": float((2 / len(prompts) * torch.cat(errors).square().mean()).sqrt())}
 
 
 def places_of(components: Iterable[Component], sizes: ModelShape) -> Places:

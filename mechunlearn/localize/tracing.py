@@ -19,8 +19,9 @@ from mechunlearn.identity import name_of
 from mechunlearn.intervals import bootstrap
 from mechunlearn.metrics import Metric, answer_probability, checked
 from mechunlearn.model import Hook, Model, Run, base_run, continued, preserved, shape
+from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.decomposition import scales_of
-from mechunlearn.model.running import embeddings
+from mechunlearn.model.running import computed_in, embeddings
 from mechunlearn.tasks.positions import ROLES, roles, subject
 from mechunlearn.tasks.prompts import Prompts
 
@@ -44,6 +45,7 @@ def causal_tracing(
     kinds: tuple[Kind, ...] = ("residual", "MLP", "ATTN"),
     seed: int = 0,
     batch_size: int = 64,
+    compute_dtype: torch.dtype | None = None,
 ) -> "CausalTrace":
     r"""Indirect effects of every (token, layer) for the residual stream, MLPs and attention.
 
@@ -60,6 +62,8 @@ def causal_tracing(
 
     `trace.scores("MLP")` are component scores for `.top()`; a layer's score is that of its window.
 
+    `compute_dtype=torch.float32` computes a half-precision model's runs in float32.
+
     Cost: (1 + draws)F, and for each token from the subject on, each layer, kind and draw the part of F above the lowest
     restored layer.
 
@@ -73,13 +77,14 @@ def causal_tracing(
     _check(noise, draws, window, kinds, sizes.n_layers)
     prompts = prompts.on(model)
     pieces: list[dict[str, Tensor]] = []
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, compute_dtype), torch.no_grad():
         vectors = _noise(model, prompts, noise, draws, seed, batch_size)
         batches = prompts.batches(max(1, batch_size // draws))
         for batch in tqdm(batches, desc="causal tracing", leave=False, disable=None):
             pieces.append(_batch_trace(model, batch, metric, vectors, window, kinds, batch_size))
     width = max(piece["effects"].shape[-1] for piece in pieces)
     settings = {"noise": noise, "draws": draws, "window": window, "seed": seed, "prompts": len(prompts)}
+    settings |= {} if compute_dtype is None else {"compute_dtype": str(compute_dtype)}
     clean, corrupt = (torch.cat([piece[name] for piece in pieces]).cpu() for name in ("clean", "corrupt"))
     effects, roles_ = (
         torch.cat([pad(piece[name], (0, width - piece[name].shape[-1]), value=fill) for piece in pieces]).cpu()
@@ -207,8 +212,8 @@ def _restored_window(
         return continued(model, noisy, row, first, attention=attention, hooks=hooks)
     # The first MLP's restored output is added to the stream that leaves its layer: the run starts in the next layer.
     name = f"blocks.{first}.hook_mlp_out"
-    residual = noisy.residuals[first + 1][row]
-    change = clean.values[name][prompt, token] - noisy.values[name][row, token]
+    residual = at_least_float32(noisy.residuals[first + 1][row])
+    change = at_least_float32(clean.values[name][prompt, token]) - noisy.values[name][row, token]
     residual[copies, token] += scales_of(model).written * change
     hooks = [*(restoring_hook(layer) for layer in layers[1:]), *hooks]
     return continued(model, noisy, row, first + 1, residual=residual, hooks=hooks)

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from mechunlearn.losses.tokens import at_least_float32
+from mechunlearn.model.classes import at_least_float32
 
 
 def npo(

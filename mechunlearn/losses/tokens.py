@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from mechunlearn.model.classes import at_least_float32
+
 
 def cross_entropy(logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, "token"]) -> Float[Tensor, "token"]:
     """-log p(target), in nats: to learn, retain or inject an answer. 0 at p = 1, without bound as p nears 0.
@@ -188,8 +190,3 @@ def representation_matching(
     https://arxiv.org/abs/2403.03218.
     """
     return (at_least_float32(residual) - at_least_float32(original_residual.detach())).square().mean(-1)
-
-
-def at_least_float32(value: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from mechunlearn.components import ModelShape
 
@@ -11,6 +12,10 @@ Model: TypeAlias = Any
 
 `Any`, because importing TransformerLens takes seconds and 4.x has no `HookedTransformer`.
 """
+
+
+HALF = (torch.float16, torch.bfloat16)
+"""The dtypes of half precision."""
 
 
 def is_bridge(model: Model) -> bool:
@@ -51,6 +56,11 @@ def unchecked_shape(model: Model) -> ModelShape:
         d_mlp=cfg.d_mlp,
         gated=bool(cfg.gated_mlp),
     )
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def device_of(model: Model) -> torch.device:

@@ -1,7 +1,7 @@
 """Whether the residual stream is the sum of what components write, up to one scale, and logits a linear map of it."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechunlearn.model.classes import Model, architecture, device_of
+from mechunlearn.model.classes import HALF, Model, architecture, device_of
 from mechunlearn.model.guard import preserved
+from mechunlearn.model.matrices import cast_weights
 from mechunlearn.model.norms import post_norm
+from mechunlearn.model.running import computed_in, is_castable, linear_in_chunks
 from mechunlearn.model.suffix import base_run
 
 _scales: WeakKeyDictionary[nn.Module, "Scales"] = WeakKeyDictionary()
@@ -50,18 +52,19 @@ def _measured(model: Model) -> Scales:
     names = [f"blocks.{layer}.{part}" for layer in layers for part in ("hook_attn_out", "hook_mlp_out")]
     mlps: list[Tensor] = []
     try:
-        with preserved(model), ExitStack() as stack:
+        precise = computed_in(model, torch.float32 if is_castable(model) else None)
+        with preserved(model), precise, ExitStack() as stack:
             for block in model.blocks:
                 stack.enter_context(block.mlp.register_forward_hook(lambda m, i, output: mlps.append(output)))
             run = base_run(model, tokens, torch.ones_like(tokens, dtype=torch.bool), _everywhere(tokens), names=names)
-            normed = model.ln_final(run.residuals[-1])
-            linear = normed @ model.unembed.W_U.to(normed.dtype)
+            with cast_weights(model.ln_final):
+                normed = model.ln_final(run.residuals[-1])
+            linear = linear_in_chunks(normed, model.unembed.W_U.T, getattr(model.unembed, "b_U", None))
             given = _after_post_norms(model, run.attention, "ATTN"), _after_post_norms(model, mlps, "MLP")
     except (AttributeError, RuntimeError) as error:
         raise _not_a_sum(model, f"its parts cannot be read ({str(error)[:200]})") from error
-    bias = getattr(model.unembed, "b_U", None)
-    linear = (linear if bias is None else linear + bias.to(linear)).double().cpu()
-    tolerance = 1e-3 if run.logits.dtype in (torch.float32, torch.float64) else 5e-2
+    linear = linear.double().cpu()
+    tolerance = 5e-2 if run.residuals[0].dtype in HALF else 1e-3
     stream = torch.stack([residual.double().cpu() for residual in run.residuals])
     hooked = [run.values[name].double().cpu() for name in names]
     attention, mlp = torch.stack(hooked[::2]), torch.stack(hooked[1::2])
@@ -80,8 +83,11 @@ def _measured(model: Model) -> Scales:
 
 def _after_post_norms(model: Model, outputs: Sequence[Tensor], part: str) -> Float[Tensor, "layer batch pos d_model"]:
     norms = [post_norm(model, layer, part) for layer in range(len(outputs))]
-    pairs = zip(outputs, norms, strict=True)
-    return torch.stack([(output if norm is None else norm(output)).double().cpu() for output, norm in pairs])
+    added = []
+    for output, norm in zip(outputs, norms, strict=True):
+        with nullcontext() if norm is None else cast_weights(norm):
+            added.append((output if norm is None else norm(output)).double().cpu())
+    return torch.stack(added)
 
 
 def _logit_scale(model: Model, linear: Tensor, logits: Tensor, tolerance: float) -> float:

@@ -144,8 +144,9 @@ class _Pass:
     def _changed_input(self, column: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook by which a norm gets its reader's residual stream; the stream itself goes on as it is."""
         removed = self.removed[:, :, column]
-        added = self._gained(removed[:, :, None])[0]
-        return (arguments[0] + added.to(arguments[0].dtype), *arguments[1:])
+        read = arguments[0] + self._gained(removed[:, :, None])[0]
+        is_final = module is self.circuits.model.ln_final  # which takes float32 too
+        return (read if is_final else read.to(arguments[0].dtype), *arguments[1:])
 
     def _gained(self, removed: Float[Tensor, "row source unit"]) -> Float[Tensor, "unit row pos model"]:
         """What a destination reads more along its removed edges, by their changes."""

@@ -3,7 +3,8 @@
 Also whether they are what the module computes: with an adapter, or quantised, they are not.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mechunlearn.components import ModelShape
 from mechunlearn.components.component import ATTENTION_MATRICES
-from mechunlearn.model.classes import Model, is_bridge, unchecked_shape
+from mechunlearn.model.classes import HALF, Model, at_least_float32, is_bridge, unchecked_shape
 
 _BRIDGE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 _WRITES = ("W_O", "W_out")
@@ -135,12 +136,30 @@ def attention_change(
     before: Float[Tensor, "row pos head_index d_head"],
     change: Float[Tensor, "row pos head_index d_head"],
 ) -> Float[Tensor, "row pos d_model"]:
-    """What the attention gives more when its heads' outputs z = `before` change, before a post-norm."""
+    """What the attention gives more when its heads' outputs z = `before` change, before a post-norm.
+
+    In float32 at least: rounding would not be small beside a small change.
+    """
+    before, change = at_least_float32(before), at_least_float32(change)
     if is_plain(model, layer, "W_O"):
-        weight = slots(model)[layer, "W_O"].weight
-        return torch.einsum("rphw,hwm->rpm", change.to(weight.dtype), weight)
+        return torch.einsum("rphw,hwm->rpm", change, at_least_float32(slots(model)[layer, "W_O"].weight))
     output = projection(model, layer, "W_O")
-    return output((before + change).flatten(2)) - output(before.flatten(2))
+    with cast_weights(output):
+        return output((before + change).flatten(2)) - output(before.flatten(2))
+
+
+@contextmanager
+def cast_weights(module: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, the module reads copies of its half-precision weights in another dtype; its own are not touched."""
+    stores: list[Any] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    # A HookedTransformer's modules cast to the dtype that their configuration names.
+    stores += [vars(part)["cfg"].__dict__ for part in module.modules() if "cfg" in vars(part)]
+    own = [(store, name, x) for store in stores for name, x in store.items() if getattr(x, "dtype", x) in HALF]
+    with ExitStack() as stack:
+        for store, name, value in own:
+            stack.callback(store.__setitem__, name, value)
+            store[name] = value.to(dtype) if isinstance(value, Tensor) else dtype
+        yield
 
 
 def innermost(module: Any) -> Any:

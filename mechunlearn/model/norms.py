@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechunlearn.model.classes import Model
+from mechunlearn.model.matrices import cast_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +94,16 @@ def norm_of(module: nn.Module, model: Model) -> Norm:
     # Signs v have mean 0 and mean square 1, so v and -v give the bias and the weight. v + 1 tells whether the mean is
     # subtracted. A small vector and an uneven one check eps and the formula as a whole.
     signs = torch.where(torch.arange(d_model) % 2 == 0, 1.0, -1.0)
-    probes = torch.stack([signs, -signs, signs + 1, 1e-2 * signs, torch.linspace(-2, 3, d_model)]).to(parameter)
+    probes = torch.stack([signs, -signs, signs + 1, 1e-2 * signs, torch.linspace(-2, 3, d_model)])
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    outputs = module(probes[None])[0].to(dtype)
-    probes, bias = probes.to(dtype), (outputs[0] + outputs[1]) / 2
+    probes = probes.to(parameter.device, dtype)
+    with cast_weights(module):
+        outputs = module(probes[None])[0].to(dtype)
+    bias = (outputs[0] + outputs[1]) / 2
     weight = (outputs[0] - bias) * probes[0] * (1 + eps) ** 0.5
-    tolerance = 1e-3 if parameter.dtype == dtype else 3e-2
-    norm = Norm(weight, bias, torch.allclose(outputs[2], outputs[0], rtol=tolerance, atol=tolerance), eps)
+    norm = Norm(weight, bias, torch.allclose(outputs[2], outputs[0], rtol=1e-3, atol=1e-3), eps)
     expected = norm.without_bias(probes) + bias
-    if not torch.allclose(expected, outputs, rtol=tolerance, atol=tolerance):
+    if not torch.allclose(expected, outputs, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"expected a LayerNorm or an RMSNorm with eps {eps}, got a {type(module).__name__} that computes something "
             f"else: what becomes of parts of its input cannot be told; use attribution_patching or activation_patching."

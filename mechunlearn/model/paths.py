@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.components import Component
-from mechunlearn.model.classes import Model, unchecked_shape
+from mechunlearn.model.classes import Model, at_least_float32, unchecked_shape
 from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.hooks import Hook
-from mechunlearn.model.matrices import attention_change
+from mechunlearn.model.matrices import attention_change, cast_weights
 from mechunlearn.model.norms import post_norm
 from mechunlearn.model.suffix import Run, run_from, through_layer
 
@@ -65,12 +65,16 @@ def sender_changes(
         sends = torch.tensor([("MLP", None) in parts for parts in here], device=rows.device)
         if bool(is_sender.any()):
             name = f"blocks.{layer}.attn.hook_z"
-            z = (other.values[name] - base.values[name])[rows] * is_sender[:, None, :, None]
+            z = _difference(other, base, name)[rows] * is_sender[:, None, :, None]
             attention[layer] = attention_change(model, layer, base.values[name][rows], z)
         if bool(sends.any()):
             name = f"blocks.{layer}.hook_mlp_out"
-            mlps[layer] = sends, (other.values[name] - base.values[name])[rows] * sends[:, None, None]
+            mlps[layer] = sends, _difference(other, base, name)[rows] * sends[:, None, None]
     return Changes(rows, attention, mlps)
+
+
+def _difference(other: Run, base: Run, name: str) -> Tensor:
+    return at_least_float32(other.values[name]) - at_least_float32(base.values[name])
 
 
 def arriving_residuals(
@@ -84,12 +88,14 @@ def arriving_residuals(
         return _after_responses(model, base, sent, layers)
     changes, scales = [], scales_of(model)
     for layer, change in sent.attention.items():
-        norm, own = post_norm(model, layer, "ATTN"), base.attention[layer][sent.rows]
-        # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
-        added = change if norm is None else norm(own + change) - norm(own)
+        norm, own, added = post_norm(model, layer, "ATTN"), at_least_float32(base.attention[layer][sent.rows]), change
+        if norm is not None:
+            # A post-norm is not linear: what is added differs by the difference of the normalized outputs.
+            with cast_weights(norm):
+                added = norm(own + change) - norm(own)
         changes.append((layer, scales.heads * added))
     changes += [(layer, scales.written * change) for layer, (_, change) in sent.mlps.items()]
-    residuals = {layer: base.residuals[layer][sent.rows] for layer in layers}
+    residuals = {layer: at_least_float32(base.residuals[layer][sent.rows]) for layer in layers}
     return {layer: sum((new for below, new in changes if below < layer), own) for layer, own in residuals.items()}
 
 
@@ -123,7 +129,9 @@ def _after_responses(
     if highest <= first:
         return entering
     fixed = {layer: base.attention[layer][sent.rows] for layer in range(first, highest)}
-    fixed |= {layer: fixed[layer] + change for layer, change in sent.attention.items() if layer in fixed}
+    fixed |= {
+        layer: (own + sent.attention[layer]).to(own.dtype) for layer, own in fixed.items() if layer in sent.attention
+    }
     unneeded = [*list(model.blocks)[highest:], model.unembed]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in layers if first < layer < min(highest, n_layers)]
     options = {"fixed": fixed, "idle": unneeded, "hooks": _sending_mlps(base, sent), "names": names}
@@ -135,7 +143,7 @@ def _after_responses(
 
 def _sending_mlps(base: Run, sent: Changes) -> list[Hook]:
     def hook(name: str, sends: Tensor, change: Tensor) -> Hook:
-        value = base.values[name][sent.rows] + change
+        value = (base.values[name][sent.rows] + change).to(base.values[name].dtype)
         return name, lambda own, hook: torch.where(sends[:, None, None], value, own)
 
     return [hook(f"blocks.{layer}.hook_mlp_out", *parts) for layer, parts in sent.mlps.items()]

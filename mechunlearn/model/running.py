@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from mechunlearn.model.classes import Model, device_of
+from mechunlearn.model.classes import HALF, Model, at_least_float32, device_of
 from mechunlearn.model.hooks import Hook, recording
+from mechunlearn.model.matrices import cast_weights, innermost
 
 
 def logits_at(
@@ -25,11 +28,14 @@ def logits_at(
 ) -> Float[Tensor, "batch place d_vocab"]:
     """Logits at `positions` of each row (default: everywhere); those of other positions are never computed.
 
+    At `positions`, a half-precision model's final norm and unembedding are computed in float32: bfloat16 has steps of
+    0.125 between logits of 16 and 32.
+
     `hooks` are TransformerLens forward hooks for this pass. Padding may be left or right. ValueError for rows that are
     longer than the model's context: rotary models would give numbers for them without a word.
     """
     check_length(model, tokens.shape[1], "rows (with padding)")
-    cut = nullcontext() if positions is None else only_at(model.unembed, positions)
+    cut = nullcontext() if positions is None else _precisely_at(model, positions)
     with cut, model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
         return model(tokens, attention_mask=mask.long(), return_type="logits")
 
@@ -79,11 +85,16 @@ def residual_after(
     return final[0]
 
 
-def unembedded(model: Model, residual: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_vocab"]:
-    """The logits of residuals that enter the final norm, whatever positions they come from."""
+def unembedded(
+    model: Model, residual: Float[Tensor, "token d_model"], *, precise: bool = True
+) -> Float[Tensor, "token d_vocab"]:
+    """The logits of residuals that enter the final norm, whatever positions they come from.
+
+    They are in float32 as in `logits_at`; `precise=False` leaves them in the model's dtype, where speed matters.
+    """
     tokens = torch.zeros(len(residual), 1, dtype=torch.long, device=residual.device)
     with running_from(model, len(model.blocks), residual[:, None]):
-        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0]
+        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool), tokens if precise else None)[:, 0]
 
 
 @contextmanager
@@ -126,6 +137,98 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def identity(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """A forward that gives its input."""
     return value
+
+
+@contextmanager
+def _precisely_at(model: Model, positions: Int[Tensor, "batch place"]) -> Iterator[None]:
+    """Inside, logits are computed at these positions alone, from the final norm on in float32 at least."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    if in_half((model.ln_final, model.unembed)):
+        forwards[model.ln_final] = _cast_forward(model.ln_final, torch.float32)
+        if "forward" not in vars(model.unembed):  # or it is idle
+            forwards |= _float32_unembedding(innermost(model.unembed))
+    with only_at(model.unembed, positions), replaced_forwards(forwards):
+        yield
+
+
+def _float32_unembedding(module: Any) -> dict[nn.Module, Callable[..., Any]]:
+    """The module that unembeds, with a forward that makes some rows of a large matrix float32 at a time."""
+    own = module.forward
+
+    def forward(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if type(module) is nn.Linear:
+            return linear_in_chunks(value, module.weight, module.bias)
+        if "W_U" in module._parameters:
+            return linear_in_chunks(value, module.W_U.T, module.b_U)
+        # An adapter or packed weights: what they compute in their own dtype.
+        dtype = next(parameter.dtype for parameter in module.parameters() if parameter.dtype in HALF)
+        return at_least_float32(own(value.to(dtype), *arguments, **options))
+
+    return {module: forward}
+
+
+_CHUNK = 1 << 24
+"""Entries of an unembedding that are in float32 at once, 64 MB."""
+
+
+def linear_in_chunks(
+    value: Float[Tensor, "*any d_model"], weight: Float[Tensor, "d_vocab d_model"], bias: Tensor | None
+) -> Float[Tensor, "*any d_vocab"]:
+    """value @ weight.T + bias in float32 at least; half-precision weights are cast some rows at a time."""
+    rows = max(1, _CHUNK // weight.shape[1])
+    if weight.dtype not in HALF or len(weight) <= rows:
+        return _cast_linear(value, weight, bias)
+    # The backward pass casts the rows again, or it would keep all of them in float32.
+    keeping = partial(checkpoint, _cast_linear, use_reentrant=False, preserve_rng_state=False)
+    piece = keeping if torch.is_grad_enabled() else _cast_linear
+    weights = weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.split(rows)
+    return torch.cat([piece(value, *part) for part in zip(weights, biases, strict=True)], -1)
+
+
+def _cast_linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else at_least_float32(bias)
+    return linear(at_least_float32(value).to(weight.device), at_least_float32(weight), bias)
+
+
+@contextmanager
+def computed_in(model: Model, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, a half-precision model computes in float32, a block's weights at a time; None: in its own dtype.
+
+    Its parameters stay where and what they are: a block reads cast copies while it runs. So runs are those of the same
+    weights in float32. ValueError for another dtype, and for packed weights. A float32 model computes as ever.
+    """
+    if dtype not in (None, torch.float32) or (dtype and not is_castable(model)):
+        raise ValueError(
+            f"expected compute_dtype None (the model's own) or torch.float32, and floating-point weights of at most "
+            f"32 bits, got {dtype} and weights in {', '.join(sorted({str(p.dtype) for p in model.parameters()}))}: "
+            f"leave it out, or load the model in bfloat16."
+        )
+    outer = [part for part in model.children() if part not in (model.blocks, model.ln_final, model.unembed)]
+    modules = [part for part in (*outer, *model.blocks) if dtype and in_half([part])]
+    with replaced_forwards({module: _cast_forward(module, torch.float32) for module in modules}):
+        yield
+
+
+def is_castable(model: Model) -> bool:
+    """Whether every weight is a number of at most 32 bits, not a code."""
+    return all(p.is_floating_point() and p.element_size() in (2, 4) for p in model.parameters())
+
+
+def in_half(modules: Iterable[nn.Module]) -> bool:
+    """Whether a parameter of the modules is in half precision."""
+    return any(parameter.dtype in HALF for module in modules for parameter in module.parameters())
+
+
+def _cast_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    own = module.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        with cast_weights(module, dtype):
+            values = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in HALF else x for x in arguments]
+            return own(*values, **options)
+
+    return forward
 
 
 def only_at(unembedding: nn.Module, positions: Int[Tensor, "batch place"]) -> RemovableHandle:

@@ -78,31 +78,34 @@ def continued(
     """Logits of copies of the run's prompts `rows`, computed from `layer` on; `n_layers` is the final norm.
 
     `residual` enters that layer (default: the run's own). `attention` is the output of the layer's attention, before a
-    post-norm; without it the attention runs. `hooks` act on the copies, at hook points of `layer` and above.
+    post-norm; without it the attention runs. Both are rounded to the run's dtype, but for a residual that enters the
+    final norm. `hooks` act on the copies, at hook points of `layer` and above.
     """
     last = len(model.blocks) - 1
     residual = run.residuals[layer][rows] if residual is None else residual
+    if layer <= last:  # the final norm takes float32 too
+        residual = residual.to(run.residuals[layer].dtype)
     # A hook behind the last attention must see all positions: then no part of the last layer is left out.
+    fixed = {} if attention is None else {layer: attention.to(residual.dtype)}
     late = [name for name, _ in hooks if name.startswith(f"blocks.{last}.") and not _INSIDE_ATTENTION.fullmatch(name)]
     if late:
-        fixed = {} if attention is None else {layer: attention}
         with running_from(model, layer, residual), fixed_attention(model, fixed):
             return logits_at(model, run.tokens[rows], run.attention_mask[rows], run.positions[rows], hooks=hooks)
     if layer < last or (layer == last and attention is None):
         # Up to what the last attention gives: its MLP and the unembedding do not run.
         outputs, block, name = list[Tensor](), model.blocks[last], f"blocks.{last}.hook_resid_pre"
-        fixed = {} if attention is None else {layer: attention}
         with _keeping_output(block.attn, outputs):
             idle = (block.mlp, model.unembed)
             values = run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=[name])[1]
-        residual, attention, layer = values[name], outputs[0], last
+        residual, fixed, layer = values[name], {last: outputs[0]}, last
     # Only attention mixes positions. What is left after the last one runs at the answers' positions alone, as if they
     # were the whole prompt.
     index, places = torch.arange(len(rows), device=rows.device)[:, None], run.positions[rows]
     tokens = run.tokens[rows][:, : places.shape[1]]
-    fixed = {} if attention is None else {layer: attention[index, places]}
+    fixed = {number: output[index, places] for number, output in fixed.items()}
     with running_from(model, layer, residual[index, places]), fixed_attention(model, fixed):
-        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        order = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return logits_at(model, tokens, torch.ones_like(tokens, dtype=torch.bool), order)
 
 
 def through_layer(
@@ -122,7 +125,7 @@ def through_layer(
     `with_mlp=False` leaves the MLP out: then only values from before the MLP mean something.
     """
     residual = run.residuals[layer][rows] if residual is None else residual
-    fixed = {} if attention is None else {layer: attention}
+    fixed = {} if attention is None else {layer: attention.to(run.attention[layer].dtype)}
     idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     idle += [] if with_mlp else [model.blocks[layer].mlp]
     return run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=names)
@@ -143,7 +146,7 @@ def run_from(
     """A run from `layer` on in which attention is fixed and modules are idle: the final norm's input, and values."""
     final: list[Tensor] = []
     with (
-        running_from(model, layer, residual),
+        running_from(model, layer, residual.to(run.residuals[layer].dtype)),
         fixed_attention(model, fixed),
         replaced_forwards(dict.fromkeys(idle, identity)),
         model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0])),

@@ -63,7 +63,8 @@ def written(
     """What one component adds to the residual stream at `places`, as in `written_along`."""
     if component.part in ("ATTN", "MLP"):
         return _at(run, component, places) * scales_of(model).written
-    inner, weight, norm = _factors(model, run, component, places, run.residuals[0].dtype)
+    dtype = torch.promote_types(run.residuals[0].dtype, torch.float32)
+    inner, weight, norm = _factors(model, run, component, places, dtype)
     assert component.index is not None  # checked on construction
     output = inner[:, component.index] @ weight[component.index] * _scale(model, component)
     return output if norm is None else norm(output[:, None])[:, 0]

@@ -197,14 +197,14 @@ class Source:
         """The inputs of a loss for some answer tokens, with logits in place of the stream before the final norm."""
         inputs = {name: value[piece] for name, value in readings.items()}
         if "final" in inputs:
-            inputs["logits"] = unembedded(self.part.model, inputs.pop("final"))
+            inputs["logits"] = unembedded(self.part.model, inputs.pop("final"), precise=False)
         return inputs
 
     def _log_probability(
         self, prompts: Prompts, rows: Tensor, final: Float[Tensor, "row answer d_model"]
     ) -> Float[Tensor, "row"]:
         real, answers = prompts.answer_mask[rows], prompts.answers[rows]
-        logits = unembedded(self.part.model, final[real])
+        logits = unembedded(self.part.model, final[real], precise=False)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         of_tokens = logits.log_softmax(-1).gather(1, answers[real][:, None])[:, 0]
         # The log-probability of a whole answer is the sum over its tokens: each is added to the row that it is from.

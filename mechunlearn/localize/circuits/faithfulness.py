@@ -29,6 +29,7 @@ from mechunlearn.localize.circuits.curves import (
 from mechunlearn.localize.circuits.runs import circuit_values, edge_circuit_values
 from mechunlearn.localize.controls import random
 from mechunlearn.localize.options import ReplacingOptions, settings_of
+from mechunlearn.localize.sites import resolution
 from mechunlearn.model import Model, shape
 from mechunlearn.model.edges import edges_of
 from mechunlearn.options import with_options
@@ -92,7 +93,8 @@ def faithfulness(
         sources[f"random {seed}"] = random(model, seed=seed, components=level)
     ends = ComponentMask.of([], sizes_of), ComponentMask.of(level, sizes_of)
     curves = {name: ordered_circuits(_cut(source, sizes, size, by), *ends, size) for name, source in sources.items()}
-    settings = settings_of(options, prompts, size=name_of(size), components=len(level))
+    limit = resolution(model, prompts, options["metric"], options["compute_dtype"], options["batch_size"])
+    settings = settings_of(options, prompts, size=name_of(size), components=len(level), **limit)
     values_without = partial(circuit_values, model, prompts, options=options)
     return measured_faithfulness(curves, size, values_without, name_of(options["metric"]), settings)
 
@@ -196,7 +198,8 @@ def edge_faithfulness(
         sources[f"random {seed}"] = EdgeScores(values * level, level, shape_, "random", "", {"seed": seed})
     ends = EdgeMask.of([], shape_), EdgeMask(frozenset(edges_where(level, shape_)), shape_)
     curves = {name: ordered_circuits(_cut_edges(source, sizes, by), *ends, len) for name, source in sources.items()}
-    settings = settings_of(options, prompts, size="edges", edges=int(level.sum()))
+    limit = resolution(model, prompts, options["metric"], options["compute_dtype"], options["batch_size"])
+    settings = settings_of(options, prompts, size="edges", edges=int(level.sum()), **limit)
     values_without = partial(edge_circuit_values, model, prompts, options=options)
     return measured_faithfulness(curves, len, values_without, name_of(metric), settings)
 

@@ -20,6 +20,7 @@ from mechunlearn.localize.circuits.curves import Circuit, ValuesWithout, columns
 from mechunlearn.localize.circuits.faithfulness import replaced_components, replaced_edges
 from mechunlearn.localize.circuits.runs import circuit_values, edge_circuit_values
 from mechunlearn.localize.options import ReplacingOptions, settings_of
+from mechunlearn.localize.sites import resolution
 from mechunlearn.model import Model, shape
 from mechunlearn.options import with_options
 from mechunlearn.tasks.prompts import Prompts
@@ -74,7 +75,8 @@ def incompleteness(
     # Removed for F(C \\ K): everything but what is in C and not in K; for F(M \\ K): K.
     from_circuit = [everything - frozenset(circuit - part) for part in chosen]
     of_circuit, of_model = columns_without(values_without, from_circuit, [frozenset(part) for part in chosen])
-    settings = settings_of(options, prompts, knockouts=knockouts, seed=seed)
+    limit = resolution(model, prompts, options["metric"], options["compute_dtype"], options["batch_size"])
+    settings = settings_of(options, prompts, knockouts=knockouts, seed=seed, **limit)
     return Incompleteness(circuit, tuple(chosen), of_circuit, of_model, name_of(metric), settings)
 
 

@@ -21,6 +21,7 @@ from mechunlearn.metrics import checked
 from mechunlearn.model import Hook, Model, base_run, continued, device_of, preserved, recording, shape
 from mechunlearn.model.edge_runs import EdgeCircuits
 from mechunlearn.model.edges import contributions, edges_of, source_outputs, source_sites
+from mechunlearn.model.running import computed_in
 from mechunlearn.tasks.positions import Where, everywhere
 from mechunlearn.tasks.prompts import Prompts
 
@@ -41,7 +42,7 @@ def circuit_values(
     # Sets that start late come first, so that a pass, which starts at the lowest layer of its rows, runs few layers.
     late_first = places.lowest.argsort(descending=True, stable=True)
     whole, values = [], []
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, options["compute_dtype"]), torch.no_grad():
         for batch in tqdm(prompts.on(model).batches(batch_size), "circuits", leave=False, disable=None):
             run = base_run(model, batch.tokens, batch.attention_mask, batch.positions, names=places.names)
             source = replacement_values(replacement, model, batch, run.values)
@@ -70,7 +71,7 @@ def edge_circuit_values(
     masks = torch.stack([mask_of(edges, sizes) for edges in removed])
     masks = _pruned(masks, edges_of(model), sizes).to(device_of(model))
     whole, values = [], []
-    with preserved(model), torch.no_grad():
+    with preserved(model), computed_in(model, options["compute_dtype"]), torch.no_grad():
         circuits = EdgeCircuits(model)
         for batch in tqdm(prompts.on(model).batches(batch_size), "edge circuits", leave=False, disable=None):
             with recording(model, source_sites(sizes)) as own:

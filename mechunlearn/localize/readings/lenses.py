@@ -12,7 +12,8 @@ from mechunlearn.components import Component, Components, ComponentScores, heads
 from mechunlearn.components.plot import lines
 from mechunlearn.curve import Curve
 from mechunlearn.model import Model, preserved, shape
-from mechunlearn.model.running import unembedded
+from mechunlearn.model.classes import at_least_float32
+from mechunlearn.model.running import linear_in_chunks, unembedded
 from mechunlearn.model.suffix import Run, base_run
 from mechunlearn.model.writers import (
     check_written,
@@ -106,8 +107,8 @@ def _written_columns(
 def _difference(values: Float[Tensor, "d_vocab *rest"], batch: Prompts) -> Float[Tensor, "batch *rest"]:
     """The answer's value minus the mean of the other candidates'; the answer's alone without candidates."""
     if batch.candidates is None:
-        return values[batch.answers[:, 0]]
-    chosen = values[batch.candidates]
+        return at_least_float32(values[batch.answers[:, 0]])
+    chosen = at_least_float32(values[batch.candidates])
     return chosen[:, 0] - chosen[:, 1:].mean(1)
 
 
@@ -187,7 +188,7 @@ def _measured(model: Model, batch: Prompts, components: tuple[Component, ...]) -
     points = [unembedded(model, residual[rows, places]) for residual in run.residuals]
     for component in components:
         normed = final_norm(model, run, places)(written(model, run, component, places)[:, None])[:, 0]
-        points.append(normed.to(run.residuals[0].dtype) @ unembedding(model))
+        points.append(linear_in_chunks(normed, unembedding(model).T, None))
     return torch.stack([_quantities(logits.float(), batch) for logits in points], 1)
 
 
