@@ -20,8 +20,9 @@ from mechunlearn.localize.sites import passes, resolution
 from mechunlearn.metrics import Metric, checked
 from mechunlearn.model import Model, Run, base_run, continued, preserved, shape, slots
 from mechunlearn.model.classes import at_least_float32
-from mechunlearn.model.edges import behind_post_norms, contributions, edges_of
-from mechunlearn.model.norms import norm_of
+from mechunlearn.model.edges import behind_post_norms, contributions, edges_of, heads_are_tied
+from mechunlearn.model.matrices import attention_change
+from mechunlearn.model.norms import input_norm
 from mechunlearn.model.running import computed_in
 from mechunlearn.model.suffix import through_layer
 from mechunlearn.options import with_options
@@ -160,15 +161,25 @@ def _attention_changes(
     """What the attention's output gains when a unit of the matrix alone reads the change of its copy's source."""
     # The change of the queries, keys or values if all heads read the source's change: biases drop out.
     residual = base.run.residuals[layer][row]
-    norm = norm_of(base.model.blocks[layer].ln1, base.model)
+    norm = input_norm(base.model, layer)
     difference = norm.without_bias(residual + base.change[source, row]) - norm.without_bias(residual)
     reading = slots(base.model)[layer, matrix].weight.to(difference.dtype)
     projected = einsum(difference, reading, "copy pos d, unit width d -> copy pos unit width")
-    name = f"blocks.{layer}.attn.hook_z"
-    hook = (f"blocks.{layer}.attn.hook_{matrix[-1].lower()}", lambda value, hook: value + projected.to(value.dtype))
-    _, values = through_layer(base.model, base.run, row, layer, hooks=[hook], names=[name], with_mlp=False)
-    units = sizes.units(matrix)
+    name, units = f"blocks.{layer}.attn.hook_z", sizes.units(matrix)
+
+    def moved(rows: Int[Tensor, "any"], added: Tensor) -> Tensor:
+        hook = (f"blocks.{layer}.attn.hook_{matrix[-1].lower()}", lambda value, hook: value + added.to(value.dtype))
+        _, values = through_layer(base.model, base.run, rows, layer, hooks=[hook], names=[name], with_mlp=False)
+        return at_least_float32(values[name]) - base.run.values[name][rows]
+
+    def alone(copy: Int[Tensor, "pair"], unit: Int[Tensor, "pair"]) -> Tensor:
+        rows, own = row[copy], torch.nn.functional.one_hot(unit, units)[:, None, :, None]
+        change = moved(rows, projected[copy] * own)
+        return attention_change(base.model, layer, base.run.values[name][rows], change)
+
+    if heads_are_tied(base.model, base.run, layer, matrix):
+        return alone
     # Query heads that share a KV head change together: their z and W_O are seen as one unit's.
-    change = (at_least_float32(values[name]) - base.run.values[name][row]).unflatten(2, (units, -1)).flatten(3)
+    change = moved(row, projected).unflatten(2, (units, -1)).flatten(3)
     weight = at_least_float32(slots(base.model)[layer, "W_O"].weight).unflatten(0, (units, -1)).flatten(1, 2)
     return lambda copy, unit: torch.bmm(change[copy, :, unit], weight[unit])

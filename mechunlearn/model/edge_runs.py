@@ -14,10 +14,17 @@ from mechunlearn.components.component import Component
 from mechunlearn.components.edge import destinations
 from mechunlearn.model.classes import Model, unchecked_shape
 from mechunlearn.model.decomposition import scales_of
-from mechunlearn.model.edges import PROJECTIONS, DestinationInputs, head_readers, mlp_norm, output_norm
+from mechunlearn.model.edges import (
+    PROJECTIONS,
+    DestinationInputs,
+    head_readers,
+    keep_read_by_attention,
+    mlp_reader,
+    output_norm,
+)
 from mechunlearn.model.hooks import Hook
 from mechunlearn.model.matrices import slots
-from mechunlearn.model.norms import norm_of, post_norm
+from mechunlearn.model.norms import input_norm, post_norm
 from mechunlearn.model.running import logits_at
 
 
@@ -32,7 +39,7 @@ class EdgeCircuits:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.sizes = unchecked_shape(model)
-        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
+        self.norms = [input_norm(model, layer) for layer in range(len(model.blocks))]
         self.outputs = [output_norm(model, layer) for layer in range(self.sizes.n_layers)]
         self.slots = slots(model)
         self.scales = scales_of(model)
@@ -58,7 +65,7 @@ class _Pass:
     The residual stream of the pass itself is never changed. Each destination gets, at its own input only, the changes
     of the sources whose edges to it are removed:
 
-    - an MLP and the logits at the input of the norm in front of them;
+    - an MLP and the logits at the input of the norm in front of them, or of the MLP itself where it has none;
     - queries, keys and values, whose norm is shared, at their own outputs: a projection is linear in the normalized
       residual stream, so what it gives more for the changed stream is added to it.
     """
@@ -89,13 +96,13 @@ class _Pass:
                 hooks.append((f"{prefix}attn.hook_z", partial(self._keep_heads, layer)))
                 hooks.append((f"{prefix}hook_mlp_out", partial(self._keep_mlp, layer)))
                 mlp_hook = partial(self._changed_input, self.circuits.column[Component(layer, "MLP")])
-                module_hooks: dict[nn.Module, Any] = {model.blocks[layer].ln1: partial(self._keep_residual, layer)}
-                module_hooks[mlp_norm(model, layer)] = mlp_hook
+                module_hooks: dict[nn.Module, Any] = {mlp_reader(model, layer): mlp_hook}
                 module = post_norm(model, layer, "ATTN")
                 if module is not None:
                     module_hooks[module] = partial(self._keep_attention, layer)
                 for module, hook in module_hooks.items():
                     stack.callback(module.register_forward_pre_hook(hook).remove)
+                stack.callback(keep_read_by_attention(model, layer, self.residual).remove)
             logits_hook = partial(self._changed_input, self.circuits.column["logits"])
             stack.callback(model.ln_final.register_forward_pre_hook(logits_hook).remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
@@ -103,9 +110,6 @@ class _Pass:
 
     def _keep_embedding(self, value: Tensor, hook: object) -> None:
         self.change[0] = self.other[0] - value
-
-    def _keep_residual(self, layer: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.residual[layer] = arguments[0]
 
     def _changed_projection(self, layer: int, matrix: str) -> Any:
         """A hook that gives the queries, keys or values of residual streams that differ from head to head."""
@@ -183,13 +187,14 @@ class InputGradients:
 
         h(W_Q g) / s - x (x . h(W_Q g)) / (d_model s),    h = `Norm.numerator_transposed`
 
-    with g the gradient at the query, x and s the direction and scale of the norm's input; see `Norm`.
+    with g the gradient at the query, x and s the direction and scale of the norm's input; see `Norm`. Without a norm
+    in front of the attention (OLMo 2) it is W_Q g alone.
     """
 
     def __init__(self, model: Model, mask: Bool[Tensor, "batch pos"]) -> None:
         self.sizes = unchecked_shape(model)
         self.slots = slots(model)
-        self.norms = [norm_of(block.ln1, model) for block in model.blocks]
+        self.norms = [input_norm(model, layer) for layer in range(len(model.blocks))]
         self._mask = mask
         self._runs = 0
         self._heads: list[Tensor] = []
@@ -212,7 +217,7 @@ class InputGradients:
             # summed over runs before W; the part along x has another x in each run and is kept run by run.
             weighted = direction * norm.weight
             projected = [torch.einsum("bpd,uwd->bpuw", weighted, weight) for weight in self._weights(layer)]
-            along = (gradient * torch.cat(projected, dim=2)).sum(-1) / self.sizes.d_model
+            along = norm.scaled * (gradient * torch.cat(projected, dim=2)).sum(-1) / self.sizes.d_model
             self._along[layer].append((along, direction))
             heads.append(gradient)
         self._heads = [a + b for a, b in zip(self._heads, heads, strict=True)] if self._runs else heads

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mechunlearn.components.component import ATTENTION_MATRICES, Component, ModelShape
 from mechunlearn.components.edge import Destination, Edge, edge_mask, mask_of
@@ -19,8 +21,9 @@ from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.guard import preserved
 from mechunlearn.model.hooks import recording
 from mechunlearn.model.matrices import check_plain, slots
-from mechunlearn.model.norms import Norm, norm_of, post_norm
+from mechunlearn.model.norms import Norm, input_norm, norm_of, post_norm
 from mechunlearn.model.running import logits_at
+from mechunlearn.model.suffix import Run, through_layer
 
 _checked: WeakSet[nn.Module] = WeakSet()
 """Models whose residual stream has been found to be the sum of its parts."""
@@ -71,11 +74,11 @@ class DestinationInputs:
     """What the destinations of a run read: tensors that autograd can differentiate a metric by."""
 
     residuals: tuple[Float[Tensor, "batch pos d_model"], ...]
-    """The input of the norm before each layer's attention."""
+    """What enters each layer: its attention reads it, mostly through a norm."""
     projections: tuple[tuple[Tensor, ...], ...]
     """Each layer's queries, keys and values [batch, pos, head, d_head], before rotary embedding and qk-norm."""
     mlps: tuple[Float[Tensor, "batch pos d_model"], ...]
-    """Each MLP's own copy of the residual stream, before its norm."""
+    """Each MLP's own copy of the residual stream, before its norm, if it has one."""
     logits: Float[Tensor, "batch pos d_model"]
     """The final norm's input."""
 
@@ -93,6 +96,7 @@ def recording_inputs(model: Model) -> Iterator[list[DestinationInputs]]:
     """
     layers = range(unchecked_shape(model).n_layers)
     names = {(layer, m): f"blocks.{layer}.attn.hook_{letter}" for layer in layers for m, letter in PROJECTIONS}
+    residuals: dict[int, Tensor] = {}
     copies: dict[nn.Module, Tensor] = {}
     inputs: list[DestinationInputs] = []
 
@@ -100,32 +104,60 @@ def recording_inputs(model: Model) -> Iterator[list[DestinationInputs]]:
         copies[module] = arguments[0].clone()
         return (copies[module], *arguments[1:])
 
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        copies[module] = arguments[0].detach()
-
-    attention_norms = [block.ln1 for block in model.blocks]
-    norms = [mlp_norm(model, layer) for layer in layers]
+    readers = [mlp_reader(model, layer) for layer in layers]
     with ExitStack() as stack:
-        for module in (*norms, model.ln_final):
+        for module in (*readers, model.ln_final):
             stack.callback(module.register_forward_pre_hook(hand_in_a_copy).remove)
-        for module in attention_norms:
-            stack.callback(module.register_forward_pre_hook(keep).remove)
+        for layer in layers:
+            stack.callback(keep_read_by_attention(model, layer, residuals).remove)
         recorded = stack.enter_context(recording(model, names.values()))
         yield inputs
     projections = tuple(tuple(recorded[names[layer, m]] for m, _ in PROJECTIONS) for layer in layers)
-    residuals, mlps = tuple(copies[norm] for norm in attention_norms), tuple(copies[norm] for norm in norms)
-    inputs.append(DestinationInputs(residuals, projections, mlps, copies[model.ln_final]))
+    entering, mlps = tuple(residuals[layer].detach() for layer in layers), tuple(copies[reader] for reader in readers)
+    inputs.append(DestinationInputs(entering, projections, mlps, copies[model.ln_final]))
 
 
-def mlp_norm(model: Model, layer: int) -> nn.Module:
-    """The norm in front of a layer's MLP; ValueError if the MLP shares the attention's."""
-    module = dict(model.blocks[layer].named_children()).get("ln2")
-    if module is None:
+def keep_read_by_attention(model: Model, layer: int, residuals: dict[int, Tensor]) -> RemovableHandle:
+    """Inside this context, the residual stream that a layer's attention reads, before its norm, is put at `layer`."""
+    block = model.blocks[layer]
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        residuals[layer] = arguments[0] if arguments else options["hidden_states"]
+
+    reader = dict(block.named_children()).get("ln1", block.attn)
+    return reader.register_forward_pre_hook(keep, with_kwargs=True)
+
+
+def mlp_reader(model: Model, layer: int) -> nn.Module:
+    """What takes in the residual stream for a layer's MLP: the norm before it, or the MLP itself (OLMo 2).
+
+    ValueError if the MLP shares the attention's norm.
+    """
+    block = model.blocks[layer]
+    children = dict(block.named_children())
+    if "ln2" in children:
+        return children["ln2"]
+    if "ln1" in children:
         raise ValueError(
-            f"expected a norm in front of every MLP, got a block {layer} without ln2: what its MLP reads cannot be "
-            f"told from what its attention reads; use a method for components."
+            f"expected MLPs that read the residual stream by a norm of their own, got a block {layer} whose attention "
+            f"and MLP share one: their inputs cannot be told apart; use a method for components."
         )
-    return module
+    return block.mlp
+
+
+def heads_are_tied(model: Model, run: Run, layer: int, matrix: str) -> bool:
+    """Whether one head's query or key changes what the others give: a norm of all heads together follows (OLMo 2)."""
+    first, z = torch.zeros(1, dtype=torch.long, device=run.tokens.device), f"blocks.{layer}.attn.hook_z"
+
+    def enlarge(value: Tensor, hook: object) -> Tensor:
+        return value * (1 + (torch.arange(value.shape[2], device=value.device) == 0)[:, None].to(value.dtype))
+
+    hooks = [(f"blocks.{layer}.attn.hook_{matrix[-1].lower()}", enlarge)]
+    plain, other = (
+        through_layer(model, run, first, layer, hooks=own, names=[z], with_mlp=False)[1][z] for own in ([], hooks)
+    )
+    group = model.cfg.n_heads // unchecked_shape(model).units(matrix)
+    return not torch.equal(plain[:, :, group:], other[:, :, group:])
 
 
 def head_readers(layer: int, shape: ModelShape) -> list[Destination]:
@@ -296,13 +328,13 @@ def _equations(
         change[heads] = (norm.without_bias(here) - norm.without_bias(there)) / model.cfg.n_heads
     yield "sources do not sum to the last residual stream", change.sum(0), inputs.logits - other.logits
     matrices, heads = slots(model), model.cfg.n_heads
-    for layer, block in enumerate(model.blocks):
+    for layer in range(len(model.blocks)):
         # What the MLP reads is the sum of the sources below it: with its own layer's heads, unless blocks are parallel.
         entering = 1 + layer * (heads + 1)
         count = entering if is_parallel(model) else entering + heads
         order = "parallel" if is_parallel(model) else "sequential"
         yield f"the MLP of block {layer} is not {order}", change[:count].sum(0), inputs.mlps[layer] - other.mlps[layer]
-        norm = norm_of(block.ln1, model)
+        norm = input_norm(model, layer)
         normed, other_normed = (norm.without_bias(run.residuals[layer]) for run in (inputs, other))
         for i, (matrix, _) in enumerate(PROJECTIONS):
             weight = matrices[layer, matrix].weight.to(normed.dtype)

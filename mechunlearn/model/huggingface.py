@@ -3,9 +3,10 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def huggingface_weights(model: Model) -> dict[str, Tensor]:
     expected = _empty_copy(model).state_dict()
     state = model.original_model.state_dict(keep_vars=True)
     present = {name.replace("._original_component", ""): tensor for name, tensor in state.items()}
-    fused = {id(whole): parts for whole, parts in _fused(model)}
+    fused = {id(fused.whole): fused for fused in _fused(model)}
     used = {id(present[name]) for name in expected if name in present}
-    used |= {id(part) for whole, parts in fused.items() if whole in used for part in parts}
+    used |= {id(part) for whole in fused.keys() & used for part in fused[whole].parts}
     lost = [name for name, tensor in present.items() if id(tensor) not in used and bool(tensor.any())]
     lost += [f"L{layer}.{matrix}" for (layer, matrix), slot in slots(model).items() if id(slot.parameter) not in used]
     wrong = [name for name in expected if name not in present or present[name].shape != expected[name].shape]
@@ -73,8 +74,7 @@ def huggingface_weights(model: Model) -> dict[str, Tensor]:
     weights = {name: present[name].detach() for name in expected}
     for name in expected:
         if id(present[name]) in fused:  # the forward pass does not read it: its value is that of its parts
-            parts = [part.detach() for part in fused[id(present[name])]]
-            weights[name] = _FUSED_LAYOUTS[architecture(model)](parts, model.cfg.n_heads)
+            weights[name] = fused[id(present[name])].value()
     _check_ties(model, weights)
     return weights
 
@@ -107,36 +107,63 @@ def _empty_copy(model: Model) -> Any:
     return empty.to(next(inner.parameters()).dtype)
 
 
-def _fused(model: Model) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
-    """Each fused parameter, which the forward pass of a bridge does not read, and those that it reads."""
+@dataclass(frozen=True, eq=False)
+class _Fused:
+    """A fused parameter, which the forward pass of a bridge does not read, and those that it reads."""
+
+    whole: nn.Parameter
+    parts: Sequence[nn.Parameter]
+    places: Sequence[Tensor]
+    """For each part where its entries are in the flattened whole."""
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        whole = torch.empty_like(self.whole).flatten()
+        for part, places in zip(self.parts, self.places, strict=True):
+            whole[places.flatten().to(whole.device)] = part.flatten()
+        return whole.view(self.whole.shape)
+
+
+def _fused(model: Model) -> Iterator[_Fused]:
+    places: dict[str, Sequence[Tensor]] = {}
     for block in model.blocks:
         inside = dict(innermost(block.mlp).named_parameters())
-        if "gate_up_proj.weight" in inside:
-            yield inside["gate_up_proj.weight"], [innermost(getattr(block.mlp, part)).weight for part in ("gate", "in")]
+        if "gate_up_proj.weight" in inside:  # one below the other
+            whole, halves = inside["gate_up_proj.weight"], (getattr(block.mlp, part) for part in ("gate", "in"))
+            above_and_below = torch.arange(whole.numel()).view(whole.shape).tensor_split(2)
+            yield _Fused(whole, [innermost(half).weight for half in halves], above_and_below)
         children = dict(block.attn.named_children())
         if "qkv" not in children:
             continue
-        if architecture(model) not in _FUSED_LAYOUTS:
-            raise ValueError(
-                f"expected the fused QKV of {' or '.join(_FUSED_LAYOUTS)}, got that of {architecture(model)}: save "
-                f"the Edit itself, and apply it after loading."
-            )
         whole, *parts = (innermost(children[name]) for name in ("qkv", "q", "k", "v"))
-        for kind in ("weight", "bias"):
-            if getattr(whole, kind, None) is not None:
-                yield getattr(whole, kind), [getattr(part, kind) for part in parts]
+        places = places or _places(model, block.attn, whole)
+        for kind in places:
+            yield _Fused(getattr(whole, kind), [getattr(part, kind) for part in parts], places[kind])
 
 
-_FUSED_LAYOUTS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
-    # q, k and v side by side in a `Conv1D`, which stores [in, out].
-    "GPT2LMHeadModel": lambda parts, n_heads: torch.cat([part.movedim(0, -1) for part in parts], dim=-1),
-    # q, k and v of head 0, then of head 1, ...
-    "GPTNeoXForCausalLM": lambda parts, n_heads: torch.stack(
-        [part.unflatten(0, (n_heads, -1)) for part in parts], dim=1
-    ).flatten(0, 2),
-    # q, k and v below each other in a `Linear`; so are gate and up.
-    "Phi3ForCausalLM": lambda parts, n_heads: torch.cat(parts),
-}
+def _places(model: Model, attention: Any, whole: nn.Module) -> dict[str, Sequence[Tensor]]:
+    """Kind of parameter -> where the entries of q, k and v are in the fused one: each architecture has its own order.
+
+    The fused matrix is filled with the numbers of its entries, and TransformerLens splits it again.
+    """
+    own = dict(whole.named_parameters(recurse=False))
+    try:
+        for kind, parameter in own.items():
+            numbers = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            setattr(whole, kind, nn.Parameter(numbers, requires_grad=False))
+        with torch.device("meta"):  # what the new layers hold at first is thrown away
+            parts = attention.split_qkv_matrix(attention.original_component)
+        places: dict[str, Sequence[Tensor]] = {kind: [getattr(part, kind).long() for part in parts] for kind in own}
+    finally:
+        for kind, parameter in own.items():
+            setattr(whole, kind, parameter)
+    for kind, parameter in own.items():
+        if not torch.equal(torch.cat([p.flatten() for p in places[kind]]).sort()[0], torch.arange(parameter.numel())):
+            raise ValueError(
+                f"expected a fused QKV whose entries are each one of q, k or v, got that of {architecture(model)}: "
+                f"save the Edit itself, and apply it after loading."
+            )
+    return places
 
 
 def _check_ties(model: Model, weights: dict[str, Tensor]) -> None:

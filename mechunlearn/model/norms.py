@@ -27,6 +27,8 @@ class Norm:
     centred: bool
     """True for a LayerNorm."""
     eps: float
+    scaled: bool = True
+    """False for no norm at all, which is s(x) = 1: then `direction_and_scale` gives x, and the gradient is h."""
 
     def numerator(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """weight * c(x): what the norm divides by the scale. It is linear, so parts of an input can be taken alone."""
@@ -41,7 +43,7 @@ class Norm:
     ) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows 1"]]:
         """c(x) / s(x) and s(x)."""
         x = self._centre(x.to(self.weight.dtype))
-        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() if self.scaled else torch.ones_like(x[..., :1])
         return x / scale, scale
 
     def without_bias(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -61,6 +63,8 @@ class Norm:
         """The first-order part of `change`: the derivative at x, applied to `more`."""
         direction, scale = self.direction_and_scale(x)
         centred = self._centre(more.to(self.weight.dtype)) / scale
+        if not self.scaled:
+            return self.weight * centred
         return self.weight * (centred - direction * (direction * centred).mean(-1, keepdim=True))
 
     def frozen(self, x: Float[Tensor, "*rows d_model"]) -> "FrozenNorm":
@@ -109,6 +113,18 @@ def norm_of(module: nn.Module, model: Model) -> Norm:
             f"else: what becomes of parts of its input cannot be told; use attribution_patching or activation_patching."
         )
     return norm
+
+
+def input_norm(model: Model, layer: int) -> Norm:
+    """What a layer's attention makes of the residual stream first: its norm, or in models without one nothing."""
+    module = getattr(model.blocks[layer], "ln1", None)
+    if module is not None:
+        return norm_of(module, model)
+    parameter = next(model.parameters())
+    ones = torch.ones(
+        model.cfg.d_model, device=parameter.device, dtype=torch.promote_types(parameter.dtype, torch.float32)
+    )
+    return Norm(ones, torch.zeros_like(ones), centred=False, eps=0.0, scaled=False)
 
 
 def post_norm(model: Model, layer: int, part: str) -> nn.Module | None:

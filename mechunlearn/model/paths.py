@@ -134,7 +134,7 @@ def _after_responses(
     }
     unneeded = [*list(model.blocks)[highest:], model.unembed]
     names = [f"blocks.{layer}.hook_resid_pre" for layer in layers if first < layer < min(highest, n_layers)]
-    options = {"fixed": fixed, "idle": unneeded, "hooks": _sending_mlps(base, sent), "names": names}
+    options = {"fixed": fixed, "unneeded": unneeded, "hooks": _sending_mlps(base, sent), "names": names}
     # The blocks above are identities, so the final norm gets what enters the highest layer.
     final, recorded = run_from(model, base, sent.rows, first, base.residuals[first][sent.rows], **options)
     entering |= {layer: recorded[f"blocks.{layer}.hook_resid_pre"] for layer in layers if first < layer < highest}

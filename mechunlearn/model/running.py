@@ -2,9 +2,10 @@
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from mechunlearn.model.classes import HALF, Model, at_least_float32, device_of
 from mechunlearn.model.hooks import Hook, recording
 from mechunlearn.model.matrices import cast_weights, innermost
+
+_in_tuples: WeakSet[nn.Module] = WeakSet()
+"""Blocks whose output is the first of a tuple, as the loop around them expects (GPT-J, Falcon, MPT)."""
 
 
 def logits_at(
@@ -56,7 +60,7 @@ def residual_before(
     name = f"blocks.{layer}.hook_resid_pre"
     later = list(model.blocks)[layer + 1 :]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    with recording(model, [name]) as recorded, replaced_forwards(dict.fromkeys(later, identity)), torch.no_grad():
+    with recording(model, [name]) as recorded, replaced_forwards(idle(later)), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded[name].detach()
 
@@ -66,8 +70,7 @@ def embeddings(
 ) -> Float[Tensor, "batch pos d_model"]:
     """The token embeddings, without positions; no layer is run."""
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    idle = dict.fromkeys(model.blocks, identity)
-    with recording(model, ["hook_embed"]) as recorded, replaced_forwards(idle), torch.no_grad():
+    with recording(model, ["hook_embed"]) as recorded, replaced_forwards(idle(model.blocks)), torch.no_grad():
         logits_at(model, tokens, mask, last)
     return recorded["hook_embed"]
 
@@ -77,10 +80,10 @@ def residual_after(
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream that leaves `layer`, with its graph; later layers and the unembedding are not run."""
     final: list[Tensor] = []
-    idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
+    later = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
     last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
     keeping = model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0]))
-    with keeping, replaced_forwards(dict.fromkeys(idle, identity)):
+    with keeping, replaced_forwards(idle(later)):
         logits_at(model, tokens, mask, last)
     return final[0]
 
@@ -109,11 +112,12 @@ def running_from(model: Model, layer: int, residual: Float[Tensor, "batch pos d_
         return residual
 
     if layer == len(blocks):
-        with replaced_forwards(dict.fromkeys(blocks, identity) | {blocks[-1]: enter}):
+        entering = partial(_in_a_tuple, enter) if blocks[-1] in _in_tuples else enter
+        with replaced_forwards(idle(blocks) | {blocks[-1]: entering}):
             yield
     else:
         # By a hook, which overrides hooks that were set there before: `residual` has their changes already.
-        with replaced_forwards(dict.fromkeys(blocks[:layer], identity)):
+        with replaced_forwards(idle(blocks[:layer])):
             with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", enter)]):
                 yield
 
@@ -134,8 +138,13 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
                 module.__dict__["forward"] = forward
 
 
-def identity(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """A forward that gives its input."""
+def idle(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards with which the modules give their input, in the form of their outputs."""
+    in_a_tuple = partial(_in_a_tuple, _identity)
+    return {module: in_a_tuple if module in _in_tuples else _identity for module in modules}
+
+
+def _identity(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return value
 
 
@@ -229,6 +238,24 @@ def _cast_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
             return own(*values, **options)
 
     return forward
+
+
+def _in_a_tuple(forward: Callable[..., Tensor], *arguments: Any, **options: Any) -> tuple[Tensor, None]:
+    return forward(*arguments, **options), None
+
+
+@contextmanager
+def remembering_tuples(model: Model) -> Iterator[None]:
+    """Inside, a forward pass of the model tells `idle` which of its blocks give tuples."""
+
+    def remember(block: nn.Module, inputs: object, output: Any) -> None:
+        if isinstance(output, tuple):
+            _in_tuples.add(block)
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.register_forward_hook(remember).remove)
+        yield
 
 
 def only_at(unembedding: nn.Module, positions: Int[Tensor, "batch place"]) -> RemovableHandle:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mechunlearn.model.classes import Model, is_bridge
 from mechunlearn.model.hooks import Hook, recording
-from mechunlearn.model.running import identity, logits_at, replaced_forwards, running_from
+from mechunlearn.model.running import idle, logits_at, replaced_forwards, running_from
 
 _INSIDE_ATTENTION = re.compile(r"blocks\.\d+\.(hook_resid_pre|attn\.hook_(q|k|v|z|rot_q|rot_k|attn_scores|pattern))")
 
@@ -95,8 +95,9 @@ def continued(
         # Up to what the last attention gives: its MLP and the unembedding do not run.
         outputs, block, name = list[Tensor](), model.blocks[last], f"blocks.{last}.hook_resid_pre"
         with _keeping_output(block.attn, outputs):
-            idle = (block.mlp, model.unembed)
-            values = run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=[name])[1]
+            unneeded = (block.mlp, model.unembed)
+            options = {"fixed": fixed, "unneeded": unneeded, "hooks": hooks, "names": [name]}
+            values = run_from(model, run, rows, layer, residual, **options)[1]
         residual, fixed, layer = values[name], {last: outputs[0]}, last
     # Only attention mixes positions. What is left after the last one runs at the answers' positions alone, as if they
     # were the whole prompt.
@@ -126,9 +127,9 @@ def through_layer(
     """
     residual = run.residuals[layer][rows] if residual is None else residual
     fixed = {} if attention is None else {layer: attention.to(run.attention[layer].dtype)}
-    idle = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
-    idle += [] if with_mlp else [model.blocks[layer].mlp]
-    return run_from(model, run, rows, layer, residual, fixed=fixed, idle=idle, hooks=hooks, names=names)
+    unneeded = [*list(model.blocks)[layer + 1 :], model.ln_final, model.unembed]
+    unneeded += [] if with_mlp else [model.blocks[layer].mlp]
+    return run_from(model, run, rows, layer, residual, fixed=fixed, unneeded=unneeded, hooks=hooks, names=names)
 
 
 def run_from(
@@ -139,16 +140,16 @@ def run_from(
     residual: Float[Tensor, "row pos d_model"],
     *,
     fixed: dict[int, Float[Tensor, "row pos d_model"]],
-    idle: Iterable[nn.Module],
+    unneeded: Iterable[nn.Module],
     hooks: Sequence[Hook] = (),
     names: Iterable[str] = (),
 ) -> tuple[Float[Tensor, "row pos d_model"], dict[str, Tensor]]:
-    """A run from `layer` on in which attention is fixed and modules are idle: the final norm's input, and values."""
+    """A run from `layer` on, with fixed attention, without unneeded modules: the final norm's input, and values."""
     final: list[Tensor] = []
     with (
         running_from(model, layer, residual.to(run.residuals[layer].dtype)),
         fixed_attention(model, fixed),
-        replaced_forwards(dict.fromkeys(idle, identity)),
+        replaced_forwards(idle(unneeded)),
         model.ln_final.register_forward_pre_hook(lambda module, inputs: final.append(inputs[0])),
         model.hooks(fwd_hooks=list(hooks)),
         recording(model, names) as recorded,

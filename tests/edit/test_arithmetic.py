@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -75,6 +77,31 @@ def test_a_combined_edit_is_both_whatever_their_order(model):
                 for e in own:
                     e.write(values[e.label])
     assert torch.equal(found, expected)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that, like one on a GPU, can be mixed with others only after `to`."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            kinds = {type(value) for value in args if isinstance(value, torch.Tensor) and value.is_floating_point()}
+            if func is torch.Tensor.to:
+                kinds = {type(args[1])}
+            if len(kinds) > 1:
+                raise RuntimeError("Expected all tensors to be on the same device")
+            result = func(*args, **(kwargs or {}))
+            return result.as_subclass(*kinds) if isinstance(result, torch.Tensor) and kinds else result
+
+
+def test_edits_on_two_devices_are_combined_on_the_first_ones(llama, unchecked):
+    first, second = larger(llama, "L1H2"), larger(llama, "L1H0", by=0.5)
+    values = {label: value.as_subclass(Elsewhere) for label, value in first.values.items()}
+    fresh, expected = replace(first, values=values), combined(first, second)
+    for both, kind in ((combined(fresh, second), Elsewhere), (combined(second, fresh), torch.Tensor)):
+        shared = both.values["L1.W_O"]
+        assert type(shared) is kind
+        assert torch.equal(shared.as_subclass(torch.Tensor), expected.values["L1.W_O"])
 
 
 def test_edits_that_share_weights_or_models_are_not_combined(llama):

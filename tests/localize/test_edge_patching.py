@@ -15,14 +15,14 @@ from mechunlearn.localize import edge_faithfulness, edge_integrated_gradients, e
 from mechunlearn.localize.edge_attribution import edge_attribution_patching
 from mechunlearn.metrics import answer_log_probability, logit_difference
 from mechunlearn.model import preserved, recording, shape, slots
-from mechunlearn.model.edges import edges_of, mlp_norm
+from mechunlearn.model.edges import edges_of, mlp_reader
 
 
 def reads(model, layer, part):
     """The module whose input is the destination's copy of the residual stream."""
     if part == "logits":
         return model.ln_final
-    return mlp_norm(model, layer) if part == "MLP" else model.blocks[layer].ln1
+    return mlp_reader(model, layer) if part == "MLP" else model.blocks[layer].ln1
 
 
 @torch.no_grad()
