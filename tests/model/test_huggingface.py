@@ -226,6 +226,7 @@ def test_a_model_that_its_export_could_not_be_loaded_as_is_refused(tmp_path):
 @torch.no_grad()
 def test_whatever_the_order_of_a_fused_matrix_it_is_exported(name, tmp_path):
     model = architectures.booted(name, tiny.tokenizer())
+    model(TOKENS)  # TransformerLens installs hooks of its own at the first forward
     edit = moved(model, "L1H2", "L2H1.W_K", "L0MLP.W_in")
     with left_as_it_was(model):
         edit.to_huggingface(model, tmp_path / "model")
