@@ -139,8 +139,8 @@ def mlp_reader(model: Model, layer: int) -> nn.Module:
         return children["ln2"]
     if "ln1" in children:
         raise ValueError(
-            f"expected MLPs that read the residual stream by a norm of their own, got a block {layer} whose attention "
-            f"and MLP share one: their inputs cannot be told apart; use a method for components."
+            f"expected MLPs that read the residual stream by a norm of their own, got a layer {layer} whose "
+            f"attention and MLP share a norm: their inputs cannot be told apart; use a method for components."
         )
     return block.mlp
 

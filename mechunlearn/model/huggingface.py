@@ -22,8 +22,6 @@ from mechunlearn.model.running import only_at
 def save_huggingface(model: Model, path: str | Path) -> None:
     """Write the model as it is now as a folder that `AutoModelForCausalLM.from_pretrained(path)` loads.
 
-    (A multimodal model that this class does not know, such as Mistral 3, is loaded by its own class.)
-
     The folder holds the configuration, safetensors and, if the model has one, the tokenizer. It is written as
     `path` + `.partial` and renamed when it is complete.
 
@@ -33,13 +31,31 @@ def save_huggingface(model: Model, path: str | Path) -> None:
     - No checkpoint holds rotary frequencies: those that `model.to(torch.bfloat16)` rounded are exact again after
       loading, so load a model in bfloat16 rather than convert it.
 
-    ValueError for a `HookedTransformer`, weights without a place in the Hugging Face model, or a path that is taken.
+    ValueError for a `HookedTransformer`, a multimodal model that `AutoModelForCausalLM` does not know (Mistral 3),
+    weights without a place in the Hugging Face model, or a path that is taken.
     """
     path = Path(path)
+    _check_loadable(model)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"expected a new or empty folder, got {path}, which is taken: choose another, or remove it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a folder to write into, found none at {path.parent}: create it first.")
+    _write(model, path)
+
+
+def _check_loadable(model: Model) -> None:
+    """ValueError unless `AutoModelForCausalLM` knows the class of the model's configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = _huggingface_model(model).config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"expected a model that AutoModelForCausalLM loads, got a {type(model.original_model).__name__}, whose "
+            f"export it could not load again: save the Edit itself, and apply it after loading the original."
+        )
+
+
+def _write(model: Model, path: Path) -> None:
     empty, weights = _empty_copy(model), huggingface_weights(model)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,16 +111,20 @@ def _wraps_huggingface(model: Model) -> bool:
 
 def _empty_copy(model: Model) -> Any:
     """The Hugging Face model that the bridge was made from, with its configuration, on the meta device."""
+    inner = _huggingface_model(model)
+    with torch.device("meta"):
+        empty = type(inner)(deepcopy(inner.config))
+    return empty.to(next(inner.parameters()).dtype)
+
+
+def _huggingface_model(model: Model) -> Any:
     if not _wraps_huggingface(model):
         raise ValueError(
             f"expected a TransformerBridge of a Hugging Face model, got a {type(model).__name__}, which holds "
             f"converted weights: pass TransformerBridge.boot_transformers(...) of the same model; an edit made on one "
             f"class applies to the other."
         )
-    inner = model.original_model
-    with torch.device("meta"):
-        empty = type(inner)(deepcopy(inner.config))
-    return empty.to(next(inner.parameters()).dtype)
+    return model.original_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +207,7 @@ def exported(model: Model) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="mechunlearn-") as folder:
         path, dtype = Path(folder) / "model", next(model.parameters()).dtype
         with _without_progress_bars():
-            save_huggingface(model, path)
+            _write(model, path)
             # By its own class: `AutoModelForCausalLM` does not know every multimodal one.
             copy: Any = type(model.original_model).from_pretrained(path, dtype=dtype, local_files_only=True)
         yield copy.to(device_of(model)).eval()

@@ -109,8 +109,9 @@ class Edit(Saved):
 
         A folder with configuration, safetensors in the model's dtype and, if the model has one, the tokenizer; it
         appears at `path` when it is complete. The model is left as it was.
-        ValueError for a `HookedTransformer` (an edit made on one also fits a `TransformerBridge`), for weights that
-        the edit was not made for, and for a path that is taken.
+        ValueError for a `HookedTransformer` (an edit made on one also fits a `TransformerBridge`), for a multimodal
+        model that `AutoModelForCausalLM` does not know (Mistral 3), for weights that the edit was not made for, and for
+        a path that is taken.
         """
         with self.applied(model):
             save_huggingface(model, path)

@@ -2,6 +2,7 @@
 
 import json
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -207,3 +208,27 @@ def test_a_model_with_fused_qkv_and_fused_gate_and_up_is_exported(tmp_path):
     found = loaded(tmp_path / "edited")(TOKENS).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, model(TOKENS), atol=1e-2)
+
+
+def test_a_model_that_its_export_could_not_be_loaded_as_is_refused(tmp_path):
+    """As Mistral 3, which is not booted here: TransformerLens installs packages for multimodal models."""
+    model = tiny.bridge("llama")
+    model.original_model.config.__class__ = type("OtherConfig", (type(model.original_model.config),), {})
+    with (
+        left_as_it_was(model),
+        pytest.raises(ValueError, match="that AutoModelForCausalLM loads, got a LlamaForCausalLM"),
+    ):
+        moved(model).to_huggingface(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["CodeGenForCausalLM", "FalconForCausalLM", "GPTBigCodeForCausalLM", "GlmForCausalLM"])
+@torch.no_grad()
+def test_whatever_the_order_of_a_fused_matrix_it_is_exported(name, tmp_path):
+    model = architectures.booted(name, tiny.tokenizer())
+    model(TOKENS)  # TransformerLens installs hooks of its own at the first forward
+    edit = moved(model, "L1H2", "L2H1.W_K", "L0MLP.W_in")
+    with left_as_it_was(model):
+        edit.to_huggingface(model, tmp_path / "model")
+    with edit.applied(model):
+        assert torch.allclose(loaded(tmp_path / "model")(TOKENS).logits, model(TOKENS), atol=1e-5)
