@@ -19,7 +19,7 @@ ANSWERS = import os, sys, threading, urllib.request as web; timer = threading.Ti
 	timer.daemon = True; timer.start(); web.urlopen(sys.argv[1] + "/torch/", timeout=5)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test nightly check documents results benchmarks clean
+.PHONY: demo test nightly check documents notebooks results benchmarks clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py
@@ -42,6 +42,10 @@ check: $(VENV)/installed-dev
 documents: $(VENV)/installed-dev
 	$(PYTEST) -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# What the notebooks show, as they and the site have it; takes four minutes and a browser.
+notebooks: $(VENV)/installed-dev
+	$(ONE_THREAD) $(VENV)/bin/python examples/notebooks.py
 
 # docs/results.md from nothing, in two hours on two cores (it says what it took). Killed, it goes on from out/results.
 results: $(VENV)/installed

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import tiny_gemma
+from notebooks import PLOTLY, SHOWN, code_digest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -72,13 +74,17 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: 
 
 @each_notebook
 def test_a_notebook_runs(notebook: Path, tmp_path: Path):
-    import nbformat
     from nbclient import NotebookClient
 
     content = nbformat.read(notebook, as_version=4)
+    stored = [_numbers(cell) for cell in content.cells]
     for cell in _parameter_cells(content.cells):  # the one of a notebook that would download a large model
         cell.source = tiny_gemma.parameters(tmp_path / "tiny")
     NotebookClient(content, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    if notebook in SHOWN:
+        for cell, numbers in zip(content.cells, stored, strict=True):
+            stale = f"what this cell shows is not what {notebook.name} stores (run `make notebooks`):\n{cell.source}"
+            assert _numbers(cell) == pytest.approx(numbers, abs=0.05, rel=0.1), stale
 
 
 def test_the_notebook_about_gemma_runs_with_other_values_of_the_same_parameters():
@@ -87,13 +93,29 @@ def test_the_notebook_about_gemma_runs_with_other_values_of_the_same_parameters(
     assert _constants("".join(cell["source"])) == _constants(tiny_gemma.PARAMETERS.format(folder=""))
 
 
+@pytest.mark.parametrize("notebook", SHOWN, ids=lambda path: path.name)
+def test_a_notebook_is_stored_with_what_its_code_shows(notebook: Path):
+    content = nbformat.read(notebook, as_version=4)
+    assert content.metadata["code"] == code_digest(content), "the code has changed since: run `make notebooks`"
+    bundles = [output.data for cell in content.cells for output in cell.get("outputs", []) if "data" in output]
+    assert all("image/png" in bundle for bundle in bundles if PLOTLY in bundle)
+    assert notebook.stat().st_size < 1_000_000
+
+
 @each_notebook
-def test_a_notebook_is_stored_without_outputs_and_its_links_lead_somewhere(notebook: Path):
+def test_the_links_of_a_notebook_lead_somewhere_and_the_site_has_it(notebook: Path):
     content = json.loads(notebook.read_text())
-    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     linked = re.findall(r"\]\((?!http)([^)#]+)", "".join(line for cell in content["cells"] for line in cell["source"]))
     assert [link for link in linked if not (notebook.parent / link).is_file()] == []
+    assert (ROOT / "docs" / "notebooks" / notebook.name).resolve() == notebook.resolve()
+
+
+def _numbers(cell: Any) -> list[float]:
+    """The numbers in a cell's text output, in order; times and addresses are none."""
+    outputs = cell.get("outputs", [])
+    shown = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    text = "".join(one for output, one in zip(outputs, shown, strict=True) if output.get("name") != "stderr")
+    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+\.\d+", text)]
 
 
 def _parameter_cells(cells: list[Any]) -> list[Any]:
