@@ -62,6 +62,7 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/edges.py
 	$(VENV)/bin/python benchmarks/exact_edges.py
 	$(VENV)/bin/python benchmarks/patching.py
+	$(VENV)/bin/python benchmarks/half_precision.py
 	$(VENV)/bin/python benchmarks/tracing.py
 	$(VENV)/bin/python benchmarks/edge_memory.py
 	$(VENV)/bin/python benchmarks/evaluate.py

@@ -90,10 +90,16 @@ def estimates(prompts: mu.Prompts, few: mu.Prompts, edges: list[Any]) -> dict[st
     names = ("attribution_patching", "atp_star", "relp", "integrated_gradients", "integrated_gradients_of_activations")
     names = (*names, "direct_logit_attribution", "gradient_times_weight", "snip", "fisher")
     found: dict[str, Method] = {f"`{name}`": of(getattr(localize, name)) for name in names}
-    found["`logit_lens`"] = lambda model: localize.logit_lens(model, prompts).logit_difference.mean(0)
+    found["`logit_lens`"] = partial(lens, prompts=prompts)
     for name in ("edge_attribution_patching", "edge_integrated_gradients", "edge_clean_corrupted"):
         found[f"`{name}`, the same edges"] = of(getattr(localize, name), few, edges=edges)
     return found
+
+
+def lens(model: Any, prompts: mu.Prompts) -> Tensor:
+    differences = localize.logit_lens(model, prompts).logit_difference
+    assert differences is not None  # there are candidates
+    return differences.mean(0)
 
 
 def exact_row(name: str, method: Callable[..., Any], half: Any, whole: Any) -> str:
