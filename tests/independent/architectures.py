@@ -53,7 +53,7 @@ def random_model(name: str, vocabulary: int = 97) -> Any:
         elif parameter.ndim == 1:  # norms; those of Gemma multiply by 1 + w
             parameter.data = 0.3 * noise + (name != "gemma2")
         elif "embed" in label or "wte" in label or "wpe" in label:
-            parameter.data = 0.7 * noise
+            parameter.data = 0.4 * noise
         else:  # [in, out] in GPT-2, [out, in] elsewhere, up to the unembedding of Llama
             parameter.data = 1.2 * noise / parameter.shape[0 if name == "gpt2" else 1] ** 0.5
     return huggingface

@@ -81,8 +81,10 @@ def values(raw: Raw, tokens: Tensor, sites: Sequence[Site], changes: Sequence[Ch
     return [value[..., part] for value, (_, _, part) in zip(whole, sites, strict=True)]
 
 
-def gradients(raw: Raw, tokens: Tensor, sites: Sequence[Site], metric: Callable, changes: Sequence[Change] = ()):
-    """What each site holds in a run, and the gradient of metric(logits) there."""
+def gradients(
+    raw: Raw, tokens: Tensor, sites: Sequence[Site], metric: Callable, changes: Sequence[Change] = (), after=()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each site holds in a run, and the gradient of metric(logits) there; `after` are changes behind that place."""
     points = list({(id(module), side): (module, side) for module, side, _ in sites}.values())
     leaves: dict[tuple[int, str], Tensor] = {}
 
@@ -95,6 +97,6 @@ def gradients(raw: Raw, tokens: Tensor, sites: Sequence[Site], metric: Callable,
 
     changes = [*changes, *((module, side, leaf((id(module), side))) for module, side in points)]
     outputs = values(raw, tokens, sites, changes)
-    metric(run(raw, tokens, changes)).backward()
+    metric(run(raw, tokens, [*changes, *after])).backward()
     raw.model.zero_grad()
     return outputs, [leaves[id(module), side].grad[..., part] for module, side, part in sites]

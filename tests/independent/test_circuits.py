@@ -1,0 +1,216 @@
+"""What circuits keep, with everything else resampled, zeroed or at its mean; RelP and AtP*."""
+
+from functools import partial
+
+import pytest
+import torch
+from independent.agreement import assert_agree
+from independent.architectures import BOS
+from independent.facts import FACTS, logit_difference, prompts_of
+from independent.hooks import gradients, put, run, site, values
+
+import mechunlearn as mu
+
+
+def every_node(raw):
+    return [f"L{layer}{part}" for layer in range(len(raw.blocks)) for part in ("H0", "H1", "H2", "H3", "MLP")]
+
+
+def resampled(raw, fact, sites):
+    return values(raw, fact.other, sites)
+
+
+def zeroed(raw, fact, sites):
+    """Zeros, but for BOS, which keeps its own values."""
+    return [kept_at_bos(fact, own, torch.zeros_like(own)) for own in values(raw, fact.tokens, sites)]
+
+
+def averaged(raw, fact, sites, bos=True):
+    """The mean over all real tokens of the reference facts but BOS, which keeps its own values."""
+    reference = [values(raw, other.tokens, sites) for other in FACTS[1:]]
+    tokens = [torch.tensor(other.clean) != BOS for other in FACTS[1:]]
+    means = [torch.cat([run[k][0, at] for run, at in zip(reference, tokens, strict=True)]).mean(0) for k in range(len(sites))]
+    own = values(raw, fact.tokens, sites)
+    return [kept_at_bos(fact, now, mean.expand_as(now)) for now, mean in zip(own, means, strict=True)]
+
+
+def kept_at_bos(fact, own, new):
+    return torch.where((fact.tokens == BOS)[..., None], own, new)
+
+
+def replaced(raw, fact, labels, replacement):
+    """The metric of the clean run with the outputs of all these components replaced at once."""
+    sites = [site(raw, label) for label in labels]
+    new = replacement(raw, fact, sites)
+    changes = [(module, side, put(part, value)) for (module, side, part), value in zip(sites, new, strict=True)]
+    return logit_difference(run(raw, fact.tokens, changes), fact)
+
+
+REPLACEMENTS = {
+    "resample": (mu.localize.resample, resampled),
+    "zero": (mu.localize.zero, zeroed),
+    "mean": (mu.localize.mean_over(prompts_of(FACTS[1:])), averaged),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_faithfulness(pair, name):
+    raw, circuit = pair.raw, ["L0H1", "L0MLP", "L1H2", "L2MLP", "L2H3"]
+    theirs, mine = REPLACEMENTS[name]
+    mask = mu.ComponentMask.of(circuit, mu.shape(pair.bridge))
+    curves = mu.localize.faithfulness(pair.bridge, pair.prompts, mask, replacement=theirs, random_circuits=0)
+    row = [i for i, found in enumerate(curves.circuits) if len(found) == len(circuit)][0]
+    nodes = every_node(raw)
+    rest = [label for label in nodes if label not in circuit]
+    alone, without, nothing, whole = (
+        torch.stack([replaced(raw, fact, labels, mine) for fact in pair.facts]) for labels in (rest, circuit, nodes, [])
+    )
+    assert_agree(curves.alone[:, row], alone)
+    assert_agree(curves.without[:, row], without)
+    assert_agree(curves.nothing, nothing)
+    frame = curves.to_frame(draws=10).iloc[row]
+    span = whole.mean() - nothing.mean()
+    assert_agree([frame["faithfulness"]], [(alone.mean() - nothing.mean()) / span])
+    assert_agree([frame["left"]], [(without.mean() - nothing.mean()) / span])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["zero", "mean"])
+def test_ablation_leaves_bos_as_it_is(pair, name):
+    chosen = ["L0H1", "L1H2", "L2H0", "L0MLP", "L1MLP", "L1N4"]
+    theirs, mine = REPLACEMENTS[name]
+    scores = mu.localize.activation_patching(pair.bridge, pair.prompts, components=chosen, replacement=theirs)
+    expected = [
+        [replaced(pair.raw, fact, [label], mine) - replaced(pair.raw, fact, [], mine) for label in chosen]
+        for fact in pair.facts
+    ]
+    assert_agree([scores[label] for label in chosen], torch.tensor(expected).mean(0))
+
+
+@torch.no_grad()
+def test_incompleteness(pair):
+    raw, circuit = pair.raw, ["L0H1", "L0MLP", "L1H2", "L2MLP"]
+    mask = mu.ComponentMask.of(circuit, mu.shape(pair.bridge))
+    found = mu.localize.incompleteness(pair.bridge, pair.prompts, mask, knockouts=3)
+    rest = [label for label in every_node(raw) if label not in circuit]
+    for k, knockout in enumerate(found.knockouts):
+        removed = list(map(str, knockout))
+        a = torch.stack([replaced(raw, fact, [*rest, *removed], resampled) for fact in pair.facts]).mean()
+        b = torch.stack([replaced(raw, fact, removed, resampled) for fact in pair.facts]).mean()
+        assert_agree([found.circuit_without[:, k].mean(), found.model_without[:, k].mean()], [a, b])
+    sizes = [len(knockout) for knockout in found.knockouts]
+    assert {0, len(circuit)} <= set(sizes)
+    assert len(sizes) == 5
+    assert_agree(found.tensor, (found.circuit_without - found.model_without).mean(0).abs())
+
+
+# RelP: the same values, other slopes.
+
+
+class HeldNorm:
+    """A norm that divides by the scale of the run itself, as a constant."""
+
+    def __init__(self, raw, norm):
+        self.eps = norm.variance_epsilon if raw.name == "llama" else norm.eps
+        self.weight = norm.weight + (raw.name == "gemma2")
+        self.bias, self.centred = getattr(norm, "bias", None), raw.name == "gpt2"
+
+    def __call__(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().detach()
+        return x / scale * self.weight + (0 if self.bias is None else self.bias)
+
+
+def held_norms(raw):
+    """Changes that put in place of each norm's output one with the same value and the slope of the LN rule."""
+    norms = [m for m in raw.model.modules() if "Norm" in type(m).__name__]
+    stream = {}
+
+    def remember(norm):
+        return lambda x: stream.setdefault(norm, []).append(x) or x
+
+    def held(norm):
+        return lambda out: HeldNorm(raw, norm)(stream[norm].pop())
+
+    return [c for norm in norms for c in ((norm, "in", remember(norm)), (norm, "out", held(norm)))]
+
+
+def held_patterns(raw):
+    """The AH rule: queries and keys have no slope, so that patterns are constants."""
+    changes = []
+    for layer in range(len(raw.blocks)):
+        for matrix in ("W_Q", "W_K"):
+            for h in range(raw.heads.query):
+                module, part = raw.reads(layer, matrix, h)
+                changes.append((module, "out", lambda out, part=part: put(part, out[..., part].detach())(out)))
+    return changes
+
+
+def held_activations(raw):
+    """The identity and the half rule: what `down` reads is act(h) with the slope act(h) / h, halved on each side of a gate."""
+    changes = []
+    for parts in map(raw.at, range(len(raw.blocks))):
+        box = {}
+
+        def remember(name, box=box):
+            return lambda value: box.__setitem__(name, value) or value
+
+        def ruled(value, box=box, act=parts.block.mlp.act if raw.name == "gpt2" else parts.block.mlp.act_fn):
+            h = box["gate"] if "gate" in box else box["up"]
+            same = h * (act(h) / h).detach()
+            if "gate" not in box:
+                return same
+            both = same * box["up"]
+            return (both + both.detach()) / 2
+
+        changes += [(parts.up, "out", remember("up")), (parts.down, "in", ruled)]
+        if raw.name != "gpt2":
+            changes.append((parts.gate, "out", remember("gate")))
+    return changes
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_relp(pair, direction):
+    raw = pair.raw
+    chosen = ["L0H1", "L1H2", "L2H0", "L0MLP", "L1MLP", "L0N3", "L1N30", "L1H0.W_V", "L1MLP.W_in"]
+    chosen += ["L1MLP.W_gate"] if raw.name != "gpt2" else []
+    sites, expected = [site(raw, label) for label in chosen], []
+    ruled = [*held_norms(raw), *held_patterns(raw), *held_activations(raw)]
+    for fact in pair.facts:
+        x, other = (fact.tokens, fact.other) if direction == "noising" else (fact.other, fact.tokens)
+        here, relevance = gradients(raw, x, sites, partial(logit_difference, fact=fact), ruled)
+        there = values(raw, other, sites)
+        expected.append([((b - a) * r).sum() for a, b, r in zip(here, there, relevance, strict=True)])
+    scores = mu.localize.relp(pair.bridge, pair.prompts, components=chosen, direction=direction)
+    assert_agree([scores[label] for label in chosen], torch.tensor(expected).mean(0))
+
+
+@torch.no_grad()
+def test_the_rules_of_relp_change_no_value(pair):
+    ruled = [*held_norms(pair.raw), *held_patterns(pair.raw), *held_activations(pair.raw)]
+    assert_agree(run(pair.raw, FACTS[0].tokens, ruled), run(pair.raw, FACTS[0].tokens))
+
+
+def test_atp_star_with_grad_drop(pair):
+    """The mean size over layers whose contributions, attention and MLP, pass no gradient; one less than there are."""
+    raw = pair.raw
+    chosen = ["L0H1", "L1H2", "L2H0", "L0MLP", "L1MLP", "L2MLP"]
+    sites, expected = [site(raw, label) for label in chosen], []
+    for fact in pair.facts:
+        there, sizes = values(raw, fact.other, sites), torch.zeros(len(sites), dtype=torch.float64)
+        for layer in range(len(raw.blocks)):
+            metric = partial(logit_difference, fact=fact)
+            here, slopes = gradients(raw, fact.tokens, sites, metric, after=dropped(raw, layer))
+            estimates = [((b - a) * s).sum() for a, b, s in zip(here, there, slopes, strict=True)]
+            sizes += torch.stack(estimates).detach().abs()
+        expected.append(sizes / (len(raw.blocks) - 1))
+    scores = mu.localize.atp_star(pair.bridge, pair.prompts, components=chosen)
+    assert_agree([scores[label] for label in chosen], torch.stack(expected).mean(0))
+
+
+def dropped(raw, layer):
+    """No gradient flows through what a layer adds to the residual stream."""
+    parts = raw.at(layer)
+    stop = lambda value: value.detach()  # noqa: E731
+    return [(parts.attn_adds, "out", stop), (parts.mlp_adds, "out", stop)]
