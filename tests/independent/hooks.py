@@ -96,7 +96,9 @@ def gradients(
         return function
 
     changes = [*changes, *((module, side, leaf((id(module), side))) for module, side in points)]
-    outputs = values(raw, tokens, sites, changes)
+    outputs = values(raw, tokens, sites, [*changes, *after])
     metric(run(raw, tokens, [*changes, *after])).backward()
     raw.model.zero_grad()
-    return outputs, [leaves[id(module), side].grad[..., part] for module, side, part in sites]
+    slopes = [leaves[id(module), side].grad for module, side, _ in sites]  # None where nothing depends on it
+    zero = torch.zeros(())
+    return outputs, [zero if slope is None else slope[..., site[2]] for slope, site in zip(slopes, sites, strict=True)]

@@ -71,8 +71,8 @@ def test_faithfulness(pair, name):
     assert_agree(curves.nothing, nothing)
     frame = curves.to_frame(draws=10).iloc[row]
     span = whole.mean() - nothing.mean()
-    assert_agree([frame["faithfulness"]], [(alone.mean() - nothing.mean()) / span])
-    assert_agree([frame["left"]], [(without.mean() - nothing.mean()) / span])
+    assert_agree([frame["faithfulness"] * span], [alone.mean() - nothing.mean()])
+    assert_agree([frame["left"] * span], [without.mean() - nothing.mean()])
 
 
 @torch.no_grad()
@@ -148,26 +148,29 @@ def held_patterns(raw):
 
 
 def held_activations(raw):
-    """The identity and the half rule: what `down` reads is act(h) with the slope act(h) / h, halved on each side of a gate."""
-    changes = []
+    """The identity and the half rule: what `down` reads is act(h) with the slope act(h) / h, halved on each side of a gate.
+
+    In two parts: what is put in place of an output, and what only looks at one.
+    """
+    rules, looks = [], []
     for parts in map(raw.at, range(len(raw.blocks))):
         box = {}
 
-        def remember(name, box=box):
+        def look(name, box=box):
             return lambda value: box.__setitem__(name, value) or value
 
         def ruled(value, box=box, act=parts.block.mlp.act if raw.name == "gpt2" else parts.block.mlp.act_fn):
-            h = box["gate"] if "gate" in box else box["up"]
+            h = box["up"] if raw.name == "gpt2" else box["gate"]
             same = h * (act(h) / h).detach()
-            if "gate" not in box:
+            if raw.name == "gpt2":
                 return same
             both = same * box["up"]
             return (both + both.detach()) / 2
 
-        changes += [(parts.up, "out", remember("up")), (parts.down, "in", ruled)]
-        if raw.name != "gpt2":
-            changes.append((parts.gate, "out", remember("gate")))
-    return changes
+        rules.append((parts.down, "in", ruled))
+        looks.append((parts.up, "out", look("up")))
+        looks += [(parts.gate, "out", look("gate"))] if raw.name != "gpt2" else []
+    return rules, looks
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
@@ -176,10 +179,11 @@ def test_relp(pair, direction):
     chosen = ["L0H1", "L1H2", "L2H0", "L0MLP", "L1MLP", "L0N3", "L1N30", "L1H0.W_V", "L1MLP.W_in"]
     chosen += ["L1MLP.W_gate"] if raw.name != "gpt2" else []
     sites, expected = [site(raw, label) for label in chosen], []
-    ruled = [*held_norms(raw), *held_patterns(raw), *held_activations(raw)]
+    rules, looks = held_activations(raw)
+    ruled = [*held_norms(raw), *held_patterns(raw), *rules]
     for fact in pair.facts:
         x, other = (fact.tokens, fact.other) if direction == "noising" else (fact.other, fact.tokens)
-        here, relevance = gradients(raw, x, sites, partial(logit_difference, fact=fact), ruled)
+        here, relevance = gradients(raw, x, sites, partial(logit_difference, fact=fact), ruled, looks)
         there = values(raw, other, sites)
         expected.append([((b - a) * r).sum() for a, b, r in zip(here, there, relevance, strict=True)])
     scores = mu.localize.relp(pair.bridge, pair.prompts, components=chosen, direction=direction)
@@ -188,7 +192,8 @@ def test_relp(pair, direction):
 
 @torch.no_grad()
 def test_the_rules_of_relp_change_no_value(pair):
-    ruled = [*held_norms(pair.raw), *held_patterns(pair.raw), *held_activations(pair.raw)]
+    rules, looks = held_activations(pair.raw)
+    ruled = [*held_norms(pair.raw), *held_patterns(pair.raw), *rules, *looks]
     assert_agree(run(pair.raw, FACTS[0].tokens, ruled), run(pair.raw, FACTS[0].tokens))
 
 
