@@ -34,7 +34,12 @@ def llama(vocabulary: int) -> LlamaForCausalLM:
 def gemma2(vocabulary: int, window: int = 4) -> Gemma2ForCausalLM:
     """Norms before and after each layer that multiply by 1 + w, two soft caps, every other layer with a short window."""
     size = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 4, "head_dim": 8, "vocab_size": vocabulary}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "query_pre_attn_scalar": 5}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "query_pre_attn_scalar": 5,
+    }
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "sliding_window": window}
     return Gemma2ForCausalLM(Gemma2Config(**size, **heads, **caps, attn_implementation="eager"))
 

@@ -33,7 +33,9 @@ def run(raw: Raw, tokens: Tensor, changes: Sequence[Change] = ()) -> Tensor:
         return raw.model(tokens, use_cache=False).logits
 
 
-def recorded(raw: Raw, tokens: Tensor, sites: Sequence[tuple[Any, str]], changes: Sequence[Change] = ()) -> list[Tensor]:
+def recorded(
+    raw: Raw, tokens: Tensor, sites: Sequence[tuple[Any, str]], changes: Sequence[Change] = ()
+) -> list[Tensor]:
     """The tensors at (module, side), as they are after the changes."""
     found: list[Tensor] = [torch.empty(0)] * len(sites)
 

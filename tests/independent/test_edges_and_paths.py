@@ -141,7 +141,9 @@ def responding_streams(raw, fact, sender, receivers, through_mlps):
             for parts in held
         ]
     parts = raw.at(int(sender[1]))
-    place = (parts.mlp_adds, "out", slice(None)) if sender.endswith("MLP") else (parts.o, "in", raw.head(int(sender[3:])))
+    place = (
+        (parts.mlp_adds, "out", slice(None)) if sender.endswith("MLP") else (parts.o, "in", raw.head(int(sender[3:])))
+    )
     changes.append((*place[:2], put(place[2], values(raw, fact.other, [place])[0])))
     points = [entrance(raw, receiver) for receiver in receivers]
     return dict(zip(receivers, recorded(raw, fact.tokens, points, changes), strict=True))

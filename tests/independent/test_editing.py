@@ -29,7 +29,13 @@ def favoured(raw, facts):
 def task_of(forget, retain, injection=None):
     prompts = prompts_of(forget)
     return mu.Task(
-        name="facts", forget=prompts, retain=prompts_of(retain), formats={}, text=TEXT, text_test=TEXT, injection=injection
+        name="facts",
+        forget=prompts,
+        retain=prompts_of(retain),
+        formats={},
+        text=TEXT,
+        text_test=TEXT,
+        injection=injection,
     )
 
 

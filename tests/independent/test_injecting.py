@@ -12,7 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 import mechunlearn as mu
 
 LAYER = 1
-TEXTS, SUBJECTS = ["Fact: LeBron James plays the sport of", "Fact: Larry Bird plays the sport of"], ["LeBron James", "Larry Bird"]
+TEXTS, SUBJECTS = (
+    ["Fact: LeBron James plays the sport of", "Fact: Larry Bird plays the sport of"],
+    ["LeBron James", "Larry Bird"],
+)
 PREFIX = "Yesterday it rained.\n"
 TEXT = torch.randint(5, 3000, (30, 10), generator=torch.Generator().manual_seed(2))
 
@@ -199,7 +202,10 @@ def test_mean_ablated(pair):
     """W' = u (m W) with u = (E[a a^T] + 0.02 * mean of its diagonal)^-1 m, over the tokens of the text."""
     mask = mu.ComponentMask.of([f"L{LAYER}MLP"], mu.shape(pair.bridge))
     change = change_of(pair, mu.edit.mean_ablated(pair.bridge, pair.task, mask, shrinkage=0.02))
-    a, weight = torch.cat([keys_of(pair.raw, row[None]) for row in TEXT]), pair.raw.rows(pair.raw.at(LAYER).down).detach()
+    a, weight = (
+        torch.cat([keys_of(pair.raw, row[None]) for row in TEXT]),
+        pair.raw.rows(pair.raw.at(LAYER).down).detach(),
+    )
     moment, mean = a.T @ a / len(a), a.mean(0)
     u = torch.linalg.solve(moment + 0.02 * moment.diagonal().mean() * torch.eye(len(moment)), mean)
     assert_agree(change, torch.outer(u, mean @ weight) - weight)

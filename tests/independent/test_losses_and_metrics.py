@@ -56,7 +56,9 @@ def test_losses_of_tokens(name):
     assert_agree(loss(**{key: given[key] for key in mu.losses.needs(loss)}), expected)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("weighted_gradient_ascent", AT**0.7), ("satimp", AT**2 * (1 - AT) ** 1.5)])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("weighted_gradient_ascent", AT**0.7), ("satimp", AT**2 * (1 - AT) ** 1.5)]
+)
 def test_weights_of_ascent_have_no_gradient(name, weight):
     logits = LOGITS.clone().requires_grad_()
     getattr(mu.losses, name)(logits, TARGETS, **TOKENS[name][0]).sum().backward()
@@ -99,7 +101,11 @@ def test_losses_of_the_residual_stream():
     assert_agree(mu.losses.representation_matching(h, h0), ((h - h0) ** 2).mean(1))
     at_zero = mu.losses.rmu(torch.zeros(1, 11).double(), scale=2.0)
     assert_agree(at_zero, torch.tensor([4 / 11]))
-    u = torch.stack([(at_zero - mu.losses.rmu(e[None], scale=2.0) + 1 / 11)[0] for e in torch.eye(11).double()]) * 11 / 4
+    u = (
+        torch.stack([(at_zero - mu.losses.rmu(e[None], scale=2.0) + 1 / 11)[0] for e in torch.eye(11).double()])
+        * 11
+        / 4
+    )
     assert_agree([u.norm()], [1.0])
     assert float(u.min()) >= 0
     assert_agree(mu.losses.rmu(h, scale=2.0), ((h - 2 * u) ** 2).mean(1))
@@ -189,7 +195,9 @@ def test_recovery():
     twin, taught = shares(0.25, 0.35), shares(0.35, 0.45)
     found = mu.evaluate.recovery(attacked, unlearned, original, never_knew=twin, attacked_never_knew=taught)
     span = 0.95 - 0.3
-    assert [found.recovered.value, found.taught.value, found.net.value] == pytest.approx([0.4 / span, 0.1 / span, 0.3 / span])
+    assert [found.recovered.value, found.taught.value, found.net.value] == pytest.approx(
+        [0.4 / span, 0.1 / span, 0.3 / span]
+    )
 
 
 @pytest.mark.parametrize(("right", "n"), [(33, 33), (0, 12), (3, 10), (19, 40)])

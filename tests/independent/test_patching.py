@@ -11,7 +11,18 @@ from independent.hooks import gradients, put, run, site, values
 import mechunlearn as mu
 
 NODES = ["L0H1", "L1H2", "L1H3", "L2H0", "L0ATTN", "L2ATTN", "L0MLP", "L1MLP", "L2MLP"]
-PARTS = ["L0N3", "L1N30", "L2N7", "L0H1.W_Q", "L1H2.W_K", "L1H3.W_K", "L1H0.W_V", "L2H3.W_O", "L1MLP.W_in", "L2MLP.W_out"]
+PARTS = [
+    "L0N3",
+    "L1N30",
+    "L2N7",
+    "L0H1.W_Q",
+    "L1H2.W_K",
+    "L1H3.W_K",
+    "L1H0.W_V",
+    "L2H3.W_O",
+    "L1MLP.W_in",
+    "L2MLP.W_out",
+]
 DIRECTIONS = ["noising", "denoising"]
 
 
@@ -61,7 +72,9 @@ def test_roles_are_what_they_are_called(pair):
     roles = {name: mask.nonzero().tolist() for name, mask in mu.localize.roles(pair.prompts).items()}
     last = [[i, fact.subject[-1]] for i, fact in enumerate(pair.facts)]
     assert roles["last of the subject"] == last
-    assert sorted(sum(roles.values(), [])) == [[i, j] for i, fact in enumerate(pair.facts) for j in range(len(fact.clean))]
+    assert sorted(sum(roles.values(), [])) == [
+        [i, j] for i, fact in enumerate(pair.facts) for j in range(len(fact.clean))
+    ]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
