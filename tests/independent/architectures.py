@@ -25,14 +25,14 @@ def gpt2(vocabulary: int) -> GPT2LMHeadModel:
 
 
 def llama(vocabulary: int) -> LlamaForCausalLM:
-    """Four query heads on two KV heads, rotary positions, gated MLPs, untied unembedding; heads wider than d_model / 4."""
+    """Four query heads on two KV heads, rotary positions, gated MLPs, untied unembedding; wide heads."""
     size = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": vocabulary}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**size, **heads, attn_implementation="eager"))
 
 
 def gemma2(vocabulary: int, window: int = 4) -> Gemma2ForCausalLM:
-    """Norms before and after each layer that multiply by 1 + w, two soft caps, every other layer with a short window."""
+    """Norms before and after each layer that multiply by 1 + w, two soft caps, a short window in every other layer."""
     size = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 4, "head_dim": 8, "vocab_size": vocabulary}
     heads = {
         "num_attention_heads": 4,

@@ -86,7 +86,7 @@ def values(raw: Raw, tokens: Tensor, sites: Sequence[Site], changes: Sequence[Ch
 def gradients(
     raw: Raw, tokens: Tensor, sites: Sequence[Site], metric: Callable, changes: Sequence[Change] = (), after=()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What each site holds in a run, and the gradient of metric(logits) there; `after` are changes behind that place."""
+    """What each site holds in a run, and the gradient of metric(logits) there; `after` are changes behind it."""
     points = list({(id(module), side): (module, side) for module, side, _ in sites}.values())
     leaves: dict[tuple[int, str], Tensor] = {}
 

@@ -25,13 +25,12 @@ def zeroed(raw, fact, sites):
     return [kept_at_bos(fact, own, torch.zeros_like(own)) for own in values(raw, fact.tokens, sites)]
 
 
-def averaged(raw, fact, sites, bos=True):
+def averaged(raw, fact, sites):
     """The mean over all real tokens of the reference facts but BOS, which keeps its own values."""
     reference = [values(raw, other.tokens, sites) for other in FACTS[1:]]
     tokens = [torch.tensor(other.clean) != BOS for other in FACTS[1:]]
-    means = [
-        torch.cat([run[k][0, at] for run, at in zip(reference, tokens, strict=True)]).mean(0) for k in range(len(sites))
-    ]
+    kept = [[value[0, at] for value in row] for row, at in zip(reference, tokens, strict=True)]
+    means = [torch.cat(rows).mean(0) for rows in zip(*kept, strict=True)]
     own = values(raw, fact.tokens, sites)
     return [kept_at_bos(fact, now, mean.expand_as(now)) for now, mean in zip(own, means, strict=True)]
 
@@ -62,7 +61,7 @@ def test_faithfulness(pair, name):
     theirs, mine = REPLACEMENTS[name]
     mask = mu.ComponentMask.of(circuit, mu.shape(pair.bridge))
     curves = mu.localize.faithfulness(pair.bridge, pair.prompts, mask, replacement=theirs, random_circuits=0)
-    row = [i for i, found in enumerate(curves.circuits) if len(found) == len(circuit)][0]
+    row = next(i for i, found in enumerate(curves.circuits) if len(found) == len(circuit))
     nodes = every_node(raw)
     rest = [label for label in nodes if label not in circuit]
     alone, without, nothing, whole = (
@@ -151,7 +150,7 @@ def held_patterns(raw):
 
 
 def held_activations(raw):
-    """The identity and the half rule: what `down` reads is act(h) with the slope act(h) / h, halved on each side of a gate.
+    """The identity and the half rule: what `down` reads has the slope act(h) / h, and half of it where gated.
 
     In two parts: what is put in place of an output, and what only looks at one.
     """

@@ -26,17 +26,9 @@ def favoured(raw, facts):
     return [type(first)(first.clean, first.corrupt, [best, *others], first.subject), *facts[1:]]
 
 
-def task_of(forget, retain, injection=None):
-    prompts = prompts_of(forget)
-    return mu.Task(
-        name="facts",
-        forget=prompts,
-        retain=prompts_of(retain),
-        formats={},
-        text=TEXT,
-        text_test=TEXT,
-        injection=injection,
-    )
+def task_of(forget, retain):
+    sides = {"forget": prompts_of(forget), "retain": prompts_of(retain)}
+    return mu.Task(name="facts", **sides, formats={}, text=TEXT, text_test=TEXT)
 
 
 def covered(raw, labels):

@@ -83,7 +83,7 @@ def moved(raw, move, at):
 
 
 def searched(raw, fact, scale, *, steps, clamp, kl=None):
-    """The move after some steps of Adam from 0, with its norm held; `kl` is tokens of "{subject} is a" and its place."""
+    """The move after some steps of Adam from 0, with its norm held; `kl`: tokens of "{subject} is a", and its place."""
     tokens, at, answer = fact
     move = torch.zeros_like(scale, requires_grad=True)
     adam = torch.optim.Adam([move], lr=0.5)

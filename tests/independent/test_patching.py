@@ -72,7 +72,7 @@ def test_roles_are_what_they_are_called(pair):
     roles = {name: mask.nonzero().tolist() for name, mask in mu.localize.roles(pair.prompts).items()}
     last = [[i, fact.subject[-1]] for i, fact in enumerate(pair.facts)]
     assert roles["last of the subject"] == last
-    assert sorted(sum(roles.values(), [])) == [
+    assert sorted(place for places in roles.values() for place in places) == [
         [i, j] for i, fact in enumerate(pair.facts) for j in range(len(fact.clean))
     ]
 

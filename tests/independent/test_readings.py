@@ -116,7 +116,7 @@ def first_norm(huggingface, name):
 
 
 def noises_in(inputs, clean, subjects):
-    """The different noises of each prompt among all inputs of the first norm: those that differ at its subject alone."""
+    """The different noises of each prompt among inputs of the first norm: rows that differ at its subject alone."""
     found = [[] for _ in clean]
     for batch in inputs:
         for row in batch:
@@ -136,7 +136,7 @@ def unique(tensors):
 
 
 def traced(pair, **options):
-    """A trace, and the noise that it has put on each prompt's subject, as a torch hook on the bridge's first norm sees it."""
+    """A trace, and the noise that it has put on each subject, as a torch hook on the bridge's first norm sees it."""
     inputs = []
     first = first_norm(pair.bridge.original_model, pair.raw.name)
     with changing([(first, "in", lambda value: inputs.append(value.detach().clone()) or value)]):
@@ -184,7 +184,8 @@ def test_causal_tracing(pair):
         assert len(noises[i]) == draws
         noisy = clean[i].repeat(draws, 1, 1)
         noisy[:, list(fact.subject)] += torch.stack(noises[i])
-        low = probability(run(raw, fact.tokens.expand(draws, -1), [(raw.blocks[0], "in", lambda _: noisy)]), fact)
+        noise = [(raw.blocks[0], "in", lambda _, noisy=noisy: noisy)]
+        low = probability(run(raw, fact.tokens.expand(draws, -1), noise), fact)
         totals.append(probability(run(raw, fact.tokens), fact)[0] - low.mean())
         for k, kind in enumerate(trace.kinds):
             for layer in range(len(raw.blocks)):
