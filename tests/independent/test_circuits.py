@@ -7,7 +7,7 @@ import torch
 from independent.agreement import assert_agree
 from independent.architectures import BOS
 from independent.facts import FACTS, logit_difference, prompts_of
-from independent.hooks import gradients, put, run, site, values
+from independent.hooks import changing, gradients, put, run, site, values
 
 import mechunlearn as mu
 
@@ -221,3 +221,38 @@ def dropped(raw, layer):
     parts = raw.at(layer)
     stop = lambda value: value.detach()  # noqa: E731
     return [(parts.attn_adds, "out", stop), (parts.mlp_adds, "out", stop)]
+
+
+def patterns(raw, tokens, changes=()):
+    """The attention patterns of each layer, [head, query, key], and the logits."""
+    with changing(changes):
+        out = raw.model(tokens, use_cache=False, output_attentions=True)
+    return out.attentions, out.logits
+
+
+def pattern_change(raw, fact, label, where):
+    """What the pattern of a label's layer gains with its query or key as in x', at some tokens alone."""
+    module, side, part = site(raw, label)
+    (value,) = values(raw, fact.other, [(module, side, part)])
+    layer = int(label[1])
+    with torch.no_grad():
+        before, after = (
+            patterns(raw, fact.tokens, c)[0][layer] for c in ([], [(module, side, put(part, value, where))])
+        )
+    return after - before
+
+
+def test_qk_fix_of_atp_star(pair):
+    """The pattern changes exactly, by a query at all positions or a key at one after the other; the rest is linear."""
+    raw, chosen, expected = pair.raw, ["L0H1.W_Q", "L1H3.W_Q", "L2H0.W_Q", "L0H2.W_K", "L1H0.W_K"], []
+    for fact in pair.facts:
+        found, logits = patterns(raw, fact.tokens)
+        slopes = torch.autograd.grad(logit_difference(logits, fact), found)
+        positions = torch.eye(len(fact.clean)).bool()
+        scores = []
+        for label in chosen:
+            at = positions if label.endswith("K") else [torch.ones(len(fact.clean)).bool()]
+            scores.append(sum((pattern_change(raw, fact, label, where) * slopes[int(label[1])]).sum() for where in at))
+        expected.append(scores)
+    scores = mu.localize.atp_star(pair.bridge, pair.prompts, components=chosen, grad_drop=False)
+    assert_agree([scores[label] for label in chosen], torch.tensor(expected).mean(0))
