@@ -260,7 +260,7 @@ def _in_schema(source: str | Path) -> _Relation:
     for sample in content["samples"]:
         objects.setdefault(sample["subject"].strip(), []).append(sample["object"].strip())
     rows = [
-        {"subject": subject, "answer": answers[0], "also": ";".join(dict.fromkeys(answers[1:]))}
+        {"subject": subject, "answer": answers[0], "also": ";".join([*dict.fromkeys(answers)][1:])}
         for subject, answers in objects.items()
     ]
     few, zero = (
