@@ -30,7 +30,7 @@ test: $(VENV)/installed
 
 # The tests that take long and depend on little, and all others on every architecture in every class.
 nightly: $(VENV)/installed
-	EVERY_CASE=1 $(PYTEST) -m 'not documents'
+	EVERY_CASE=1 $(PYTEST) -m 'not documents and not real'
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
