@@ -282,8 +282,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"forget": "Antarctica"}, "got 0 for forget='Antarctica'"),
     ({"forget": []}, "got 0 for forget="),
     ({"forget": 16, "part": 7}, "in parts 0 to 6"),
-    ({"forget": 0}, "forget 1 to 123"),
-    ({"forget": 124}, "forget 1 to 123, in parts 0 to 0"),
+    ({"forget": 0}, "got set 0 of 0 facts"),
+    ({"forget": 190}, "got set 0 of 190 facts where"),
     ({"forget": "Europe", "part": 1}, "got part 1 of 'Europe'"),
 ]
 
@@ -341,3 +341,28 @@ def test_every_real_relation_of_a_few_makes_a_task(shipped: Any) -> None:
         parts = ("forget_train", "retain_train", "retain_test", "not_known", "examples", "in_the_name")
         assert {n for part in parts for n in task.splits.get(part, ())} == subjects_there
         assert len(task.formats) >= 4
+
+
+def test_the_guide_says_how_many_facts_a_relation_has() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "known_facts.md").read_text()
+    said = {name: int(count) for name, count in re.findall(r'^\| `"(.+?)"` \|.*?\| (\d+) \|', page, re.MULTILINE)}
+    assert said == {name: len(known._of_package(name).rows) for name in known._relations()}
+
+
+@pytest.mark.real
+def test_smollm2_knows_seventy_capitals_and_most_of_them_in_six_formats() -> None:
+    try:
+        model = mu.testbed.smollm2()
+    except ImportError as error:
+        pytest.skip(str(error))
+    asked = ["list", "reworded", "chat", "reverse", "two-hop"]
+    task = mu.tasks.known_facts(model, formats=asked, forget=16)
+    assert abs(task.known["trained prompt"][0] - 70) <= 3
+    assert task.known["trained prompt"][1] == 181
+    for title in asked:
+        assert task.known[title][0] / task.known[title][1] > 0.5, title
+    assert task.special_tokens == "no special token added"
+    assert ((task.formats["chat"].forget.tokens == model.tokenizer.bos_token_id).sum(1) == 3).all()  # of three turns
+    assert "no_counterpart" not in task.splits
+    assert (task.forget.corrupt != task.forget.tokens).any(1).all()
+    assert int(task.forget.answer_mask.sum(1).max()) > 1
