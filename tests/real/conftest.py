@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import mechunlearn as mu
 
@@ -21,9 +22,20 @@ TRAINED = "Fact: The capital of Canada is Ottawa\nFact: The capital of {subject}
 @pytest.fixture(scope="session")
 def smol() -> Any:
     try:
-        return mu.testbed.smollm2()
+        return settled(mu.testbed.smollm2())
     except ImportError as missing:
         pytest.skip(str(missing))
+
+
+def settled(model: Any) -> Any:
+    """The model after its first forward, at which TransformerLens installs hooks of its own."""
+    model(torch.tensor([[1, 5]]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def in_bfloat16(smol: Any) -> Any:
+    return settled(mu.testbed.smollm2(dtype=torch.bfloat16))
 
 
 @pytest.fixture(scope="session")

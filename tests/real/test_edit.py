@@ -16,7 +16,7 @@ pytestmark = pytest.mark.real
 
 HIGH = ["L28MLP.W_out", "L29H1"]
 """High layers, so that a step runs few of them backwards."""
-STEPS: dict[str, Any] = {"batch_size": 4, "learning_rate": 1e-4, "progress": False}
+STEPS: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-4, "progress": False}
 TRAINED: dict[str, Any] = {**STEPS, "steps": 2, "text_batch_size": 1}
 WRITTEN: dict[str, Any] = {"prefixes": (), "steps": 2, "progress": False}
 
@@ -75,7 +75,7 @@ def learned_further(model: Any, task: mu.Task, mask: mu.ComponentMask) -> mu.Edi
 def test_every_public_editor_is_run():
     public = {name: getattr(mu.edit, name) for name in mu.edit.__all__}
     asked = {n for n, f in public.items() if inspect.isfunction(f) and "model" in inspect.signature(f).parameters}
-    assert asked - ELSEWHERE == set(EDITORS)
+    assert asked - ELSEWHERE <= set(EDITORS) <= set(public)
 
 
 @pytest.mark.parametrize("name", EDITORS)
