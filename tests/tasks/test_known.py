@@ -352,22 +352,3 @@ def test_the_guide_says_how_many_facts_a_relation_has() -> None:
     page = (Path(__file__).parents[2] / "docs" / "howto" / "known_facts.md").read_text()
     said = {name: int(count) for name, count in re.findall(r'^\| `"(.+?)"` \|.*?\| (\d+) \|', page, re.MULTILINE)}
     assert said == {name: len(known._of_package(name).rows) for name in known._relations()}
-
-
-@pytest.mark.real
-def test_smollm2_knows_seventy_capitals_and_most_of_them_in_six_formats() -> None:
-    try:
-        model = mu.testbed.smollm2()
-    except ImportError as error:
-        pytest.skip(str(error))
-    asked = ["list", "reworded", "chat", "reverse", "two-hop"]
-    task = mu.tasks.known_facts(model, formats=asked, forget=16)
-    assert abs(task.known["trained prompt"][0] - 70) <= 3
-    assert task.known["trained prompt"][1] == 181
-    for title in asked:
-        assert task.known[title][0] / task.known[title][1] > 0.5, title
-    assert task.special_tokens == "no special token added"
-    assert ((task.formats["chat"].forget.tokens == model.tokenizer.bos_token_id).sum(1) == 3).all()  # of three turns
-    assert "no_counterpart" not in task.splits
-    assert (task.forget.corrupt != task.forget.tokens).any(1).all()
-    assert int(task.forget.answer_mask.sum(1).max()) > 1
