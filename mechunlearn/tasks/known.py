@@ -87,15 +87,7 @@ def known_facts(
         task = asked.task(
             model, known, wordings, forgotten, candidates, seed, train=train, text=text, knowledge=knowledge
         )
-        counts, said = {TRAINED: (len(known), len(asked.rows))}, dict[str, Format]()
-        for title, format in task.formats.items():
-            if title != TRAINED:
-                right = asked.says(model, wordings[title], known, batch_size)
-                counts[title] = (sum(right), len(known))
-                names = {row[asked.subject] for row, is_right in zip(known, right, strict=True) if is_right}
-                format = _restricted(format, names)
-            if format is not None:
-                said[title] = format
+        formats_known, counts = asked.formats_known(model, task, wordings, known, batch_size)
         sides = [asked.paired(model, side, wordings[TRAINED], seed) for side in (task.forget, task.retain)]
         left_out = {"not_known": tuple(row[asked.subject] for row in unknown), **asked.left_out}
         left_out["no_counterpart"] = tuple(name for _, lacking in sides for name in lacking)
@@ -104,10 +96,10 @@ def known_facts(
             name=f"known facts, {asked.name}: forget {len(forgotten)} of {len(known)}",
             forget=sides[0][0],
             retain=sides[1][0],
-            formats=said,
+            formats=formats_known,
             strangers=asked.prompts(model, wordings[TRAINED], unknown) if len(unknown) >= FEWEST else None,
             splits={**task.splits, **{why: names for why, names in left_out.items() if names}},
-            known=counts,
+            known={TRAINED: (len(known), len(asked.rows)), **counts},
         )
 
 
@@ -131,7 +123,8 @@ class _Relation:
 
     def wordings(self, model: Model, titles: Sequence[str] | None) -> dict[str, Wording]:
         """The trained prompt and the formats of these titles (None: all that the tokenizer allows)."""
-        there = {t: how for t, how in self.formats.items() if "message" not in how or model.tokenizer.chat_template}
+        can_chat = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+        there = {title: how for title, how in self.formats.items() if can_chat or "message" not in how}
         unknown = sorted(set(titles or ()) - set(there))
         if isinstance(titles, str) or unknown:
             raise ValueError(
@@ -212,6 +205,20 @@ class _Relation:
             seed=seed,
             **options,
         )
+
+    def formats_known(
+        self, model: Model, task: Task, wordings: Mapping[str, Wording], known: Sequence[Row], batch_size: int
+    ) -> tuple[dict[str, Format], dict[str, tuple[int, int]]]:
+        """The formats with the facts that are known in each, and how many of all known facts these are."""
+        formats, counts = {TRAINED: task.formats[TRAINED]}, dict[str, tuple[int, int]]()
+        for title in [title for title in task.formats if title != TRAINED]:
+            says = self.says(model, wordings[title], known, batch_size)
+            counts[title] = (sum(says), len(known))
+            names = {row[self.subject] for row, is_right in zip(known, says, strict=True) if is_right}
+            format = _restricted(task.formats[title], names)
+            if format is not None:
+                formats[title] = format
+        return formats, counts
 
     def paired(self, model: Model, prompts: Prompts, wording: Wording, seed: int) -> tuple[Prompts, list[str]]:
         """The prompts with counterparts about other subjects, and whose is of random tokens, since none is as long."""
@@ -344,14 +351,15 @@ def _chosen(
 
 def _restricted(format: Format, names: set[str]) -> Format | None:
     """The format with the facts of these names; None if a side has none."""
-    sides: dict[str, Prompts | None] = {}
-    for side in ("forget", "retain", "injected"):
-        prompts = getattr(format, side)
-        rows = [] if prompts is None else [row for row, name in enumerate(prompts.names) if name in names]
-        sides[side] = prompts[rows] if rows else None
-    if sides["forget"] is None or sides["retain"] is None:
+
+    def those(prompts: Prompts) -> Prompts | None:
+        rows = [row for row, name in enumerate(prompts.names) if name in names]
+        return prompts[rows] if rows else None
+
+    forget, retain = those(format.forget), those(format.retain)
+    if forget is None or retain is None:
         return None
-    return Format(sides["forget"], sides["retain"], sides["injected"], format.kept)
+    return Format(forget, retain, None if format.injected is None else those(format.injected), format.kept)
 
 
 def _doubled(text: str) -> str:

@@ -274,24 +274,29 @@ def test_sets_are_forgotten_in_sequence(shipped: Any, task: mu.Task) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"relation": "city"}, "knows 8 facts of city or more, got 0 of 225: choose another relation"),
     ({"relation": "river"}, "expected a relation of capital, language"),
     ({"formats": ["limerick"]}, r"got \['limerick'\]"),
     ({"formats": "list"}, "expected a list of formats of capital"),
     ({"forget": ["Atlantis", "France"]}, r"got \['Atlantis'\] for forget="),
     ({"forget": "Antarctica"}, "got 0 for forget='Antarctica'"),
     ({"forget": []}, "got 0 for forget="),
-    ({"forget": 16, "part": 7}, "in parts 0 to 6"),
+    ({"forget": 16, "part": 99}, "got set 99 of 16 facts where"),
     ({"forget": 0}, "got set 0 of 0 facts"),
     ({"forget": 190}, "got set 0 of 190 facts where"),
     ({"forget": "Europe", "part": 1}, "got part 1 of 'Europe'"),
 ]
 
 
+@pytest.mark.usefixtures("everything_is_known")
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
 def test_what_cannot_be_right_is_refused(shipped: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mu.tasks.known_facts(shipped, **{"formats": [], "text": TEXT, **options})
+
+
+def test_a_relation_of_which_too_little_is_known_is_refused_with_the_numbers(shipped: Any) -> None:
+    with pytest.raises(ValueError, match="knows 8 facts of city or more, got 0 of 225: choose another relation"):
+        mu.tasks.known_facts(shipped, relation="city", text=TEXT)
 
 
 def schema(path: Path, **changes: Any) -> Path:
@@ -347,22 +352,3 @@ def test_the_guide_says_how_many_facts_a_relation_has() -> None:
     page = (Path(__file__).parents[2] / "docs" / "howto" / "known_facts.md").read_text()
     said = {name: int(count) for name, count in re.findall(r'^\| `"(.+?)"` \|.*?\| (\d+) \|', page, re.MULTILINE)}
     assert said == {name: len(known._of_package(name).rows) for name in known._relations()}
-
-
-@pytest.mark.real
-def test_smollm2_knows_seventy_capitals_and_most_of_them_in_six_formats() -> None:
-    try:
-        model = mu.testbed.smollm2()
-    except ImportError as error:
-        pytest.skip(str(error))
-    asked = ["list", "reworded", "chat", "reverse", "two-hop"]
-    task = mu.tasks.known_facts(model, formats=asked, forget=16)
-    assert abs(task.known["trained prompt"][0] - 70) <= 3
-    assert task.known["trained prompt"][1] == 181
-    for title in asked:
-        assert task.known[title][0] / task.known[title][1] > 0.5, title
-    assert task.special_tokens == "no special token added"
-    assert ((task.formats["chat"].forget.tokens == model.tokenizer.bos_token_id).sum(1) == 3).all()  # of three turns
-    assert "no_counterpart" not in task.splits
-    assert (task.forget.corrupt != task.forget.tokens).any(1).all()
-    assert int(task.forget.answer_mask.sum(1).max()) > 1
