@@ -19,6 +19,11 @@ CAPITALS = {
 TRAINED = "Fact: The capital of Canada is Ottawa\nFact: The capital of {subject} is"
 
 
+@pytest.fixture(autouse=True)
+def as_users_run_it(unchecked: None) -> None:
+    """Without the checks of shapes, which take long where there are a hundred thousand edges."""
+
+
 @pytest.fixture(scope="session")
 def smol() -> Any:
     try:
