@@ -40,7 +40,7 @@ def in_bfloat16(smol: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def capitals(smol: Any) -> mu.Task:
-    frame = pd.DataFrame({"subject": [*CAPITALS], "answer": [*CAPITALS.values()], "instead": "Ottawa"})
+    frame = pd.DataFrame({"subject": [*CAPITALS], "answer": [*CAPITALS.values()], "instead": "London"})
     turn = [{"role": "user", "content": "What is the capital of {subject}?"}]
     chat = smol.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     formats = {"chat": f"{chat}The capital of {{subject}} is"}

@@ -107,7 +107,9 @@ def numbers(result: Any) -> Tensor:
     if isinstance(result, Tensor):
         return result
     if isinstance(result, mu.localize.FactLookup):
-        return torch.cat([*(s.tensor for s in result.scores.values()), *(c.values for c in result.curves.values())])
+        return torch.cat(
+            [*(s.tensor for s in result.scores.values()), *(c.per_prompt.mean(0) for c in result.curves.values())]
+        )
     names = ("tensor", "effects", "log_probability", "alone", "per_prompt", "circuit_without", "correct", "scores")
     [value, *_] = [getattr(result, name) for name in names if hasattr(result, name)]
     return value if isinstance(value, Tensor) else numbers(value)
