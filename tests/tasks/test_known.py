@@ -1,7 +1,6 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,27 +156,28 @@ def test_a_format_has_the_facts_that_are_known_in_it_and_says_how_many_are(shipp
     assert [title for title, format in task.formats.items() if format.kept] == ["kept, language"]
 
 
+def nearly_everything(_: Any, prompts: Prompts, **__: Any) -> torch.Tensor:
+    """Known are all but names of 7, 14, ... letters, and in other formats than the trained one those of 5."""
+    is_other = not prompts.texts[0].startswith("Fact: The capital of Canada is Ottawa\n")
+    return torch.tensor([bool(len(name) % 7) and not (is_other and len(name) == 5) for name in prompts.names])
+
+
 @pytest.fixture
 def everything_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for countries of as many letters as 7, 14, ..., and in other formats than the trained one those of 5."""
-
-    def says(_: Any, prompts: Prompts, **__: Any) -> torch.Tensor:
-        is_other = not prompts.texts[0].startswith("Fact: The capital of Canada is Ottawa\n")
-        return torch.tensor([bool(len(name) % 7) and not (is_other and len(name) == 5) for name in prompts.names])
-
-    monkeypatch.setattr(known, "knows", says)
+    monkeypatch.setattr(known, "knows", nearly_everything)
 
 
 @pytest.fixture
-def chat(shipped: Any) -> Iterator[None]:
-    before, shipped.tokenizer.chat_template = shipped.tokenizer.chat_template, CHAT
-    yield
-    shipped.tokenizer.chat_template = before
+def chat(shipped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped.tokenizer, "chat_template", CHAT)
 
 
-@pytest.fixture
-def whole(shipped: Any, everything_is_known: None, chat: None) -> mu.Task:
-    return mu.tasks.known_facts(shipped, forget=["France", "Peru", "Saint Lucia", "Nepal"], text=TEXT)
+@pytest.fixture(scope="module")
+def whole(shipped: Any) -> mu.Task:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "knows", nearly_everything)
+        patch.setattr(shipped.tokenizer, "chat_template", CHAT)
+        return mu.tasks.known_facts(shipped, forget=["France", "Peru", "Saint Lucia", "Nepal"], text=TEXT)
 
 
 def test_every_format_asks_about_the_right_thing_in_either_direction(shipped: Any, whole: mu.Task) -> None:
