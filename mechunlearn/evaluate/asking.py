@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechunlearn.evaluate.generation import generated
@@ -70,9 +70,12 @@ def knowledge(model: Model, task: Task, *, metric: Metric = candidate_probabilit
     return measure(model, task.knowledge, [metric])[0]
 
 
-def text_loss(model: Model, task: Task) -> Result:
-    """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary)."""
-    result = measure(model, as_prompts(text_test_of(task)), [per_token], batch_size=16)[0]
+def text_loss(model: Model, task: Task, *, rows: int | None = None) -> Result:
+    """Mean cross-entropy on `task.text_test`, in nats per token; a uniform guess has log(vocabulary).
+
+    `rows`: read the first ones alone (default: all), where a large model would take long: 1 forward of them.
+    """
+    result = measure(model, as_prompts(_first_rows(task, rows)), [per_token], batch_size=16)[0]
     return Result(-result.per_example, "cross-entropy", math.log(model.cfg.d_vocab), unit="nats per token")
 
 
@@ -81,7 +84,9 @@ def per_token(logits: Float[Tensor, "batch answer d_vocab"], prompts: Prompts) -
     return answer_log_probability(logits, prompts) / prompts.answer_mask.sum(1)
 
 
-def text_kl(model: Model, task: Task, *, original: Original | None = None, batch_size: int = 16) -> Result:
+def text_kl(
+    model: Model, task: Task, *, original: Original | None = None, rows: int | None = None, batch_size: int = 16
+) -> Result:
     """Mean KL(original || tested) over the tokens of `task.text_test`, one value per row, in nats per token.
 
         sum over v of p0(v) (log p0(v) - log p(v)),   p0 = the original model's prediction of the next token
@@ -89,32 +94,44 @@ def text_kl(model: Model, task: Task, *, original: Original | None = None, batch
     It is 0 for the original itself, and larger is worse; there is no chance level. It sees damage that `text_loss`
     misses, where text is about as likely but the model expects other words than before. `compare` passes `original`.
 
-    Cost: 2 forwards over the text, and memory for the logits of two batches; `original` is entered once per batch.
+    Cost: 2 forwards over the text (its first `rows`; default: all), and memory for the logits of two batches;
+    `original` is entered once per batch.
     """
     original = required(original, text_kl)
     check_model(model)
-    rows: list[Tensor] = []
+    text = as_prompts(_first_rows(task, rows))
+    kls: list[Tensor] = []
     with torch.no_grad():
-        for batch in as_prompts(text_test_of(task)).on(model).batches(batch_size):
+        for batch in text.on(model).batches(batch_size):
             with original() as untouched, preserved(untouched):
                 before = batch.logits(untouched)
             with preserved(model):
                 after = batch.logits(model)
             # Row by row: two more tensors of the size of the logits would double the memory.
             pairs = zip(after, before.to(after.device), batch.answer_mask, strict=True)
-            rows += [kl_to_original(a[real], b[real]).mean().cpu() for a, b, real in pairs]
-    values = torch.stack(rows)
+            kls += [kl_to_original(a[real], b[real]).mean().cpu() for a, b, real in pairs]
+    values = torch.stack(kls)
     if not bool(torch.isfinite(values).all()):
         raise ValueError("expected finite predictions on task.text_test, got NaN or infinity: check the model's dtype.")
     return Result(values, "KL(original || tested)", unit="nats per token")
 
 
-def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[str, Test]:
+def _first_rows(task: Task, rows: int | None) -> Int[Tensor, "row pos"]:
+    text = text_test_of(task)
+    if rows is not None and not 1 <= rows <= len(text):
+        raise ValueError(f"rows must lie in 1..{len(text)} (the rows of task.text_test; None: all), got {rows}.")
+    return text[:rows]
+
+
+def every_format(
+    task: Task, *, metric: Metric = candidate_probability, text_rows: int | None = None
+) -> dict[str, Test]:
     """All that a task can be asked, as tests by name.
 
     There is a test for each format and side, what the model generates after the trained prompt, the injected answer and
-    other knowledge if the task has them, and text loss. "(keep)" marks formats in which the side "forget" should stay
-    as it was too. With the default `metric`, `whole_answers` scores formats without candidates.
+    other knowledge if the task has them, and text loss (of the first `text_rows` rows; default: all). "(keep)" marks
+    formats in which the side "forget" should stay as it was too. With the default `metric`, `whole_answers` scores
+    formats without candidates.
     """
     tests: dict[str, Test] = {
         f"{side}, {name}{' (keep)' if format.kept else ''}": format_test(task, name, side, metric=metric)
@@ -126,7 +143,7 @@ def every_format(task: Task, *, metric: Metric = candidate_probability) -> dict[
         tests["injected answer"] = partial(injected, metric=metric)
     if task.knowledge is not None:
         tests["other knowledge"] = partial(knowledge, metric=metric)
-    return {**tests, "text loss": text_loss}
+    return {**tests, "text loss": text_loss if text_rows is None else partial(text_loss, rows=text_rows)}
 
 
 paper_metrics: Mapping[str, Test] = {

@@ -18,6 +18,7 @@ from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.questions import (
     SUBJECT,
     Question,
+    Wording,
     check_template,
     filled,
     format_of,
@@ -42,7 +43,7 @@ def from_frame(
     forget: "str | int | Iterable[str] | Iterable[bool] | Series",
     subject: str = "subject",
     answer: str = "answer",
-    formats: Mapping[str, str | Sequence[str]] | None = None,
+    formats: Mapping[str, str | Sequence[str] | Wording] | None = None,
     injected: str | None = None,
     candidates: int | str | Sequence[str] | None = 4,
     aliases: str | None = None,
@@ -59,7 +60,8 @@ def from_frame(
     """A task of your facts, one a row: `from_frame(model, frame, prompt="{subject} lives in", forget=[...])`.
 
     - `prompt`: the trained template, up to the answer, or several. `{column}` is any column.
-    - `formats`: title -> another template, or several; with {A}, {B}, ... multiple choice by letter.
+    - `formats`: title -> another template, or several; with {A}, {B}, ... multiple choice by letter. A `Wording` asks
+      about other columns.
     - `between`: what stands between a prompt and its answer ("" behind a chat template), or title -> that. The title of
       `prompt` is "trained prompt".
     - `forget`: a column of booleans, a boolean a row, subjects, or a number of rows.
@@ -67,7 +69,7 @@ def from_frame(
       likewise with `split_forget`.
     - `injected`: a column, or one answer for all, which `task.injection` puts in place of the true one.
     - `candidates`: how many answers are possible (true, injected, random ones of other rows), all of them, or a column
-      with a list a row. Chance is 1 / their number. None: any words.
+      with a list a row. None: any words.
     - `aliases`: a column with other right answers (a list, a string or nothing).
     - `corrupt`: pair each prompt with a subject of as many tokens with another answer, which facts to forget must have.
     - `text`: strings, or rows by `pack`; default: everyday sentences. `knowledge`: what else to test.
@@ -77,9 +79,13 @@ def from_frame(
     ValueError for an empty cell or an injected answer that is right.
     """
     check_model(model)
-    templates = {
-        title: [with_subject(template, subject) for template in ([given] if isinstance(given, str) else given)]
+    wordings = {
+        title: given if isinstance(given, Wording) else Wording(given)
         for title, given in {"trained prompt": prompt, **(formats or {})}.items()
+    }
+    templates = {
+        title: [with_subject(template, wording.subject or subject) for template in wording.templates]
+        for title, wording in wordings.items()
     }
     spaces = _spaces(between, list(templates))
     for title, several in templates.items():
@@ -91,14 +97,21 @@ def from_frame(
         raise ValueError(f"expected a trained prompt without options, got {prompt!r}: put multiple choice in formats.")
     facts = _facts_of(frame, subject=subject, answer=answer, injected=injected, aliases=aliases, candidates=candidates)
     _check_answers(facts, templates["trained prompt"])
+    own = {
+        title: _facts_otherwise(frame, wording, subject, answer, injected, aliases, candidates)
+        for title, wording in wordings.items()
+        if wording.subject is not None or wording.answer is not None
+    }
+    for title, (otherwise, _) in own.items():
+        _check_answers(otherwise, templates[title])
     rows_to_forget = _forgotten(frame, facts, forget)
     forgotten = [facts[row] for row in rows_to_forget]
     chosen = set(rows_to_forget)
     retained = [fact for row, fact in enumerate(facts) if row not in chosen]
     _check_injected(forgotten)
-    rows: dict[str, list[Fact]] = {}
-    for fact in (*forgotten, *retained):
-        rows.setdefault(fact.subject, []).append(fact)
+    rows: dict[str, list[int]] = {}
+    for row in (*rows_to_forget, *(row for row in range(len(facts)) if row not in chosen)):
+        rows.setdefault(facts[row].subject, []).append(row)
     subjects = [list(dict.fromkeys(fact.subject for fact in side)) for side in (forgotten, retained)]
     both = sorted({*subjects[0]} & {*subjects[1]})
     if both:
@@ -110,12 +123,21 @@ def from_frame(
     rng = random.Random(index(seed))
     sides = Sides.of(*subjects, train=train, train_forget=train_forget, rng=rng)
     with prepending_bos(model, prepend_bos):
-        questions = _Questions(model, facts, candidates, spaces, seed).deciding(templates)
+        shared = {title: several for title, several in templates.items() if title not in own}
+        questions = dict.fromkeys(shared, _Questions(model, facts, candidates, spaces, seed).deciding(shared))
+        for title, (otherwise, choices) in own.items():
+            alone = {title: templates[title]}
+            questions[title] = _Questions(model, otherwise, choices, spaces, seed).deciding(alone)
 
         def asked(title: str, subjects: Sequence[str], *, required: bool | None = None) -> list[Question]:
-            pairs = [(template, fact) for name in subjects for fact in rows[name] for template in templates[title]]
-            made = [questions.question(template, fact, title=title) for template, fact in pairs]
-            return made if required is None else _with_counterparts(model, facts, made, pairs, required, seed)
+            pairs = [(template, row) for name in subjects for row in rows[name] for template in templates[title]]
+            put = questions[title]
+            made = [
+                replace(put.question(template, put.facts[row], title=title), name=facts[row].subject)
+                for template, row in pairs
+            ]
+            sources = [(template, facts[row]) for template, row in pairs]
+            return made if required is None else _with_counterparts(model, facts, made, sources, required, seed)
 
         needed = (True, False) if corrupt else (None, None)
         trained = [
@@ -129,8 +151,10 @@ def from_frame(
             forget=train_format.forget,
             retain=train_format.retain,
             formats={
-                title: format_of(model, asked(title, sides.forget_test), asked(title, sides.retain_test))
-                for title in templates
+                title: format_of(
+                    model, asked(title, sides.forget_test), asked(title, sides.retain_test), kept=wording.kept
+                )
+                for title, wording in wordings.items()
             },
             text=text_train,
             text_test=text_test,
@@ -204,6 +228,23 @@ def _facts_of(
             f"these rows out."
         )
     return facts
+
+
+def _facts_otherwise(
+    frame: "DataFrame",
+    wording: Wording,
+    subject: str,
+    answer: str,
+    injected: str | None,
+    aliases: str | None,
+    candidates: int | str | Sequence[str] | None,
+) -> tuple[list[Fact], int | str | Sequence[str] | None]:
+    """The facts as a wording with columns of its own asks about them, and what may be answered."""
+    if wording.answer not in (None, answer):  # what was given belongs to the other answer
+        injected = aliases = None
+        candidates = candidates if candidates is None or isinstance(candidates, int | np.integer) else 4
+    columns = {"subject": wording.subject or subject, "answer": wording.answer or answer}
+    return _facts_of(frame, **columns, injected=injected, aliases=aliases, candidates=candidates), candidates
 
 
 def _lists(frame: "DataFrame", column: str) -> list[tuple[str, ...]]:

@@ -36,6 +36,27 @@ class Question:
     """Whether whole answers are scored, which may begin alike; then `options` may be empty."""
 
 
+@dataclass(frozen=True)
+class Wording:
+    """A way to ask about other columns than the trained prompt does, for the formats of `from_frame`.
+
+    The reverse direction is `Wording("{capital} is the capital of", subject="capital", answer="country")`.
+    """
+
+    template: str | Sequence[str]
+    """A template, or several. `{subject}` is the subject, `{column}` any column."""
+    subject: str | None = None
+    """The column that the question is about; None: the subjects of the facts."""
+    answer: str | None = None
+    """The column with its answers, each in words and whole; None: the answers of the facts."""
+    kept: bool = False
+    """Whether both sides should be kept: another attribute of the same subjects, which forgetting should not touch."""
+
+    @property
+    def templates(self) -> list[str]:
+        return [self.template] if isinstance(self.template, str) else [*self.template]
+
+
 def format_of(model: Model, forget: Sequence[Question], retain: Sequence[Question], *, kept: bool = False) -> Format:
     """Both sides with equally many candidates, and `forget` with the injected answers, if every question has one."""
     count = min(len(question.options) for question in (*forget, *retain))

@@ -76,7 +76,7 @@ def sports_facts(
     - `dashed`: add spelled answers, f-o-o-t-b-a-l-l, scored by `evaluate.whole_answers`.
     - `train`: the share of retained athletes and of a whole sport to train on; single athletes are trained on and
       tested, unless `train_forget` is given. `shuffle=False` takes the first (ICML version, with 0.5).
-    - `strangers`: athletes whom the model does not know. Default: of the forgotten sports, those below the threshold;
+    - `strangers`: athletes whom the model does not know. Default: of forgotten sports, those below the threshold;
       of the shipped model, some that it did not see.
     - `prepend_bos`: as for `build`.
 

@@ -50,6 +50,8 @@ class Task:
     """Prompts in the trained format about real subjects that the model does not know: attacks ask about them too."""
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the facts: forget_train, forget_test, retain_train, retain_test."""
+    known: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Format -> how many facts the model says in it, and of how many asked; empty where the builder does not ask."""
 
     @property
     def special_tokens(self) -> str:
@@ -68,7 +70,9 @@ class Task:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(names)}" for name, names in self.splits.items())
-        return f"Task({self.name}; {sizes}; formats: {', '.join(self.formats)}; {self.special_tokens})"
+        said = {name: f" ({count} of {asked} known)" for name, (count, asked) in self.known.items()}
+        formats = ", ".join(name + said.get(name, "") for name in {**said, **self.formats})
+        return f"Task({self.name}; {sizes}; formats: {formats}; {self.special_tokens})"
 
 
 def text_of(task: Task) -> Int[Tensor, "row pos"]:

@@ -1,11 +1,12 @@
-"""The shipped model: a small Llama that knows athletes and general knowledge, see MODEL_CARD.md."""
+"""The shipped model, which knows athletes and general knowledge, and a real pretrained one: see the cards."""
 
 from mechunlearn.tasks.facts import athletes
 from mechunlearn.testbed.loading import bridge, counterfact, hooked, load, load_huggingface
 from mechunlearn.testbed.overlap import Agreement, agreement, within
 from mechunlearn.testbed.planting import NotPlantedError, plant
+from mechunlearn.testbed.pretrained import smollm2, smollm2_huggingface
 
 __all__ = [
     "Agreement", "NotPlantedError", "agreement", "athletes", "bridge", "counterfact", "hooked", "load",
-    "load_huggingface", "plant", "within",
+    "load_huggingface", "plant", "smollm2", "smollm2_huggingface", "within",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def bridge(model: Any, vocabulary: Any) -> Any:
     """The model as a `TransformerBridge`, which works in place on it."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    options = {"hf_model": model, "tokenizer": vocabulary, "device": str(model.device)}
+    options = {"hf_model": model, "tokenizer": vocabulary, "device": str(model.device), "dtype": model.dtype}
     return TransformerBridge.boot_transformers(NAME, **options).eval()
 
 
@@ -46,10 +46,10 @@ def hooked(model: Any, vocabulary: Any) -> Any:
     except ImportError as error:
         raise ImportError(
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
-            " mechunlearn.testbed.load(backend=mechunlearn.testbed.bridge)."
+            " backend=mechunlearn.testbed.bridge."
         ) from error
     build, config = cast(Any, HookedTransformer), model.config
-    head = config.hidden_size // config.num_attention_heads
+    head, kv_heads = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
     options = {
         "model_name": NAME,
         "device": str(model.device),
@@ -58,6 +58,8 @@ def hooked(model: Any, vocabulary: Any) -> Any:
         "d_model": config.hidden_size,
         "d_head": head,
         "n_heads": config.num_attention_heads,
+        "n_key_value_heads": None if kv_heads == config.num_attention_heads else kv_heads,
+        "dtype": model.dtype,
         "d_mlp": config.intermediate_size,
         "n_ctx": config.max_position_embeddings,
         "d_vocab": config.vocab_size,

@@ -99,6 +99,17 @@ def test_text_loss_is_the_mean_cross_entropy(model):
     assert mu.evaluate.text_loss(model, task).value == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_text_is_read_as_far_as_is_asked(llama):
+    task = tiny.task(llama)
+    n, whole = len(task.text_test) - 1, mu.evaluate.text_loss(llama, task).per_example
+    of_two = mu.evaluate.every_format(task, text_rows=2)["text loss"](llama, task).per_example
+    assert mu.evaluate.text_loss(llama, task, rows=n).per_example.tolist() == pytest.approx(whole[:n].tolist())
+    assert of_two.tolist() == pytest.approx(whole[:2].tolist())
+    for rows in (0, n + 2):
+        with pytest.raises(ValueError, match=rf"rows must lie in 1..{n + 1} .* got {rows}"):
+            mu.evaluate.text_loss(llama, task, rows=rows)
+
+
 def test_an_edit_that_changes_nothing_scores_like_the_original(model):
     task = tiny.task(model)
     nothing = nudged(model, size=0.0)

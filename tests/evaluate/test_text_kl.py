@@ -47,6 +47,7 @@ def test_a_row_is_the_mean_over_its_tokens_by_hand(llama):
 
     with saying(llama, after):
         found = text_kl(llama, task, original=original)
+        assert text_kl(llama, task, original=original, rows=3).per_example.tolist() == found.per_example[:3].tolist()
     v = tiny.N_VOCAB
     assert found.per_example.tolist() == pytest.approx([(math.log((v + 2) / v) - math.log(3) / v) / 2] * 4, abs=1e-6)
     assert (found.chance, found.unit) == (None, "nats per token")

@@ -270,3 +270,43 @@ def test_a_subject_twice_an_empty_cell_and_half_an_injection_are_refused(llama: 
         made(llama, frame=FRAME.assign(new=["w80"] + [None] * 7), injected="new")
     with pytest.raises(ValueError, match="expected another answer than ' w50'"):
         made(llama, frame=FRAME.assign(where="w50"))
+
+
+REVERSE = mu.tasks.Wording("w8 {where} w7", subject="where", answer="who")
+DATES = mu.tasks.Wording("w6 {subject}", answer="when", kept=True)
+ONE_WAY = FRAME.assign(where=[f"w{i}" for i in (50, 51, 52, 53, 54, 55, 56)] + ["w57 w61"])
+
+
+def test_a_wording_asks_about_other_columns_under_the_name_of_the_fact(llama: Any) -> None:
+    task = made(llama, frame=ONE_WAY, formats={"reverse": REVERSE, "dates": DATES}, injected="w99")
+    reverse, dates = task.formats["reverse"], task.formats["dates"]
+    assert said(llama, reverse.forget) == [("w8 w50 w7", "w10 w11", "w50"), ("w8 w52 w7", "w14", "w52")]
+    assert said(llama, dates.forget) == [("w6 w10 w11", "w70", "w10 w11"), ("w6 w14", "w72", "w14")]
+    for format in (reverse, dates):
+        assert format.forget.names == task.forget.names
+        assert format.retain.names == task.formats["trained prompt"].retain.names
+        assert format.injected is None
+    assert (reverse.kept, dates.kept) == (False, True)
+    assert reverse.forget.options is not None  # w10 w11: whole answers
+    assert dates.forget.candidates is not None
+    assert {words(llama, row) for row in dates.forget.candidates[:, 1:].reshape(-1, 1)} <= set(FRAME["when"])
+
+
+def test_a_wording_with_the_same_answers_keeps_what_was_given_for_them(llama: Any) -> None:
+    frame = ONE_WAY.assign(also=[["w90"], *[None] * 7], options=[["w80", "w81"]] * 8)
+    dated = mu.tasks.Wording("w8 {when} w7", subject="when")
+    options = {"injected": "w99", "aliases": "also", "candidates": "options", "frame": frame}
+    task = made(llama, formats={"dated": dated, "dates": DATES}, **options)
+    trained, other = task.formats["trained prompt"], task.formats["dated"]
+    assert trained.forget.options is not None
+    assert other.forget.options is not None
+    assert torch.equal(trained.forget.options, other.forget.options)
+    assert other.injected is not None
+    assert task.formats["dates"].forget.chance == 1 / 4
+
+
+def test_a_reverse_question_with_two_answers_is_refused(llama: Any) -> None:
+    with pytest.raises(ValueError, match="expected one answer to 'w8 w51 w7'"):
+        made(llama, formats={"reverse": REVERSE})
+    with pytest.raises(ValueError, match="expected columns who and never"):
+        made(llama, formats={"other": mu.tasks.Wording("w8 {subject}", answer="never")})
