@@ -40,9 +40,9 @@ def test_edge_patching(pair, direction):
         for i, fact in enumerate(pair.facts):
             x, other = ends(raw, fact, direction)
             before = logit_difference(run(raw, x), fact)
+            gains = {source: gain(raw, x, other, source) for source in {split(edge)[0] for edge in EDGES}}
             for j, (source, destination) in enumerate(map(split, EDGES)):
-                delta = gain(raw, x, other, source)
-                patched = run(raw, x, reading(raw, destination, lambda r, delta=delta: delta))
+                patched = run(raw, x, reading(raw, destination, lambda r, delta=gains[source]: delta))
                 expected[i, j] = logit_difference(patched, fact) - before
     assert_agree([scores[edge] for edge in EDGES], expected.mean(0))
 
@@ -55,8 +55,9 @@ def test_edge_attribution_patching(pair, direction):
     for i, fact in enumerate(pair.facts):
         x, other = ends(raw, fact, direction)
         slopes = slopes_at(raw, x, fact, destinations)
+        moved = {source: slope_gain(raw, x, other, source) for source in {split(edge)[0] for edge in EDGES}}
         for j, (source, destination) in enumerate(map(split, EDGES)):
-            expected[i, j] = (slope_gain(raw, x, other, source) * slopes[destination]).sum()
+            expected[i, j] = (moved[source] * slopes[destination]).sum()
     assert_agree([scores[edge] for edge in EDGES], expected.mean(0))
 
 
@@ -76,14 +77,18 @@ READINGS = ["the mean of two slopes", "the slope in the middle"]
 @pytest.mark.parametrize("reading", READINGS)
 def test_edge_integrated_gradients(pair, reading, request):
     raw, steps, destinations = pair.raw, 2, sorted({split(edge)[1] for edge in EDGES})
-    if raw.name == "gemma2" and reading == READINGS[1]:
+    if raw.name != "gemma2" and reading == READINGS[1]:
+        pytest.skip("without a norm after attention both are the same")
+    if reading == READINGS[1]:
         reason = "'linearised in the mean of the two runs' reads so, and the mean of both runs' slopes is what is done"
         request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
     scores = mu.localize.edge_integrated_gradients(pair.bridge, pair.prompts, edges=EDGES, steps=steps)
     expected = torch.zeros(len(pair.facts), len(EDGES))
     for i, fact in enumerate(pair.facts):
         ((e,), (e_other,)) = (recorded(raw, tokens, [(raw.blocks[0], "in")]) for tokens in (fact.tokens, fact.other))
-        moved = {source: moved_through_the_norm(raw, fact, source, reading) for source, _ in map(split, EDGES)}
+        moved = {
+            source: moved_through_the_norm(raw, fact, source, reading) for source in {split(edge)[0] for edge in EDGES}
+        }
         for k in range(steps):
             midpoint = (e + (k + 0.5) / steps * (e_other - e)).detach()
             between = [(raw.blocks[0], "in", put(slice(None), midpoint))]
@@ -114,7 +119,7 @@ def test_path_patching_to_the_logits(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("receivers", [["L2H1.W_Q"], ["L2H2.W_V", "L2H0.W_K"], ["L2MLP"], ["L1H2.W_Q", "L2H1.W_Q"]])
+@pytest.mark.parametrize("receivers", [["L2H2.W_V", "L2H0.W_K"], ["L2MLP"], ["L1H2.W_Q", "L2H1.W_Q"]])
 def test_path_patching_to_components(pair, receivers):
     senders = ["L0H1", "L0H2", "L0MLP", "L1H0", "L1MLP"]
     scores = mu.localize.path_patching(pair.bridge, pair.prompts, senders=senders, receivers=receivers)
@@ -133,13 +138,11 @@ def held_path(raw, fact, sender, receivers, through_mlps=False):
 
 def responding_streams(raw, fact, sender, receivers, through_mlps):
     """The residual stream that each receiver reads while the sender writes as in x' and other components as in x."""
-    held = [raw.at(layer) for layer in range(len(raw.blocks))]
-    changes = [(parts.o, "in", put(slice(None), recorded(raw, fact.tokens, [(parts.o, "in")])[0])) for parts in held]
-    if not through_mlps:
-        changes += [
-            (parts.mlp_adds, "out", put(slice(None), recorded(raw, fact.tokens, [(parts.mlp_adds, "out")])[0]))
-            for parts in held
-        ]
+    layers = [raw.at(layer) for layer in range(len(raw.blocks))]
+    held = [(parts.o, "in") for parts in layers]
+    held += [] if through_mlps else [(parts.mlp_adds, "out") for parts in layers]
+    states = recorded(raw, fact.tokens, held)
+    changes = [(module, side, put(slice(None), state)) for (module, side), state in zip(held, states, strict=True)]
     parts = raw.at(int(sender[1]))
     place = (
         (parts.mlp_adds, "out", slice(None)) if sender.endswith("MLP") else (parts.o, "in", raw.head(int(sender[3:])))

@@ -35,12 +35,20 @@ def runs(fact, direction):
     return (fact.tokens, fact.other) if direction == "noising" else (fact.other, fact.tokens)
 
 
-def effect(raw, fact, sites, direction="noising", where=None, into=None):
-    """metric(x with these sites as in x') - metric(x)."""
+def effects(raw, fact, sets, direction="noising", where=None):
+    """For each set of labels: metric(x with their outputs as in x') - metric(x)."""
     x, other = runs(fact, direction)
-    new = values(raw, other, sites) if into is None else into
-    changes = [(module, side, put(part, value, where)) for (module, side, part), value in zip(sites, new, strict=True)]
-    return logit_difference(run(raw, x, changes), fact) - logit_difference(run(raw, x), fact)
+    sites = [[site(raw, label) for label in members] for members in sets]
+    new = iter(values(raw, other, [place for places in sites for place in places]))
+    before, found = logit_difference(run(raw, x), fact), []
+    for places in sites:
+        changes = [(module, side, put(part, next(new), where)) for module, side, part in places]
+        found.append(logit_difference(run(raw, x, changes), fact) - before)
+    return torch.stack(found)
+
+
+def alone(labels):
+    return [[label] for label in labels]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -48,8 +56,8 @@ def test_activation_patching(pair, direction):
     raw, chosen = pair.raw, labels(pair.raw)
     scores = mu.localize.activation_patching(pair.bridge, pair.prompts, components=chosen, direction=direction)
     with torch.no_grad():
-        expected = [[effect(raw, fact, [site(raw, label)], direction) for label in chosen] for fact in pair.facts]
-    assert_agree([scores[label] for label in chosen], torch.tensor(expected).mean(0))
+        expected = torch.stack([effects(raw, fact, alone(chosen), direction) for fact in pair.facts])
+    assert_agree([scores[label] for label in chosen], expected.mean(0))
 
 
 def test_patching_at_each_role(pair):
@@ -61,8 +69,8 @@ def test_patching_at_each_role(pair):
         for j, role in enumerate(scores.positions):
             for i, fact in enumerate(pair.facts):
                 where = masks[role][i][: len(fact.clean)]
-                found = [effect(raw, fact, [site(raw, label)], where=where) for label in NODES]
-                expected[:, j] += torch.stack(found) / len(pair.facts)
+                if where.any():
+                    expected[:, j] += effects(raw, fact, alone(NODES), where=where) / len(pair.facts)
     assert (expected != 0).any(0).sum() >= 3  # before the subject, both runs are the same
     by_label = torch.tensor([[scores.at(role)[label] for role in scores.positions] for label in NODES])
     assert_agree(by_label, expected)
@@ -80,14 +88,10 @@ def test_roles_are_what_they_are_called(pair):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_set_patching(pair, direction):
     raw, sets = pair.raw, {"some": ["L0H1", "L1N30", "L1N31", "L2MLP"], "others": ["L0MLP", "L1H2", "L1H3"]}
-    effects = mu.localize.set_patching(pair.bridge, pair.prompts, sets, direction=direction)
+    frame = mu.localize.set_patching(pair.bridge, pair.prompts, sets, direction=direction).to_frame()
     with torch.no_grad():
-        expected = [
-            torch.stack([effect(raw, fact, [site(raw, label) for label in members], direction) for fact in pair.facts])
-            for members in sets.values()
-        ]
-    frame = effects.to_frame()
-    assert_agree([frame.loc[name, "effect"] for name in sets], torch.stack(expected).mean(1))
+        expected = torch.stack([effects(raw, fact, list(sets.values()), direction) for fact in pair.facts])
+    assert_agree([frame.loc[name, "effect"] for name in sets], expected.mean(0))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
