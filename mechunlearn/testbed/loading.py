@@ -1,4 +1,4 @@
-"""The shipped models and SmolLM2, a real one, as the class that is wanted; the former's facts as CounterFact records."""
+"""The shipped models and SmolLM2, a real one, as the class that is wanted; facts of the former as records."""
 
 import hashlib
 import os
