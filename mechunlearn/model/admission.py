@@ -15,7 +15,7 @@ from mechunlearn.model.decomposition import scales_of
 from mechunlearn.model.guard import differentiable, preserved
 from mechunlearn.model.hooks import recording, site
 from mechunlearn.model.matrices import Slot, check_plain, check_split, slots
-from mechunlearn.model.running import logits_at, remembering_tuples, running_from
+from mechunlearn.model.running import in_half, logits_at, remembering_tuples, running_from
 from mechunlearn.model.suffix import base_run, continued
 
 TESTED = (
@@ -130,18 +130,15 @@ def _self_test(model: Model) -> None:
         raise _unsupported(model, str(error).partition(". Use ")[0]) from error  # another remedy than that method's
     except Exception as error:  # whatever a module that nobody has seen raises
         raise _unsupported(model, f"a trial of it raises {type(error).__name__} ({str(error)[:300]})") from error
+    tolerance = 0.1 if in_half([model]) else 1e-3
     for failure, actual, expected in trials:
         scale = max(float(expected.abs().max()), 1e-6)
-        if not bool((actual - expected).abs().max() <= _tolerance(expected) * scale):
+        if not bool((actual - expected).abs().max() <= tolerance * scale):
             raise _unsupported(model, failure)
 
 
 _Trial = tuple[str, torch.Tensor, torch.Tensor]
 """What is wrong with the model if the two tensors differ."""
-
-
-def _tolerance(values: torch.Tensor) -> float:
-    return 1e-3 if values.dtype in (torch.float32, torch.float64) else 0.1
 
 
 def _laid_out(model: Model) -> dict[tuple[int, str], Slot]:
