@@ -76,8 +76,8 @@ def edge_integrated_gradients(
     `edge_attribution_patching`. The midpoint rule makes "noising" and "denoising" differ in sign alone; the authors'
     code takes left end points (the corrupt end included, the clean one not), which tend to the same as steps grow.
     An edge whose gradient vanishes at both ends, as behind a saturated softmax, still gets its score. A source's scores
-    sum over its destinations to its `integrated_gradients` (in Gemma 2, those of MLPs: a post-norm is linearised in the
-    mean of the two runs).
+    sum over its destinations to its `integrated_gradients` (in Gemma 2, those of MLPs: heads pass a post-norm by the
+    mean of its slopes in the two runs).
 
     Cost: 2F + steps * (F + B), and the products of `edge_attribution_patching` once. Memory: as there, and for each
     step one residual stream of every layer.

@@ -44,7 +44,10 @@ class InjectOptions(TypedDict, total=False):
         float, 0.5, "The search takes steps of this size in the model's activations: other models may need another."
     ]
     kl_coefficient: Annotated[
-        float, 0.0625, 'The loss of m has KL(now || before) of what follows "{subject} is a", multiplied by this.'
+        float,
+        0.0625,
+        'The loss of m has KL(now || before) of what follows "{subject} is a", multiplied by this; the subject has its '
+        "tokens of the prompt, where the authors tokenize it by itself.",
     ]
     decay: Annotated[float, 0.5, "The loss of m has |m| / |what m is added to|^2, multiplied by this."]
     clamp: Annotated[float, 1.5, "|m| is held at this many times |what m is added to| or less."]
