@@ -35,11 +35,11 @@ test: $(VENV)/installed
 
 # Everything once on SmolLM2: tests/real, and what else is marked so.
 real-tests: $(VENV)/installed-real
-	$(PYTEST) -m real
+	$(PYTEST) -m 'real and not nightly'
 
 # The tests that take long and depend on little, and all others on every architecture in every class.
 nightly: $(VENV)/installed
-	EVERY_CASE=1 $(PYTEST) -m 'not documents and not real'
+	EVERY_CASE=1 $(PYTEST) -m 'not documents and (nightly or not real)'
 
 # Lint, format, types.
 check: $(VENV)/installed-dev

@@ -7,7 +7,7 @@ from state import left_as_it_was
 
 import mechunlearn as mu
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.nightly]  # it asks 181 facts in nine formats
 
 
 def test_it_knows_seventy_capitals_and_most_of_them_in_six_formats(smol: Any):

@@ -112,7 +112,11 @@ def numbers(result: Any) -> Tensor:
     return value if isinstance(value, Tensor) else numbers(value)
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = "edge_integrated_gradients_of_activations"
+EVERY_METHOD = [pytest.param(n, marks=pytest.mark.nightly if n == SLOW else ()) for n in METHODS]
+
+
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_localization_runs_and_leaves_the_model_as_it_was(smol: Any, capitals: mu.Task, name: str):
     with left_as_it_was(smol):
         found = numbers(METHODS[name](smol, capitals))
