@@ -35,7 +35,7 @@ METRICS = (
 
 def made(model: Any, *, wrong: bool = True, padding: Any = "right") -> Prompts:
     options = WRONG if wrong else None
-    extra: dict[str, Any] = {"subjects": SUBJECTS, "padding": padding}
+    extra: dict[str, Any] = {"subjects": SUBJECTS, "padding": padding, "prepend_bos": True}
     return build(model, TEXTS, ANSWERS, options=options, aliases=ALIASES, **extra)
 
 

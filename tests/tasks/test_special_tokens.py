@@ -265,7 +265,8 @@ def test_vectors_stand_behind_bos_unless_it_opens_messages(chatty: tuple[Any, st
 
 
 def test_a_bos_of_the_text_gives_the_logits_of_one_that_is_added(model: Any) -> None:
-    added, written_ = (mu.tasks.build(model, [text], [" w9"]) for text in ("w5 w6", "<bos> w5 w6"))
+    texts = ("w5 w6", "<bos> w5 w6")
+    added, written_ = (mu.tasks.build(model, [text], [" w9"], prepend_bos=True) for text in texts)
     assert torch.equal(added.logits(model), written_.logits(model))
     assert not torch.allclose(added.logits(model), model(torch.tensor([[1, 1, 5, 6]]))[:, -1:], atol=0.1)
 

@@ -135,7 +135,7 @@ def test_two_steps_are_the_gradient_of_the_written_loss(model, loss):
     with left_as_it_was(model):
         found = trained(model, prompts, loss, other=other, rate=rate)
     assert max(float((expected[label] - value).abs().max()) for label, value in before.items()) > 5e-3
-    assert max(float((expected[label] - value).abs().max()) for label, value in found.items()) < 2e-5 + 3e-6 * rate
+    assert max(float((expected[label] - value).abs().max()) for label, value in found.items()) < 2e-5 + 5e-6 * rate
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=name)
