@@ -35,7 +35,7 @@ test: $(VENV)/installed
 
 # Everything once on SmolLM2: tests/real, and what else is marked so.
 real-tests: $(VENV)/installed-real
-	$(PYTEST) -m 'real and not nightly'
+	$(PYTEST) -x -m 'real and not nightly'
 
 # The tests that take long and depend on little, and all others on every architecture in every class.
 nightly: $(VENV)/installed
