@@ -1,19 +1,18 @@
 """A researcher's own facts: one row each of a table, in templates."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.model import Model, check_model
-from mechunlearn.model.tokens import encode_all, prepending_bos
+from mechunlearn.model.tokens import prepending_bos
+from mechunlearn.tasks.fact_questions import Fact, FactQuestions, with_counterparts
 from mechunlearn.tasks.prompts import Prompts
 from mechunlearn.tasks.questions import (
     SUBJECT,
@@ -22,8 +21,6 @@ from mechunlearn.tasks.questions import (
     check_template,
     filled,
     format_of,
-    in_random_order,
-    lettered,
     letters_of,
     with_subject,
 )
@@ -79,89 +76,119 @@ def from_frame(
     ValueError for an empty cell or an injected answer that is right.
     """
     check_model(model)
-    wordings = {
-        title: given if isinstance(given, Wording) else Wording(given)
-        for title, given in {"trained prompt": prompt, **(formats or {})}.items()
-    }
-    templates = {
-        title: [with_subject(template, wording.subject or subject) for template in wording.templates]
-        for title, wording in wordings.items()
-    }
-    spaces = _spaces(between, list(templates))
-    for title, several in templates.items():
-        for template in several:
-            check_template(template, [str(column) for column in frame.columns], between=spaces[title])
-        if not several or len({letters_of(template) for template in several}) > 1:
-            raise ValueError(f"expected templates of {title!r} with the same letters for options, got {several}.")
-    if letters_of(templates["trained prompt"][0]):
-        raise ValueError(f"expected a trained prompt without options, got {prompt!r}: put multiple choice in formats.")
-    facts = _facts_of(frame, subject=subject, answer=answer, injected=injected, aliases=aliases, candidates=candidates)
+    given = {"trained prompt": prompt, **(formats or {})}
+    wordings = {title: how if isinstance(how, Wording) else Wording(how) for title, how in given.items()}
+    spaces = _spaces(between, list(wordings))
+    templates = _checked_templates(frame, wordings, subject, spaces)
+    columns: _Columns = {"subject": subject, "answer": answer, "injected": injected, "aliases": aliases}
+    facts = _facts_of(frame, **columns, candidates=candidates)
     _check_answers(facts, templates["trained prompt"])
-    own = {
-        title: _facts_otherwise(frame, wording, subject, answer, injected, aliases, candidates)
-        for title, wording in wordings.items()
-        if wording.subject is not None or wording.answer is not None
-    }
-    for title, (otherwise, _) in own.items():
-        _check_answers(otherwise, templates[title])
-    rows_to_forget = _forgotten(frame, facts, forget)
-    forgotten = [facts[row] for row in rows_to_forget]
-    chosen = set(rows_to_forget)
-    retained = [fact for row, fact in enumerate(facts) if row not in chosen]
-    _check_injected(forgotten)
-    rows: dict[str, list[int]] = {}
-    for row in (*rows_to_forget, *(row for row in range(len(facts)) if row not in chosen)):
-        rows.setdefault(facts[row].subject, []).append(row)
-    subjects = [list(dict.fromkeys(fact.subject for fact in side)) for side in (forgotten, retained)]
-    both = sorted({*subjects[0]} & {*subjects[1]})
-    if both:
-        raise ValueError(
-            f"expected all rows of a subject on one side, got {both[:5]} on both: forget subjects, or put what is kept "
-            f"of them into a task of its own."
-        )
+    others = _facts_otherwise(frame, wordings, templates, columns, candidates)
+    to_forget = _forgotten(frame, facts, forget)
+    _check_injected([facts[row] for row in to_forget])
+    rows, subjects = _by_subject(facts, to_forget)
     train_forget = train if split_forget else None
-    rng = random.Random(index(seed))
-    sides = Sides.of(*subjects, train=train, train_forget=train_forget, rng=rng)
+    sides = Sides.of(*subjects, train=train, train_forget=train_forget, rng=random.Random(index(seed)))
     with prepending_bos(model, prepend_bos):
-        shared = {title: several for title, several in templates.items() if title not in own}
-        questions = dict.fromkeys(shared, _Questions(model, facts, candidates, spaces, seed).deciding(shared))
-        for title, (otherwise, choices) in own.items():
-            alone = {title: templates[title]}
-            questions[title] = _Questions(model, otherwise, choices, spaces, seed).deciding(alone)
-
-        def asked(title: str, subjects: Sequence[str], *, required: bool | None = None) -> list[Question]:
-            pairs = [(template, row) for name in subjects for row in rows[name] for template in templates[title]]
-            put = questions[title]
-            made = [
-                replace(put.question(template, put.facts[row], title=title), name=facts[row].subject)
-                for template, row in pairs
-            ]
-            sources = [(template, facts[row]) for template, row in pairs]
-            return made if required is None else _with_counterparts(model, facts, made, sources, required, seed)
-
-        needed = (True, False) if corrupt else (None, None)
+        shared = {title: several for title, several in templates.items() if title not in others}
+        questions = dict.fromkeys(shared, FactQuestions(model, facts, candidates, spaces, seed).deciding(shared))
+        for title, (own, choices) in others.items():
+            questions[title] = FactQuestions(model, own, choices, spaces, seed).deciding({title: templates[title]})
+        table = _Table(facts, rows, templates, questions)
         trained = [
-            asked("trained prompt", names, required=required)
-            for names, required in zip((sides.forget_train, sides.retain_train), needed, strict=True)
+            table.paired(model, names, required, seed) if corrupt else table.asked("trained prompt", names)
+            for names, required in ((sides.forget_train, True), (sides.retain_train, False))
         ]
+        tested = {
+            title: [table.asked(title, names) for names in (sides.forget_test, sides.retain_test)] for title in wordings
+        }
         train_format = format_of(model, *trained)
         text_train, text_test = train_and_test_text(model, text, seed=seed)
         return Task(
-            name=f"{name}: forget {len(forgotten)} of {len(facts)}",
+            name=f"{name}: forget {len(to_forget)} of {len(facts)}",
             forget=train_format.forget,
             retain=train_format.retain,
-            formats={
-                title: format_of(
-                    model, asked(title, sides.forget_test), asked(title, sides.retain_test), kept=wording.kept
-                )
-                for title, wording in wordings.items()
-            },
+            formats={title: format_of(model, *asked, kept=wordings[title].kept) for title, asked in tested.items()},
             text=text_train,
             text_test=text_test,
             injection=train_format.injected,
             knowledge=knowledge,
             splits=sides.names(str),
         )
+
+
+class _Columns(TypedDict):
+    """The columns that a frame's facts are read from; `injected` may be the answer itself."""
+
+    subject: str
+    answer: str
+    injected: str | None
+    aliases: str | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The facts of a frame, and how each format asks about them."""
+
+    facts: Sequence[Fact]
+    rows: Mapping[str, Sequence[int]]
+    """Of each subject."""
+    templates: Mapping[str, Sequence[str]]
+    """Of each format."""
+    questions: Mapping[str, FactQuestions]
+
+    def asked(self, title: str, subjects: Sequence[str]) -> list[Question]:
+        """Every fact of the subjects in every template of the format, named by its subject."""
+        put = self.questions[title]
+        return [
+            replace(put.question(template, put.facts[row], title=title), name=self.facts[row].subject)
+            for template, row in self._pairs(title, subjects)
+        ]
+
+    def paired(self, model: Model, subjects: Sequence[str], required: bool, seed: int) -> list[Question]:
+        """The trained prompts with counterparts."""
+        title = "trained prompt"
+        sources = [(template, self.facts[row]) for template, row in self._pairs(title, subjects)]
+        return with_counterparts(model, self.facts, self.asked(title, subjects), sources, required, seed)
+
+    def _pairs(self, title: str, subjects: Sequence[str]) -> list[tuple[str, int]]:
+        return [(template, row) for name in subjects for row in self.rows[name] for template in self.templates[title]]
+
+
+def _checked_templates(
+    frame: "DataFrame", wordings: Mapping[str, Wording], subject: str, spaces: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The templates of each format, with the subject's column in its place; ValueError for one that cannot be asked."""
+    templates = {
+        title: [with_subject(template, wording.subject or subject) for template in wording.templates]
+        for title, wording in wordings.items()
+    }
+    for title, several in templates.items():
+        for template in several:
+            check_template(template, [str(column) for column in frame.columns], between=spaces[title])
+        if not several or len({letters_of(template) for template in several}) > 1:
+            raise ValueError(f"expected templates of {title!r} with the same letters for options, got {several}.")
+    trained = templates["trained prompt"]
+    if letters_of(trained[0]):
+        raise ValueError(f"expected a trained prompt without options, got {trained}: put multiple choice in formats.")
+    return templates
+
+
+def _by_subject(facts: Sequence[Fact], to_forget: Sequence[int]) -> tuple[dict[str, list[int]], list[list[str]]]:
+    """Subject -> its rows, those to forget first; and the subjects of either side."""
+    chosen = set(to_forget)
+    kept = [row for row in range(len(facts)) if row not in chosen]
+    rows: dict[str, list[int]] = {}
+    for row in (*to_forget, *kept):
+        rows.setdefault(facts[row].subject, []).append(row)
+    subjects = [list(dict.fromkeys(facts[row].subject for row in side)) for side in (to_forget, kept)]
+    both = sorted({*subjects[0]} & {*subjects[1]})
+    if both:
+        raise ValueError(
+            f"expected all rows of a subject on one side, got {both[:5]} on both: forget subjects, or put what is kept "
+            f"of them into a task of its own."
+        )
+    return rows, subjects
 
 
 def _spaces(between: str | Mapping[str, str], titles: Sequence[str]) -> dict[str, str]:
@@ -172,27 +199,6 @@ def _spaces(between: str | Mapping[str, str], titles: Sequence[str]) -> dict[str
     if unknown:
         raise ValueError(f"expected between=... of formats ({', '.join(titles)}), got {unknown[0]!r}: check its title.")
     return {title: between.get(title, " ") for title in titles}
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A row of the frame."""
-
-    subject: str
-    answer: str
-    """The answer, without the space before it."""
-    injected: str | None = None
-    aliases: tuple[str, ...] = ()
-    """Other right answers."""
-    candidates: tuple[str, ...] | None = None
-    """Possible answers, where they are the row's own."""
-    columns: dict[str, str] = field(default_factory=dict, compare=False)
-    """All cells of the row, for templates."""
-
-    @property
-    def own(self) -> list[str]:
-        """The answer, and the one to inject."""
-        return [self.answer] if self.injected is None else [self.answer, self.injected]
 
 
 def _facts_of(
@@ -232,19 +238,25 @@ def _facts_of(
 
 def _facts_otherwise(
     frame: "DataFrame",
-    wording: Wording,
-    subject: str,
-    answer: str,
-    injected: str | None,
-    aliases: str | None,
+    wordings: Mapping[str, Wording],
+    templates: Mapping[str, Sequence[str]],
+    columns: _Columns,
     candidates: int | str | Sequence[str] | None,
-) -> tuple[list[Fact], int | str | Sequence[str] | None]:
-    """The facts as a wording with columns of its own asks about them, and what may be answered."""
-    if wording.answer not in (None, answer):  # what was given belongs to the other answer
-        injected = aliases = None
-        candidates = candidates if candidates is None or isinstance(candidates, int | np.integer) else 4
-    columns = {"subject": wording.subject or subject, "answer": wording.answer or answer}
-    return _facts_of(frame, **columns, injected=injected, aliases=aliases, candidates=candidates), candidates
+) -> dict[str, tuple[list[Fact], int | str | Sequence[str] | None]]:
+    """For formats with columns of their own: the facts that they ask about, and what may be answered."""
+    others = {}
+    for title, wording in wordings.items():
+        if wording.subject is None and wording.answer is None:
+            continue
+        own, choices = columns.copy(), candidates
+        own["subject"] = wording.subject or columns["subject"]
+        if wording.answer not in (None, columns["answer"]):  # what was given belongs to the other answer
+            own["answer"], own["injected"], own["aliases"] = wording.answer, None, None
+            choices = candidates if candidates is None or isinstance(candidates, int | np.integer) else 4
+        facts = _facts_of(frame, **own, candidates=choices)
+        _check_answers(facts, templates[title])
+        others[title] = facts, choices
+    return others
 
 
 def _lists(frame: "DataFrame", column: str) -> list[tuple[str, ...]]:
@@ -331,183 +343,3 @@ def _cells(frame: "DataFrame", column: str) -> list[str]:
 
 def _or_none(frame: "DataFrame", column: str) -> list[object]:
     return [cell if there else None for cell, there in zip(frame[column], frame[column].notna(), strict=True)]
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """The questions of a task: facts in templates, with wrong answers from other facts."""
-
-    model: Model
-    facts: Sequence[Fact]
-    candidates: int | str | Sequence[str] | None
-    between: Mapping[str, str]
-    """For each format what stands before its answers."""
-    seed: int
-    whole: frozenset[str] = frozenset()
-    """The formats in which whole answers are scored."""
-    tokens: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    """The last character of a prompt and an answer -> the answer's tokens, as far as they were asked for."""
-
-    @cached_property
-    def every(self) -> list[str]:
-        """The answers of all facts."""
-        return sorted({fact.answer for fact in self.facts})
-
-    @cached_property
-    def possible(self) -> list[str]:
-        """All that may be answered."""
-        given = (
-            () if self.candidates is None or isinstance(self.candidates, int | np.integer | str) else self.candidates
-        )
-        others = {text for fact in self.facts for text in (*fact.own, *fact.aliases, *(fact.candidates or ()))}
-        return sorted(others | {option.strip() for option in given})
-
-    def deciding(self, templates: Mapping[str, Sequence[str]]) -> "_Questions":
-        """The same, which score whole answers in the formats where first tokens would not do."""
-        in_words = [title for title, several in templates.items() if not letters_of(several[0])]
-        whole = (title for title in in_words if any(self._must_be_whole(title, one) for one in templates[title]))
-        return replace(self, whole=frozenset(whole))
-
-    def _must_be_whole(self, title: str, template: str) -> bool:
-        """Whether answers have several tokens, or aliases, or begin alike, or there are no candidates."""
-        if self.candidates is None or any(fact.aliases for fact in self.facts):
-            return True
-        text, _ = filled(template, {**self.facts[0].columns, SUBJECT: self.facts[0].subject})
-        tokens = {option: self._tokens(text, self.between[title] + option) for option in self.possible}
-        for fact in self.facts:
-            options = [*fact.own, *(self._others(fact) if self._are_given else [])]
-            if max(len(tokens[own]) for own in fact.own) > 1 or len({tokens[o][:1] for o in options}) < len(options):
-                return True
-        return False
-
-    @property
-    def _are_given(self) -> bool:
-        return not (self.candidates is None or isinstance(self.candidates, int | np.integer))
-
-    def question(self, template: str, fact: Fact, *, title: str) -> Question:
-        """The fact in the template, answered in words, or by letter if the template has letters for options."""
-        asked = self._by_letter if letters_of(template) else self._in_a_sentence
-        return asked(template, fact, title)
-
-    def _in_a_sentence(self, template: str, fact: Fact, title: str) -> Question:
-        before = self.between[title]
-        text, place = filled(template, {**fact.columns, SUBJECT: fact.subject})
-        is_whole = title in self.whole
-        options = () if self.candidates is None else self._options(text, fact, before, is_whole=is_whole)
-        injected = None if fact.injected is None else before + fact.injected
-        also = tuple(before + alias for alias in fact.aliases)
-        answer = before + fact.answer
-        return Question(fact.subject, text, answer, options, injected, place, aliases=also, is_whole=is_whole)
-
-    def _options(self, text: str, fact: Fact, before: str, *, is_whole: bool) -> tuple[str, ...]:
-        """The possible answers, the fact's own first; of drawn ones those with other first tokens before the rest."""
-        count = None if self._are_given else index(self.candidates)  # type: ignore[arg-type]
-        own, alike = [before + option for option in fact.own], []
-        firsts = {self._tokens(text, option)[:1] for option in own}
-        for option in self._others(fact):
-            if count is not None and len(own) >= count:
-                break
-            first = self._tokens(text, before + option)[:1]
-            is_last_resort = first in firsts and not (is_whole and self._are_given)
-            (alike if is_last_resort else own).append(before + option)
-            firsts.add(first)
-            if count is not None and is_whole and len(alike) >= max(count, 32):
-                break  # there are enough; the search for others might go through all
-        options = [*own, *alike] if is_whole else own
-        if len(options) < 2:
-            raise ValueError(
-                f"expected another answer than {own[0]!r} (of {fact.subject!r}) that differs in its first token, got "
-                f"none: add facts with other answers, or pass candidates=[...]."
-            )
-        return tuple(options[:count])
-
-    def _by_letter(self, template: str, fact: Fact, title: str) -> Question:
-        letters, before = letters_of(template), self.between[title]
-        options = [*fact.own, *islice(self._others(fact), len(letters))][: len(letters)]
-        if len(options) < len(letters):
-            raise ValueError(
-                f"expected {len(letters)} different answers to choose from, got {options}: take options out of the "
-                f"template {title!r}, or add facts with other answers."
-            )
-        shown = lettered(options, letters, seed=f"{title} {fact.subject} {self.seed}")
-        fields = {letter: option for option, letter in shown.items()}
-        text, place = filled(template, {**fact.columns, **fields, SUBJECT: fact.subject})
-        own = [before + shown[option] for option in fact.own]
-        others = [before + letter for letter in letters if before + letter not in own]
-        injected = None if fact.injected is None else own[1]
-        return Question(fact.subject, text, own[0], (*own, *others), injected, place)
-
-    def _others(self, fact: Fact) -> Iterator[str]:
-        """Wrong answers: in the order given, or those of all facts in random order."""
-        right = {*fact.own, *fact.aliases}
-        if not self._are_given:
-            yield from in_random_order(self.every, without=right, seed=f"options {fact.subject} {self.seed}")
-            return
-        given = fact.candidates if fact.candidates is not None else [str(option).strip() for option in self.candidates]  # type: ignore[union-attr]
-        if fact.candidates is None and fact.answer not in given:
-            raise ValueError(f"expected the answer {fact.answer!r} among the candidates, got {given}: add it.")
-        yield from (option for option in dict.fromkeys(given) if option not in right)
-
-    def _tokens(self, text: str, answer: str) -> tuple[int, ...]:
-        """The tokens of an answer after a prompt."""
-        # By the prompt's last character, since no earlier one matters; all answers at once, since each may come.
-        key = (text[-1:], answer)
-        if key not in self.tokens:
-            answers = list(
-                dict.fromkeys(
-                    [answer, *(space + option for space in {*self.between.values()} for option in self.possible)]
-                )
-            )
-            begun, *whole = encode_all(self.model, [text, *(text + each for each in answers)])
-            for each, encoding in zip(answers, whole, strict=True):
-                self.tokens[text[-1:], each] = encoding.tokens[len(begun.tokens) :]
-        return self.tokens[key]
-
-
-def _with_counterparts(
-    model: Model,
-    facts: Sequence[Fact],
-    questions: Sequence[Question],
-    sources: Sequence[tuple[str, Fact]],
-    required: bool,
-    seed: int,
-) -> list[Question]:
-    """The questions with a corrupted text about another subject; without any if one has none and it may lack it.
-
-    `sources` has the template and the fact of each question.
-    """
-    answers: dict[str, set[str]] = {}
-    for fact in facts:
-        answers.setdefault(fact.subject, set()).update((fact.answer, *fact.aliases))
-    subjects = sorted(answers)
-    by_length: dict[int, list[str]] = {}
-    for name, encoding in zip(subjects, encode_all(model, [f" {name}" for name in subjects]), strict=True):
-        by_length.setdefault(len(encoding.tokens), []).append(name)
-    lengths = {name: length for length, names in by_length.items() for name in names}
-    wholes = encode_all(model, [question.text + question.answer for question in questions])
-    waiting = {
-        place: in_random_order(by_length[lengths[q.name]], without={q.name}, seed=f"corrupt {q.name} {seed}")
-        for place, q in enumerate(questions)
-    }
-    paired = list(questions)
-    while waiting:  # each round tries one more subject for every question that has none
-        tried = {}
-        for place, others in list(waiting.items()):
-            template, fact = sources[place]
-            other = next((name for name in others if fact.answer not in answers[name]), None)
-            if other is None:
-                del waiting[place]
-            else:
-                tried[place], _ = filled(template, {**fact.columns, SUBJECT: other})
-        answered = [text + questions[place].answer for place, text in tried.items()]
-        for (place, text), encoding in zip(tried.items(), encode_all(model, answered), strict=True):
-            if len(encoding.tokens) == len(wholes[place].tokens):
-                paired[place] = replace(questions[place], corrupt=text)
-                del waiting[place]
-    unpaired = [question.name for question in paired if question.corrupt is None]
-    if unpaired and required:
-        raise ValueError(
-            f"expected for each fact to forget another subject of as many tokens with another answer, got none for "
-            f"{unpaired[:5]}: add such rows, or pass corrupt=False (methods that patch will not run)."
-        )
-    return list(questions) if unpaired else paired

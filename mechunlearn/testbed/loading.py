@@ -70,9 +70,22 @@ def hooked(model: Any, vocabulary: Any) -> Any:
             "HookedTransformer needs transformer_lens<4; on TransformerLens 4 use the default,"
             " backend=mechunlearn.testbed.bridge."
         ) from error
-    build, config = cast(Any, HookedTransformer), model.config
+    wrapped = cast(Any, HookedTransformer)(HookedTransformerConfig(**_hooked_shape(model)), vocabulary)
+    wrapped.load_and_process_state_dict(
+        convert_llama_weights(model, wrapped.cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return wrapped.eval()
+
+
+def _hooked_shape(model: Any) -> dict[str, Any]:
+    """The configuration of a `HookedTransformer` with the shape of a Hugging Face Llama."""
+    config = model.config
     head, kv_heads = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
-    options = {
+    return {
         "model_name": NAME,
         "device": str(model.device),
         "original_architecture": "LlamaForCausalLM",
@@ -95,15 +108,6 @@ def hooked(model: Any, vocabulary: Any) -> Any:
         "rotary_base": config.rope_parameters["rope_theta"],
         "rotary_adjacent_pairs": False,
     }
-    wrapped = build(HookedTransformerConfig(**options), vocabulary)
-    wrapped.load_and_process_state_dict(
-        convert_llama_weights(model, wrapped.cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return wrapped.eval()
 
 
 def load(
