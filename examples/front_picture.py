@@ -14,7 +14,7 @@ from plotly.graph_objects import Bar, Figure
 from plotly.subplots import make_subplots
 
 import mechunlearn as mu
-from mechunlearn.components.plot import dressed, looks
+from mechunlearn.components import dressed, looks
 
 ROOT = Path(__file__).parent.parent
 SCORES = ROOT / "docs" / "pictures" / "basketball.json"

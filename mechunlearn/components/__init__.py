@@ -14,10 +14,11 @@ from mechunlearn.components.component import (
 from mechunlearn.components.edge import Edge, destinations, edges, sources
 from mechunlearn.components.edge_scores import EdgeMask, EdgeScores
 from mechunlearn.components.mask import ComponentMask
+from mechunlearn.components.plot import dressed, looks
 from mechunlearn.components.scores import ComponentScores, PositionScores
 
 __all__ = [
     "Component", "ComponentMask", "ComponentScores", "Components", "Edge", "EdgeMask", "EdgeScores", "ModelShape",
-    "PositionScores", "destinations", "edges", "heads", "heads_and_mlps", "layers", "matrices", "mlps", "neurons",
-    "sources",
+    "PositionScores", "destinations", "dressed", "edges", "heads", "heads_and_mlps", "layers", "looks", "matrices",
+    "mlps", "neurons", "sources",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ ON_A_PAGE = {"showlegend": True, "dragmode": False}
 
 
 def looks(names: Iterable[str], *, first: int = 1) -> dict[str, Look]:
-    """Name -> how it is drawn, from the `first` colour on; colour 0, grey, is the original model's."""
+    """Name -> color, symbol and dash, as drawn here, from the `first` color on; 0 is the original's grey."""
     return {
         name: Look(_COLORS[(first + i) % len(_COLORS)], _SYMBOLS[i % len(_SYMBOLS)], _DASHES[i % len(_DASHES)])
         for i, name in enumerate(names)
@@ -63,7 +63,7 @@ def shown(text: str, width: int = 0) -> str:
 
 
 def dressed(figure: "Figure", *, title: str = "", height: int = 420, **layout: Any) -> "Figure":
-    """The figure with fonts, grid, and a legend below that takes its own room."""
+    """A figure of your own, with this library's fonts and grid, and a legend below that takes its own room."""
     figure.update_layout(
         title={"text": shown(title), "font": {"size": 15}} if title else None,
         template="plotly_white",
