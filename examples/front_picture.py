@@ -17,7 +17,7 @@ import mechunlearn as mu
 from mechunlearn.components import dressed, looks
 
 ROOT = Path(__file__).parent.parent
-SCORES = ROOT / "docs" / "pictures" / "basketball.json"
+SCORES = ROOT / "docs" / "pictures" / "basketball.safetensors"
 PICTURE = ROOT / "docs" / "pictures" / "front.png"
 TESTS = 6
 """The first columns of the table: what is asked about facts to forget and to retain."""

@@ -21,6 +21,8 @@ from mechunlearn.localize import (
     FactLookup,
     Faithfulness,
     Incompleteness,
+    LogitLens,
+    ProbeResult,
     SetEffects,
 )
 from mechunlearn.weights import Edit
@@ -107,6 +109,10 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
         CIRCUIT, (CIRCUIT - CIRCUIT, CIRCUIT, CIRCUIT), random(3, 3), random(3, 3), "nats", SETTINGS
     ),
     "FactLookup": lookup,
+    "LogitLens": lambda: LogitLens(("0", "1"), random(3, 2, dtype=torch.float64), random(3, 2)),
+    "ProbeResult": lambda: ProbeResult(
+        ("0", "1"), random(3, 2), random(3, 2), random(2), random(5, 2), 1 / 3, ("a", "b"), SETTINGS
+    ),
     "Report": report,
 }
 """An example by the name of its class, and what is special about it."""

@@ -11,6 +11,7 @@ from mechunlearn.arguments import check_batch_size, chosen_components
 from mechunlearn.components import Component, Components, ComponentScores, heads_and_mlps
 from mechunlearn.components.plot import lines
 from mechunlearn.curve import Curve
+from mechunlearn.files import Saved
 from mechunlearn.model import Model, preserved, shape
 from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.running import linear_in_chunks, unembedded
@@ -137,7 +138,7 @@ def logit_lens(model: Model, prompts: Prompts, *, components: Components = (), b
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitLens:
+class LogitLens(Saved):
     """How well each point of the model, read as if it were the last, knows the first token of the answer."""
 
     points: tuple[str, ...]

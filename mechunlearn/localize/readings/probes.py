@@ -12,6 +12,7 @@ from torch import Tensor
 from mechunlearn.arguments import check_batch_size, check_functions
 from mechunlearn.components.plot import lines
 from mechunlearn.curve import Curve
+from mechunlearn.files import Saved
 from mechunlearn.identity import name_of
 from mechunlearn.model import Hook, Model, shape
 from mechunlearn.probing import guesses, labels_by_token, states_at, subject_tokens
@@ -82,7 +83,7 @@ def probes(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProbeResult:
+class ProbeResult(Saved):
     """Accuracy of probes by layer, with the accuracies to compare it to."""
 
     points: tuple[str, ...]
