@@ -1,18 +1,24 @@
-"""Shapes are checked in every test; models are tiny, shared, and left as they were."""
+"""Models are tiny, shared, and left as they were; on TransformerLens 3 types and shapes of all calls are checked."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+from importlib.metadata import version
+
 import jaxtyping
 from jaxtyping import install_import_hook
 
-install_import_hook("mechunlearn", "beartype.beartype")
+HAS_HOOKED = int(version("transformer_lens").split(".")[0]) < 4
+EVERY_CASE = bool(os.environ.get("EVERY_CASE"))
+"""All seven everywhere, and on TransformerLens 3 all tests: what `make nightly` runs."""
+# It takes as long as the tests themselves, and users have no such checks: the line that runs the contracts has them.
+if HAS_HOOKED or EVERY_CASE:
+    install_import_hook("mechunlearn", "beartype.beartype")
 
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -21,14 +27,11 @@ import torch
 
 torch.set_num_threads(1)
 
-HAS_HOOKED = int(version("transformer_lens").split(".")[0]) < 4
 CASES = [(kind, name) for name in tiny.ARCHITECTURES for kind in (("bridge", "hooked") if HAS_HOOKED else ("bridge",))]
 
 
 TWO = ("gpt2", "gemma2")
 """The most different two: a fused, plain, sequential model, and grouped heads, gates, norms after the blocks."""
-EVERY_CASE = bool(os.environ.get("EVERY_CASE"))
-"""All seven everywhere, and on TransformerLens 3 all tests: what `make nightly` runs."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

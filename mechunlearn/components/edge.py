@@ -118,9 +118,9 @@ def edge_mask(shape: ModelShape, *, parallel: bool = False) -> Bool[Tensor, "sou
 
 def edges_where(chosen: Bool[Tensor, "source destination"], shape: ModelShape) -> Iterator[Edge]:
     """The edges at the True entries, in model order."""
-    rows, columns = sources(shape), destinations(shape)
+    known = _edges(shape)
     for row, column in chosen.nonzero().tolist():
-        yield Edge(rows[row], columns[column])
+        yield known.get((row, column)) or Edge(sources(shape)[row], destinations(shape)[column])
 
 
 def place_of(edge: Edge | str, shape: ModelShape) -> tuple[int, int]:
@@ -129,6 +129,8 @@ def place_of(edge: Edge | str, shape: ModelShape) -> tuple[int, int]:
     `L3H1.W_K` is found at `L3H0.W_K` where both heads read the same KV head.
     """
     wanted = Edge.parse(edge) if isinstance(edge, str) else edge
+    if (known := _places_of_edges(shape).get(wanted)) is not None:
+        return known
     for end in (wanted.source, wanted.destination):
         if isinstance(end, Component):
             shape.units_of(end)
@@ -139,8 +141,9 @@ def place_of(edge: Edge | str, shape: ModelShape) -> tuple[int, int]:
 def mask_of(chosen: Iterable[Edge | str], shape: ModelShape) -> Bool[Tensor, "source destination"]:
     """True at the given edges or labels; ValueError for one outside the shape."""
     mask = torch.zeros(len(sources(shape)), len(destinations(shape)), dtype=torch.bool)
-    for edge in chosen:
-        mask[place_of(edge, shape)] = True
+    places = [place_of(edge, shape) for edge in chosen]
+    if places:
+        mask[tuple(torch.tensor(places).T)] = True
     return mask
 
 
@@ -148,6 +151,18 @@ def mask_of(chosen: Iterable[Edge | str], shape: ModelShape) -> Bool[Tensor, "so
 def _places(shape: ModelShape) -> tuple[dict[Source, int], dict[Destination, int]]:
     rows, columns = enumerate(sources(shape)), enumerate(destinations(shape))
     return {source: row for row, source in rows}, {destination: column for column, destination in columns}
+
+
+@cache
+def _edges(shape: ModelShape) -> dict[tuple[int, int], Edge]:
+    """Row and column -> edge. Circuits are large, and an edge is slow to make: each is made once."""
+    rows, columns = sources(shape), destinations(shape)
+    return {(row, column): Edge(rows[row], columns[column]) for row, column in edge_mask(shape).nonzero().tolist()}
+
+
+@cache
+def _places_of_edges(shape: ModelShape) -> dict[Edge, tuple[int, int]]:
+    return {edge: place for place, edge in _edges(shape).items()}
 
 
 def _shared(destination: Destination, shape: ModelShape) -> Destination:

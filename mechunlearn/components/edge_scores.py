@@ -272,7 +272,7 @@ class EdgeMask(Set[Edge], Saved):
         return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
 
     def __iter__(self) -> Iterator[Edge]:
-        return iter(sorted(self.edges, key=lambda edge: edge._order))
+        return edges_where(self.tensor, self.shape)
 
     def __len__(self) -> int:
         return len(self.edges)
