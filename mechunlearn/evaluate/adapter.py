@@ -11,6 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from mechunlearn.evaluate.generation import greedy
 from mechunlearn.model import Model, check_model, device_of, logits_at, preserved
 from mechunlearn.model.classes import at_least_float32
 from mechunlearn.model.tokens import encode, pad_token
@@ -29,8 +30,8 @@ class HarnessModel(TemplateLM):
     For example `lm_eval.simple_evaluate(HarnessModel(model), tasks=["mmlu"])`. Text begins with BOS where the model
     expects one (`cfg.default_prepend_bos`), as everywhere in this package. The harness itself leaves that to the
     tokenizer, which adds none for GPT-2, so published numbers may differ a little. An input longer than the context
-    loses its beginning, with a warning. Generation is greedy and has no cache of keys and values: it is slow for long
-    answers.
+    loses its beginning, with a warning. Generation is greedy. It keeps keys and values of earlier tokens, except inside
+    hooks, which are given all tokens at every step.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
@@ -130,15 +131,8 @@ class HarnessModel(TemplateLM):
     def _continued(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         settings = [self._settings(options) for _, options in requests]
         pairs = zip(requests, settings, strict=True)
-        rows = [[*_last(self.tok_encode(text), self.max_length - n)] for (text, _), (_, n) in pairs]
-        said: list[list[int]] = [[] for _ in rows]
-        waiting = list(range(len(rows)))
-        while waiting:
-            tokens, mask = _padded(self.model, [rows[i] + said[i] for i in waiting])
-            logits = logits_at(self.model, tokens, mask, mask.sum(1, keepdim=True) - 1)[:, 0]
-            for i, token in zip(waiting, logits.argmax(-1).tolist(), strict=True):
-                said[i].append(token)
-            waiting = [i for i in waiting if not self._finished(said[i], *settings[i])]
+        rows = [_last(self.tok_encode(text), self.max_length - n) for (text, _), (_, n) in pairs]
+        said = greedy(self.model, rows, [n for _, n in settings], lambda i, new: self._finished(new, settings[i][0]))
         return [_before(self._text(tokens), stops) for tokens, (stops, _) in zip(said, settings, strict=True)]
 
     def _settings(self, options: dict[str, Any]) -> tuple[list[str], int]:
@@ -154,11 +148,9 @@ class HarnessModel(TemplateLM):
             )
         return [stop for stop in settings["until"] if stop], n
 
-    def _finished(self, tokens: list[int], stops: list[str], n: int) -> bool:
-        if len(tokens) >= n or tokens[-1] == self.eot_token_id:
-            return True
+    def _finished(self, tokens: list[int], stops: list[str]) -> bool:
         text = self._text(tokens)
-        return any(stop in text for stop in stops)
+        return tokens[-1] == self.eot_token_id or any(stop in text for stop in stops)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

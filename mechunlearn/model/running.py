@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from mechunlearn.model.classes import HALF, Model, at_least_float32, device_of
+from mechunlearn.model.classes import HALF, Model, at_least_float32, device_of, is_bridge
 from mechunlearn.model.hooks import Hook, recording
 from mechunlearn.model.matrices import cast_weights, innermost
 
@@ -42,6 +42,47 @@ def logits_at(
     cut = nullcontext() if positions is None else _precisely_at(model, positions)
     with cut, model.hooks(fwd_hooks=list(hooks)) if hooks else nullcontext():
         return model(tokens, attention_mask=mask.long(), return_type="logits")
+
+
+def last_logits(
+    model: Model, tokens: Int[Tensor, "batch new"], mask: Bool[Tensor, "batch pos"], cache: Any = None
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits after the last of the tokens, computed as in `logits_at`, and the keys and values of all tokens so far.
+
+    `cache` is what the call for the tokens before gave, which is used up; `mask` covers these too. Padding is on the
+    left: behind it, a window of attention counts no gap. Hooks are given the new tokens alone. ValueError for a model
+    that gives no cache.
+    """
+    check_length(model, mask.shape[1], "rows (with padding)")
+    last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
+    with _precisely_at(model, last):
+        if is_bridge(model):
+            options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_type": "logits_and_cache"}
+            logits, cache = model(tokens, attention_mask=mask.long(), **options)
+        else:
+            cache = _empty_cache(model, len(tokens)) if cache is None else cache
+            own = mask[:, -tokens.shape[1] :].long()  # the cache remembers the mask of the tokens before
+            logits = model(tokens, attention_mask=own, past_kv_cache=cache, return_type="logits")
+    if not hasattr(cache, "batch_select_indices" if is_bridge(model) else "entries"):
+        raise ValueError(f"expected a model that gives the keys and values of its tokens, got {type(cache).__name__}.")
+    return logits[:, 0], cache
+
+
+def kept_in_cache(cache: Any, rows: Int[Tensor, "row"]) -> None:
+    """Leaves these rows alone in what `last_logits` gave."""
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(rows)
+        return
+    cache.previous_attention_mask = cache.previous_attention_mask[rows]
+    for entry in cache.entries:
+        own = rows.to(entry.past_keys.device)
+        entry.past_keys, entry.past_values = entry.past_keys[own], entry.past_values[own]
+
+
+def _empty_cache(model: Model, n_rows: int) -> Any:
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    return TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), n_rows)
 
 
 def check_length(model: Model, length: int, what: str) -> None:

@@ -114,6 +114,28 @@ def test_log_likelihoods_by_hand_on_every_architecture(model):
         assert greedy == (log_probabilities.argmax(-1).tolist() == tokens[-n:])
 
 
+@pytest.mark.classes
+def test_greedy_generation_by_hand_on_every_architecture(every_model):
+    """Rows of three lengths, of which one is to say fewer tokens; the stop string is the third word of the first."""
+    texts, limits = ("w5 w6 w7", "w20", "w5 w6 w7 w8 w9 w10"), (7, 5, 2)
+
+    def by_hand(text, n):
+        tokens = list(encode(every_model, text).tokens)
+        start = len(tokens)
+        while len(tokens) < start + n and 2 not in tokens[start:]:
+            tokens.append(int(every_model(torch.tensor([tokens]))[0, -1].argmax()))
+        return every_model.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+    ours = harness_model(every_model)
+    expected = [by_hand(text, n) for text, n in zip(texts, limits, strict=True)]
+    asked = [(text, {"until": [], "max_gen_toks": n}) for text, n in zip(texts, limits, strict=True)]
+    with left_as_it_was(every_model):
+        assert ours.generate_until(requests(*asked)) == expected
+    stop = expected[0].split()[2]
+    asked[0] = (texts[0], {"until": [stop], "max_gen_toks": 7})
+    assert ours.generate_until(requests(*asked)) == [expected[0].split(stop)[0], *expected[1:]]
+
+
 def test_choices_of_one_token_share_a_forward(llama):
     rows = []
     with llama.hooks(fwd_hooks=[("hook_embed", lambda value, hook: rows.append(len(value)))]):
