@@ -48,12 +48,17 @@ def ours(model: Callable[[], Any], *, steps: int = 0, n: int = 8) -> Callable[[]
 
 def auto_circuit(steps: int = 0) -> Callable[[], object]:
     """The mask's gradient at 0, or summed over `steps` + 1 values of the mask; every edge, all positions together."""
+    at: dict[str, Any] = {"integrated_grad_samples": steps} if steps else {"mask_val": 0.0}
+    return prune_scores(hooked(), pairs(), **at)
+
+
+def prune_scores(model: Any, prompts: mu.Prompts, **at: Any) -> Callable[[], dict[str, Any]]:
+    """auto-circuit's scores of all edges by the mask's gradient, in one batch; `model` is a `HookedTransformer`."""
     _with_its_cache_class()
     from auto_circuit.data import PromptDataLoader, PromptDataset
     from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
     from auto_circuit.utils.graph_utils import patchable_model
 
-    model, prompts = hooked(), pairs()
     assert prompts.candidates is not None
     assert prompts.corrupt is not None
     for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
@@ -62,7 +67,6 @@ def auto_circuit(steps: int = 0) -> Callable[[], object]:
     data = PromptDataset(prompts.tokens, prompts.corrupt, list(right), list(wrong))
     loader = PromptDataLoader(data, seq_len=None, diverge_idx=0, batch_size=len(prompts))
     patchable = patchable_model(model, factorized=True, separate_qkv=True, slice_output="last_seq")
-    at: dict[str, Any] = {"integrated_grad_samples": steps} if steps else {"mask_val": 0.0}
     return partial(mask_gradient_prune_scores, patchable, loader, None, "logit", "avg_diff", **at)
 
 
