@@ -197,10 +197,10 @@ class Prompts:
         return replace(self, **chosen)
 
     def __repr__(self) -> str:
-        rows, width = self.tokens.shape
+        (rows, width), longest = self.tokens.shape, int(self.answer_mask.sum(1).max())
         example = f"; first: {self.texts[0]!r}" if self.texts else ""
         special = f"; {added_before(self)}" if self.added else ""
-        return f"Prompts({rows} x {width} tokens, answers of up to {self.answers.shape[1]}{special}{example})"
+        return f"Prompts({rows} x {width} tokens, answers of up to {longest}{special}{example})"
 
     def _trimmed(self) -> "Prompts":
         """Without the columns that are padding in every row."""

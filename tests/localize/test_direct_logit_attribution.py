@@ -123,6 +123,19 @@ def test_without_candidates_the_logit_of_the_answer_is_split(model):
     assert scores.settings["answer_logit"] == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-4)
 
 
+def test_rows_whose_answers_have_one_token_are_split_up_though_others_had_more(llama):
+    """Chosen rows stay as wide as the longest answer that there was."""
+    short = tiny.prompts(llama)
+    padding = torch.full_like(short.answers, -100)
+    wide = replace(
+        short,
+        answers=torch.cat([short.answers, padding], 1),
+        positions=torch.cat([short.positions, short.positions], 1),
+    )
+    found, expected = direct_logit_attribution(llama, wide), direct_logit_attribution(llama, short)
+    assert torch.allclose(found.tensor, expected.tensor, atol=1e-6)
+
+
 def test_answers_of_several_tokens_and_components_that_only_read_are_refused(llama):
     with pytest.raises(ValueError, match=r"expected answers of one token, got up to 3: .* keep its first"):
         direct_logit_attribution(llama, tiny.prompts(llama, answer=3))

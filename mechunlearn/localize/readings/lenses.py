@@ -59,9 +59,10 @@ def direct_logit_attribution(
     writing_sites(chosen)
     prompts = prompts.on(model)
     check_written(model, chosen)
-    if prompts.answers.shape[1] > 1:
+    longest = int(prompts.answer_mask.sum(1).max())
+    if longest > 1:
         raise ValueError(
-            f"expected answers of one token, got up to {prompts.answers.shape[1]}: the direct contribution to a longer "
+            f"expected answers of one token, got up to {longest}: the direct contribution to a longer "
             f"answer is not a sum over components; keep its first token."
         )
     with preserved(model), torch.no_grad():
