@@ -1,6 +1,6 @@
 """What a model knows: real facts of every relation, in every format.
 
-    python examples/what_it_knows.py                              # SmolLM2; half an hour on one core
+    python examples/what_it_knows.py                              # SmolLM2; a quarter of an hour on one core
     python examples/what_it_knows.py --quick                      # the trained prompt alone; four minutes
     python examples/what_it_knows.py --model shipped --relation capital language
     python examples/what_it_knows.py --card mechunlearn/testbed/SMOLLM2_CARD.md   # into the model's card
