@@ -12,6 +12,7 @@ from mechunlearn.identity import name_of
 from mechunlearn.metrics import (
     Metric,
     answer_log_probability,
+    answer_probability,
     candidate_probability,
     is_top_of_candidates,
     is_top_of_vocabulary,
@@ -26,7 +27,9 @@ SENSES: dict[Metric, str] = {
     is_top_of_vocabulary: "argmax over the vocabulary",
     is_top_of_candidates: "argmax over the candidates",
     candidate_probability: "mean probability over the candidates (the paper's accuracy)",
+    answer_probability: "mean probability of the whole answer",
 }
+"""Metrics whose values are shares of 1, and what their mean is called."""
 
 
 Side: TypeAlias = Literal["forget", "retain", "injected"]
@@ -47,7 +50,8 @@ class Accuracy:
 
 def accuracy(model: Model, prompts: Prompts, *, batch_size: int = 64) -> Accuracy:
     """Accuracy of the model on prompts with candidates, in its three senses. Cost: 1 forward."""
-    return Accuracy(*measure(model, prompts, tuple(SENSES), batch_size=batch_size))
+    senses = (is_top_of_vocabulary, is_top_of_candidates, candidate_probability)
+    return Accuracy(*measure(model, prompts, senses, batch_size=batch_size))
 
 
 def measure(model: Model, prompts: Prompts, metrics: Sequence[Metric], *, batch_size: int = 64) -> tuple[Result, ...]:

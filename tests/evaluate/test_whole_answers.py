@@ -65,6 +65,14 @@ def test_every_format_scores_what_has_no_candidates_so(llama: Any) -> None:
     assert float(other.value) < 0.01  # of the whole vocabulary
 
 
+def test_a_report_draws_probabilities_of_whole_answers(llama: Any) -> None:
+    tests = mu.evaluate.every_format(made(llama), metric=mu.metrics.answer_probability)
+    report = mu.evaluate.compare(llama, made(llama), {}, metrics=tests, progress=False)
+    drawn = {name for bar in report.plot().data for name in bar.y}
+    assert "dashed" in drawn
+    assert report.intervals.loc[("original", "forget, dashed"), "low"] >= 0
+
+
 def test_a_right_answer_that_is_not_among_them_is_refused(llama: Any) -> None:
     with pytest.raises(ValueError, match=r"the right ones among them, got .*: add \[' w20 w30'\]"):
         mu.evaluate.whole_answers(llama, made(llama), answers=ANSWERS[:2])
