@@ -150,8 +150,8 @@ def stored(name: str) -> ComponentScores | None:
 def by_metric() -> str:
     """For each metric: how exact patching agrees with that by the other metrics, and the estimates with it.
 
-    Spearman's correlation of sizes, how many of the exact top 10 are in their top, and for estimates the largest
-    component's score as a multiple of its exact one.
+    Spearman's correlation of sizes, how many of the exact top 10 are in their top, and for estimates the two
+    largest components' scores as multiples of their exact ones.
     """
     titles = [f"exact by {name}" for name in METRICS] + list(ESTIMATES)
     lines = [f"| metric | {' | '.join(titles)} | largest, exact |", "|---" * (len(titles) + 2) + "|"]
@@ -189,9 +189,9 @@ def _brief(exact: ComponentScores, scores: ComponentScores | None, *, share: boo
     if scores is None:
         return ""
     left, right = (per_prompt(one).mean(0).abs() for one in (exact, scores))
-    largest = max(exact, key=lambda one: abs(exact[one]))
-    of_largest = f", {scores[largest] / exact[largest]:.2f}" if share else ""
-    return f"{spearman(left, right):.2f}, {shared(left, right, TOP)}{of_largest}"
+    largest = sorted(exact, key=lambda one: -abs(exact[one]))[:2]
+    shares = ", " + " and ".join(f"{scores[one] / exact[one]:.2f}" for one in largest)
+    return f"{spearman(left, right):.2f}, {shared(left, right, TOP)}{shares if share else ''}"
 
 
 def _largest(scores: ComponentScores) -> str:

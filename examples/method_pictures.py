@@ -3,7 +3,8 @@
     python examples/method_pictures.py             # draws them again, in a browser
     python examples/method_pictures.py --measure   # measures first what is not there yet, in twenty minutes on one core
 
-The scores of heads and MLPs are those of `benchmarks/real_agreement.py`, of the same sixteen capitals.
+The scores of heads and MLPs are those of `benchmarks/real_agreement.py`, of the same sixteen capitals. `report.json` is
+that of `make real`.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def main() -> None:
     figures = {page: mu.ComponentScores.load(FOLDER / f"{name}.safetensors").plot() for page, name in SCORES.items()}
     figures |= {page: kind.load(FOLDER / f"{page}.safetensors").plot() for page, (kind, _) in MEASURED.items()}
     figures["agreement"] = agreement()
+    figures["report"] = mu.evaluate.Report.load(FOLDER / "report.json").plot()
     problem = write_pngs({FOLDER / f"{page}.png": figure for page, figure in figures.items()})
     print(problem or f"Saved {len(figures)} pictures in {FOLDER}.")
 
@@ -91,7 +93,7 @@ def readable() -> localize.ProbeResult:
 
 def lookup() -> localize.FactLookup:
     model, task = known("capital")
-    ranked = sorted(attributed().items(), key=lambda item: -abs(item[1]))
+    ranked = sorted(integrated().items(), key=lambda item: -abs(item[1]))
     heads = [part for part, _ in ranked if part.kind == ("H", None) and part.layer > 0][:5]
     return localize.fact_lookup_by_paths(model, task.forget[:8], extraction_heads=heads, **METRIC)
 
@@ -107,6 +109,19 @@ def edges(method: Callable[..., mu.EdgeScores], **options: Any) -> Callable[[], 
         return mu.EdgeScores.of(kept, found.shape, **about)
 
     return strongest
+
+
+def exact_edges() -> mu.EdgeScores:
+    """Of the forty strongest by integrated gradients."""
+    model, task = known("capital")
+    found = mu.EdgeScores.load(FOLDER / "edge_integrated_gradients.safetensors")
+    return localize.edge_patching(model, task.forget[:8], edges=found.top(k=40), **METRIC)
+
+
+def contrasted() -> mu.ComponentScores:
+    """Capitals less languages."""
+    model, task = known("language")
+    return localize.contrast(integrated(), localize.integrated_gradients(model, task.forget, **METRIC))
 
 
 def circuits() -> localize.Faithfulness:
@@ -128,6 +143,8 @@ MEASURED: dict[str, tuple[Any, Callable[[], Any]]] = {
     "fact_lookup": (localize.FactLookup, lookup),
     "edge_attribution_patching": (mu.EdgeScores, edges(localize.edge_attribution_patching)),
     "edge_integrated_gradients": (mu.EdgeScores, edges(localize.edge_integrated_gradients)),
+    "edge_patching": (mu.EdgeScores, exact_edges),
+    "contrast": (mu.ComponentScores, contrasted),
     "probes": (localize.ProbeResult, readable),
     "faithfulness": (localize.Faithfulness, circuits),
 }
