@@ -23,7 +23,7 @@ FORMATS = ("chat", "two-shot question", "reverse", "kept, language")
 MLPS = 7
 """How many MLPs' weights each place has."""
 HEADS = 5
-"""How many of the heads that attribution patching ranks first are taken for those that extract the fact."""
+"""How many of the heads that integrated gradients rank first are taken for those that extract the fact."""
 TEXT_ROWS = 8
 _started = time.time()
 
@@ -95,8 +95,8 @@ def localize(model: Any, task: mu.Task, *, seed: int) -> tuple[dict[str, mu.Comp
     say("localize: causal tracing, 4 prompts, 3 draws")
     trace = mu.localize.causal_tracing(model, few, draws=3, kinds=("MLP",), seed=seed)
     scores["tracing"] = trace.scores("MLP")
-    say("localize: fact lookup, 4 prompts, heads that attribution found")
-    ranked = sorted(scores["attribution"].items(), key=lambda item: -abs(item[1]))
+    say("localize: fact lookup, 4 prompts, heads that integrated gradients found")
+    ranked = sorted(scores["integrated gradients"].items(), key=lambda item: -abs(item[1]))
     heads = [part for part, _ in ranked if part.kind == ("H", None) and part.layer > 0][:HEADS]
     lookup = mu.localize.fact_lookup_by_paths(model, few, metric=metric, extraction_heads=heads)
     scores["fact lookup"] = lookup.scores["mlps"]
@@ -105,7 +105,11 @@ def localize(model: Any, task: mu.Task, *, seed: int) -> tuple[dict[str, mu.Comp
         print(f"  {name:20} {', '.join(f'{label} {value:+.3f}' for label, value in strongest)}")
     places = {name: found.top(parameters=budget) for name, found in scores.items()}
     places["random"] = mu.localize.random_like(places["fact lookup"], model, seed=seed)
-    plots = {"trace": trace.plot(), "attribution": scores["attribution"].plot(), "fact_lookup": lookup.plot()}
+    plots = {
+        "trace": trace.plot(),
+        "integrated_gradients": scores["integrated gradients"].plot(),
+        "fact_lookup": lookup.plot(),
+    }
     return places, plots
 
 
@@ -117,6 +121,7 @@ def save(folder: Path, report: mu.evaluate.Report, plots: dict[str, Any]) -> Non
     problem = write_pngs({folder / f"{name}.png": plot for name, plot in plots.items()})
     (folder / "report.md").write_text(report.to_markdown() + "\n")
     report.intervals.to_csv(folder / "report.csv")
+    report.save(folder / "report.json")
     print(f"Saved {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}/.")
     if problem is not None:
         print(f"No PNG files: {problem}")
