@@ -52,8 +52,8 @@ documents: $(VENV)/installed-dev
 	$(PYTEST) -m documents
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-# What the notebooks show, as they and the site have it; takes four minutes and a browser.
-notebooks: $(VENV)/installed-dev
+# What the notebooks show, as they and the site have it; takes seven minutes and a browser.
+notebooks: $(VENV)/installed-dev $(VENV)/installed-real
 	$(ONE_THREAD) $(VENV)/bin/python examples/notebooks.py
 
 # docs/results.md from nothing, in two hours on two cores (it says what it took). Killed, it goes on from out/results.
