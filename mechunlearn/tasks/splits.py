@@ -75,7 +75,9 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
       claim is about the very facts that were trained on, and forgetting other facts would be damage. They are scored on
       the validation facts, and the reported formats leave these out: with 16 facts, 3 choose and 13 are reported.
 
-    `final` trains on the whole train split. Other knowledge is left to `final`. Prompts of one name are one fact.
+    `final` trains on the whole train split. Other knowledge is left to `final`. Prompts of one name are one fact. A
+    format in which no fact is left, such as one that asks few of `known_facts`, is named in
+    `final.splits["formats_left_out"]`. ValueError where that is the trained prompt.
     """
     rng = random.Random(f"validation {seed}")
     forget, retain = _facts(task.forget, "forget"), _facts(task.retain, "retain")
@@ -101,14 +103,24 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         knowledge=None,
         splits=Sides(trained, chosen["forget"], retained, chosen["retain"]).names(str),
     )
-    formats = {}
+    formats, left_out = {}, []
     for name, format in task.formats.items():
         forgotten, kept = (_without(getattr(format, side), facts) for side, facts in chosen.items())
         injected = None if format.injected is None else _without(format.injected, chosen["forget"])
-        formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
-    first = next(iter(formats.values()))
+        if forgotten is None or kept is None:
+            left_out.append(name)
+        else:
+            formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
+    asked_first = next(iter(task.formats))
+    if asked_first in left_out:
+        raise ValueError(
+            f"expected facts in {asked_first!r} besides those that settings are chosen on, got none with share={share} "
+            f"of {len(forget)} to forget and {len(retain)} to retain: take a smaller share or more facts."
+        )
+    first = formats[asked_first]
     splits = Sides([*forget], [*_facts(first.forget)], [*retain], [*_facts(first.retain)]).names(str)
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
+    validated |= {"formats_left_out": tuple(left_out)} if left_out else {}
     return Validation(trials, replace(task, formats=formats, splits=splits | validated))
 
 
@@ -173,9 +185,10 @@ def _prompts_about(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[
     return prompts[sorted(row for fact in facts for row in rows[fact])]
 
 
-def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts:
+def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts | None:
+    """None if none are left."""
     rows = [row for row, name in enumerate(prompts.names) if name not in facts]
-    return prompts if len(rows) == len(prompts) else prompts[rows]
+    return prompts if len(rows) == len(prompts) else prompts[rows] if rows else None
 
 
 def _forgetting_only(task: Task, facts: Sequence[str]) -> Task:

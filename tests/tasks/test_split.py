@@ -167,3 +167,16 @@ def test_sports_facts_split_by_what_they_test(shipped):
     assert len(athletes.trials.forget) == 16
     assert len(asked_about(athletes.trials, "forget")) == 3
     assert all(len(asked.forget) == 13 for asked in athletes.final.formats.values())
+
+
+def test_a_format_in_which_no_fact_is_left_is_named_and_not_asked(llama):
+    """As one of `known_facts`, which asks only what the model knows in it."""
+    whole = task(llama, itself=True)
+    chosen = validation_split(whole, share=0.4).final.splits["forget_validation"]
+    rows = [whole.forget.names.index(name) for name in chosen[:1]]
+    few = replace(whole.formats["question"], forget=whole.formats["question"].forget[rows])
+    split = validation_split(replace(whole, formats={**whole.formats, "few": few}), share=0.4)
+    assert [*split.final.formats] == ["trained prompt", "question"]
+    assert split.final.splits["formats_left_out"] == ("few",)
+    with pytest.raises(ValueError, match=r"expected facts in 'trained prompt' besides .* of 10 to forget"):
+        validation_split(replace(whole, formats={"trained prompt": few}), share=0.4)
