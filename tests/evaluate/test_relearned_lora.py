@@ -16,6 +16,7 @@ import mechunlearn as mu
 from mechunlearn.evaluate import halves, measure
 from mechunlearn.evaluate.attacks import relearning_lora
 from mechunlearn.evaluate.attacks.relearning_lora import relearn_halves, relearn_lora, relearn_two_facts
+from mechunlearn.evaluate.scoring import side_of
 from mechunlearn.metrics import candidate_probability
 
 quick = partial(relearn_lora, rank=4, learning_rates=(0.05,), steps=2, batch_size=4, text_batch_size=2)
@@ -135,6 +136,26 @@ def test_the_papers_protocols(llama, monkeypatch):
     assert curve(two).points == tuple(str(step) for step in range(11))
     assert sizes == [(len(halves(task)[0]), (1.0, 1.0, 1.0)), (2, (0.2, 1.0, 1.0))]
     assert relearn_two_facts.keywords["rank"] == 64
+
+
+def test_named_facts_are_those_that_it_sees_and_all_others_are_asked(llama, monkeypatch):
+    seen, compute = [], relearning_lora.relearning_terms
+
+    def recording(model, task, trained, tested, *table, **options):
+        seen.append((trained.names, tested.names))
+        return compute(model, task, trained, tested, *table, **options)
+
+    monkeypatch.setattr(relearning_lora, "relearning_terms", recording)
+    task = tiny.task(llama)
+    tested = side_of(task).names
+    pair = tuple(dict.fromkeys(task.forget.names))[:2]
+    found = relearn_two_facts(llama, task, rank=4, examples=pair, steps=1, at=(0, 1))
+    [(trained, others)] = seen
+    assert set(trained) == set(pair)
+    assert others == found.names == tuple(name for name in tested if name not in pair)
+    for names in ("one name", [], ["nobody of this name"]):
+        with pytest.raises(ValueError, match="expected a list of names of facts to forget"):
+            relearn_lora(llama, task, examples=names)
 
 
 @pytest.mark.classes

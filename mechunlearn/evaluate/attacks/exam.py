@@ -151,6 +151,22 @@ def halves(task: Task, *, format: str | None = None, seed: int = 0) -> tuple[Pro
     return task.forget.rows(torch.tensor(trained)), tested.rows(torch.tensor(rows))
 
 
+def named_and_others(task: Task, names: Sequence[str], *, format: str | None = None) -> tuple[Prompts, Prompts]:
+    """The prompts of `task.forget` about these facts, and those of the test split about all others."""
+    tested = side_of(task, format=format)
+    known = [name for name in names if name in task.forget.names]
+    if isinstance(names, str) or not names or len(known) < len(names):
+        raise ValueError(
+            f"expected a list of names of facts to forget ({', '.join(task.forget.names[:3]) or 'the task has none'}, "
+            f"...), got {names if isinstance(names, str) else [name for name in names if name not in known]!r}."
+        )
+    rows = [i for i, name in enumerate(task.forget.names) if name in names]
+    others = [i for i, name in enumerate(tested.names) if name not in names]
+    if not others:
+        raise ValueError("expected forgotten facts besides those that the attack sees, got none: name fewer.")
+    return task.forget.rows(torch.tensor(rows)), tested.rows(torch.tensor(others))
+
+
 def check_apart(trained: Prompts, tested: Prompts) -> None:
     """ValueError if an attack trains on a fact that it is tested on, or if names to tell that are missing."""
     shared = sorted(set(trained.names) & set(tested.names))

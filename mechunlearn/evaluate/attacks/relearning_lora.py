@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, worst_case
+from mechunlearn.evaluate.attacks.exam import Asked, Scores, halves, named_and_others, worst_case
 from mechunlearn.evaluate.attacks.relearning import LoraOptions, check_rates, measured_at, relearning_terms, some_of
 from mechunlearn.evaluate.results import Result
 from mechunlearn.model import Model, differentiable
@@ -30,7 +30,7 @@ def relearn_lora(
     rank: int = 512,
     alpha: float = 32.0,
     dropout: float = 0.05,
-    examples: int | None = None,
+    examples: int | Sequence[str] | None = None,
     relearn_coefficient: float = 1.0,
     **options: Unpack[LoraOptions],
 ) -> Result:
@@ -41,7 +41,7 @@ def relearn_lora(
     as for `relearn`, whose words on the curve, `control` and divergence hold here too. PEFT trains a copy of the
     model, exported to a temporary folder that is removed whatever happens: adapters on all linear layers but the
     unembedding, AdamW without weight decay, cosine schedule, no clipping. Dropout acts on the adapters' inputs alone.
-    `examples`: train on this many of the forgotten facts only.
+    `examples`: train on this many of the forgotten facts only; or on those of these names, and ask about all others.
 
     The defaults are those of Guo et al. 2025 (https://arxiv.org/abs/2410.12949) for 7B-9B models; `relearn_halves` and
     `relearn_two_facts` are their two protocols by name. A small model needs larger rates: on the shipped one, pass for
@@ -51,8 +51,11 @@ def relearn_lora(
     (`relearn` takes one).
     """
     adapted, seed = _peft(rank, alpha, dropout), options["seed"]
-    trained, tested = halves(task, format=options["format"], seed=seed)
-    trained = some_of(trained, examples, seed=seed)
+    if isinstance(examples, Sequence):
+        trained, tested = named_and_others(task, examples, format=options["format"])
+    else:
+        trained, tested = halves(task, format=options["format"], seed=seed)
+        trained = some_of(trained, examples, seed=seed)
     terms = relearning_terms(model, task, trained, tested, options, coefficient=relearn_coefficient)
     asked = Asked.of(model, task, tested, metric=options["metric"], seed=seed)
     runs: dict[str, list[Scores]] = {str(step): [] for step in measured_at(options["steps"], options["at"])}
@@ -70,7 +73,8 @@ relearn_halves = partial(relearn_lora, at=(0, 10, 20))
 relearn_two_facts = partial(
     relearn_lora, examples=2, rank=64, learning_rates=(1e-4,), steps=10, relearn_coefficient=0.2, at=range(11)
 )
-"""That of its workshop version: two facts for 10 iterations at rank 64."""
+"""That of its workshop version: two facts for 10 iterations at rank 64. Its own are `examples=("Boris Diaw", "Jae
+Crowder")` where basketball is forgotten, and ("DeForest Buckner", "Walter Payton") where athletes are."""
 
 
 def _peft(rank: int, alpha: float, dropout: float) -> Callable[..., Any]:
