@@ -75,6 +75,8 @@ def parsed() -> argparse.Namespace:
     own.add_argument("--batch-size", type=int)
     own.add_argument("--everyday-text", action="store_true", help="sentences of the package in place of the Pile")
     found = parser.parse_args()
+    if found.questions and not found.counterfact:
+        parser.error("--questions are about the records of --counterfact, which is missing: give both or neither")
     found.workers = (2 if found.model in OWN else 1) if found.workers is None else max(1, found.workers)
     return found
 

@@ -172,6 +172,16 @@ def test_the_packages_models_go_by_name_and_are_searched(name, examples, tmp_pat
     assert (load_never_knew(name) is None) == (name == "deeper")
 
 
+def test_questions_without_their_records_are_refused(examples, tmp_path, monkeypatch, capsys):
+    """They were dropped without a word."""
+    import reproduce_paper
+
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--out", str(tmp_path), "--questions", "asked.json"])
+    with pytest.raises(SystemExit):
+        reproduce_paper.main()
+    assert "--questions are about the records of --counterfact" in capsys.readouterr().err
+
+
 def test_a_folder_of_other_settings_is_refused(examples, data, tmp_path, monkeypatch):
     from paper.run import check
     from paper.setup import Setup
