@@ -62,14 +62,18 @@ def recording(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]
         )
 
 
+_OWN = ("transformer_lens.", "transformers.")
+"""Whose hooks change nothing: transformers leaves some behind that record hidden states when asked to."""
+
+
 def is_hooked(model: Model) -> bool:
-    """Whether a forward hook is set, at a hook point or a module, other than those that TransformerLens itself sets."""
+    """Whether a forward hook is set, at a hook point or a module, that TransformerLens or transformers did not set."""
     from transformer_lens.hook_points import HookPoint
 
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # What a user sets at a hook point is wrapped in a function of TransformerLens.
-            if isinstance(module, HookPoint) or not getattr(hook, "__module__", "").startswith("transformer_lens."):
+            if isinstance(module, HookPoint) or not getattr(hook, "__module__", "").startswith(_OWN):
                 return True
     return False
 

@@ -192,6 +192,14 @@ def test_whole_rows_are_read_where_a_model_does_not_keep_what_it_read(model, fak
     assert widths == [(3, 25), (3, 1), (3, 1), (3, 1)][: 1 if fake is without_a_cache else 4]
 
 
+def test_what_transformers_leaves_behind_is_no_hook(monkeypatch):
+    """It records hidden states by hooks, which stay once these were asked for."""
+    own, widths = tiny.bridge("gpt2"), counted(monkeypatch)
+    own.original_model(torch.tensor(ROWS[:1]), output_hidden_states=True)
+    greedy(own, ROWS[:1], [3], lambda i, new: False)
+    assert widths[0] == (1, 25)
+
+
 @pytest.mark.classes
 def test_hooks_are_given_all_tokens_of_every_row(model, monkeypatch):
     widths, seen = counted(monkeypatch), []
