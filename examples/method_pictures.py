@@ -159,7 +159,8 @@ def agreement() -> Figure:
     rankings = {"attribution patching": attributed(), "RelP": scores_of("relp")(), "integrated gradients": integrated()}
     for (name, estimate), look in zip(rankings.items(), looks(rankings).values(), strict=True):
         marker = {"color": look.color, "symbol": look.symbol, "size": 8, "opacity": 0.7}
-        labels = [str(part) if abs(value) > 0.15 * max(map(abs, ends)) else "" for part, value in true.items()]
+        large = 0.15 * max(map(abs, ends)) if name == "integrated gradients" else float("inf")
+        labels = [str(part) if abs(value) > large else "" for part, value in true.items()]
         values = [estimate[part] for part in true]
         points = {"mode": "markers+text", "text": labels, "textposition": "top center"}
         figure.add_scatter(x=list(true.values()), y=values, name=name, marker=marker, **points)

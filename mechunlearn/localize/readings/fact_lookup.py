@@ -316,7 +316,8 @@ class FactLookup(Saved):
             error = whiskers(ends[["score", "low", "high"]].itertuples(index=False), width=0)
             bars = {"x": list(ends.index), "y": ends["score"], "error_y": error, "showlegend": False}
             figure.add_bar(**bars, name=name, marker_color=FIRST.color, row=row, col=1)
-            figure.update_yaxes(title=scores.metric.replace("_", " "), row=row, col=1)
+            unit = "share of the fall" if "divided_by_clean_minus_corrupt" in scores.settings else scores.metric
+            figure.update_yaxes(title=unit.replace("_", " "), row=row, col=1)
             if name == "mlps" and "threshold" in self.findings:
                 for sign in (1, -1):
                     dashed(y=sign * self.findings["threshold"], row=row)
