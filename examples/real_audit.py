@@ -4,7 +4,7 @@
 
 Erases twelve capitals from SmolLM2 at the MLPs that integrated gradients rank first, and audits that beside the
 same edit at a random place. No copy of the model exists that never knew: chance and strangers (countries whose
-capitals it does not know) are the controls. About fifteen minutes on two cores.
+capitals it does not know) are the controls. About eighteen minutes on two cores.
 """
 
 import argparse
