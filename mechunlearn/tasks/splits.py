@@ -1,7 +1,7 @@
 """Splits: a task in parts, a validation split, and which facts a builder trains on and tests."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -103,14 +103,8 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
         knowledge=None,
         splits=Sides(trained, chosen["forget"], retained, chosen["retain"]).names(str),
     )
-    formats, left_out = {}, []
-    for name, format in task.formats.items():
-        forgotten, kept = (_without(getattr(format, side), facts) for side, facts in chosen.items())
-        injected = None if format.injected is None else _without(format.injected, chosen["forget"])
-        if forgotten is None or kept is None:
-            left_out.append(name)
-        else:
-            formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
+    formats = _still_asked(task, chosen)
+    left_out = tuple(name for name in task.formats if name not in formats)
     asked_first = next(iter(task.formats))
     if asked_first in left_out:
         raise ValueError(
@@ -120,7 +114,7 @@ def validation_split(task: Task, *, share: float = 0.2, seed: int = 0) -> Valida
     first = formats[asked_first]
     splits = Sides([*forget], [*_facts(first.forget)], [*retain], [*_facts(first.retain)]).names(str)
     validated = {f"{side}_validation": tuple(facts) for side, facts in chosen.items()}
-    validated |= {"formats_left_out": tuple(left_out)} if left_out else {}
+    validated |= {"formats_left_out": left_out} if left_out else {}
     return Validation(trials, replace(task, formats=formats, splits=splits | validated))
 
 
@@ -183,6 +177,17 @@ def _tested(task: Task, side: str) -> set[str]:
 
 def _prompts_about(prompts: Prompts, facts: Sequence[str], rows: dict[str, list[int]]) -> Prompts:
     return prompts[sorted(row for fact in facts for row in rows[fact])]
+
+
+def _still_asked(task: Task, chosen: Mapping[str, Sequence[str]]) -> dict[str, Format]:
+    """The formats without the chosen facts of each side, where some are left on both."""
+    formats = {}
+    for name, format in task.formats.items():
+        forgotten, kept = (_without(getattr(format, side), facts) for side, facts in chosen.items())
+        injected = None if format.injected is None else _without(format.injected, chosen["forget"])
+        if forgotten is not None and kept is not None:
+            formats[name] = replace(format, forget=forgotten, retain=kept, injected=injected)
+    return formats
 
 
 def _without(prompts: Prompts, facts: Sequence[str]) -> Prompts | None:

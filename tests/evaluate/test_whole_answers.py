@@ -71,6 +71,10 @@ def test_a_report_draws_probabilities_of_whole_answers(llama: Any) -> None:
     drawn = {name for bar in report.plot().data for name in bar.y}
     assert "dashed" in drawn
     assert report.intervals.loc[("original", "forget, dashed"), "low"] >= 0
+    in_nats = mu.evaluate.every_format(made(llama), metric=mu.metrics.answer_log_probability)
+    in_nats = {name: test for name, test in in_nats.items() if "generated" not in name}
+    with pytest.raises(ValueError, match="expected a test whose unit is a share"):
+        mu.evaluate.compare(llama, made(llama), {}, metrics=in_nats, progress=False).plot()
 
 
 def test_a_right_answer_that_is_not_among_them_is_refused(llama: Any) -> None:

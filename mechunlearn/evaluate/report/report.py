@@ -185,7 +185,13 @@ class Report:
 
     def plot(self) -> "Figure":
         """Bars of every test whose unit is a share, forget and retain side by side, with intervals and chance."""
-        return bars(self.cells, groups_of_shares(self.cells), title="Share by test")
+        panels = groups_of_shares(self.cells)
+        if not panels:
+            raise ValueError(
+                "expected a test whose unit is a share, such as an accuracy or a probability, got none: to_frame() has "
+                "all numbers; a test of your own gives Result(..., unit='share')."
+            )
+        return bars(self.cells, panels, title="Share by test")
 
     def plot_curves(self, tests: Sequence[str] | None = None) -> "Figure":
         """Attacks over their budget: a panel per test that has a curve, a line per row."""
